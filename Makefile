@@ -1,0 +1,34 @@
+# make            run and quantize, for the machine at hand
+# make demo       32 sequences from a small trained model, on the screen in a few seconds
+# make test       everything that can be tested here; sets up what the Python tests need under build/
+CC      = cc
+CFLAGS  = -O3 -march=native -Wall -Wextra
+OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+SANITIZE = -g -O1 -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
+
+all: run quantize
+
+run: run.c
+	$(CC) $(CFLAGS) $(OPENMP) run.c -lm -o $@
+
+quantize: quantize.c run.c
+	$(CC) $(CFLAGS) -Wno-unused-function $(OPENMP) quantize.c -lm -o $@
+
+build/test_all: test_all.c quantize.c run.c
+	@mkdir -p build
+	$(CC) $(CFLAGS) -Wno-unused-function $(OPENMP) test_all.c -lm -o $@
+
+build/test_all_sanitized: test_all.c quantize.c run.c
+	@mkdir -p build
+	$(CC) $(SANITIZE) $(OPENMP) test_all.c -lm -o $@
+
+demo: run
+	./run demo/tiny-mistral-q8.bin -i "Once upon a time" -b 32 -n 200
+
+test: run quantize build/test_all build/test_all_sanitized
+	python3 tests/run_tests.py
+
+clean:
+	rm -rf run quantize build
+
+.PHONY: all demo test clean

@@ -1,0 +1,1820 @@
+/* run.c - Mistral models in plain C: many sequences at once, quantized, with a sliding-window KV cache.
+ *
+ *   cc -O3 -march=native -fopenmp run.c -lm -o run && ./run demo/tiny-mistral-q8.bin -b 32 -n 200
+ *
+ * Reads like a chapter, from top to bottom:
+ *   1. The file          a checkpoint is mapped, checked, and used as it lies
+ *   2. The mathematics   every operation of the model in plain C
+ *   3. The model         one forward for any mixture of tokens and sequences
+ *   4. The tokenizer     text to ids and back
+ *   5. The sampler       logits to the next id
+ *   6. The batch         one loop that generates, sequences taking the slots that others leave
+ *   7. Reports           text, statistics, JSON
+ *   8. The modes         generate, chat, perplexity
+ *   9. The command line
+ *
+ * Letters used throughout: n tokens in this call, dim, hidden_dim, head_dim, kv_dim = n_kv_heads * head_dim,
+ * [rows, cols] = [output, input] of a matrix. Arrays are row-major, the last index running fastest.
+ *
+ * Determinism: the logits of a sequence are the same bits whatever else is in the batch, however its prompt is cut
+ * in chunks and however many threads run. Two habits make it so. Every sum is added in an order that depends on the
+ * model's shape and the token's position alone; and every product that is added to something is written as fmaf(),
+ * one rounding, so that no compiler has the choice to contract it or not.
+ *
+ * C11 that is also C++17, so that run_cuda.cu can include this file. A program that includes it defines
+ * RUN_NO_MAIN. */
+#ifndef RUN_C
+#define RUN_C
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE       /* mmap, sigaction and the like beside ISO C */
+#endif
+#include <assert.h>       /* static_assert */
+#include <errno.h>
+#include <fcntl.h>        /* open */
+#include <getopt.h>       /* getopt_long */
+#include <math.h>
+#include <signal.h>       /* Ctrl-C */
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>       /* offsetof */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>     /* mmap */
+#include <sys/resource.h> /* getrusage: peak memory */
+#include <sys/stat.h>     /* fstat */
+#include <time.h>         /* clock_gettime */
+#include <unistd.h>       /* isatty, unlink */
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+static const char *program = "run";     /* stands before every message */
+static char temporary[4096];            /* a file being written, removed if the program fails; "" = none */
+
+/* Prints one line, "run: " and the message, and ends the program with exit status 1. Only loading, the command line
+ * and what talks to files call it; the mathematics never fails. */
+__attribute__((noreturn, format(printf, 1, 2)))
+static void die(const char *format, ...) {
+    va_list args;
+    fflush(stdout);
+    fprintf(stderr, "%s: ", program);
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+    if (temporary[0]) unlink(temporary);
+    exit(1);
+}
+
+/* Zeroed memory for n elements of `size` bytes, aligned to 64 (a cache line, the widest vector); dies if there is none. */
+static void *allocate(size_t n, size_t size, const char *what) {
+    size_t bytes;
+    void *p = NULL;
+    if (__builtin_mul_overflow(n, size, &bytes) || bytes > SIZE_MAX / 2 ||
+        posix_memalign(&p, 64, bytes + 64) != 0)
+        die("%s: no memory for %zu x %zu bytes", what, n, size);
+    return memset(p, 0, bytes + 64);
+}
+
+static double now(void) {               /* seconds */
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 1. The file (FORMAT.md)                                                                                           */
+
+enum { F32 = 1, F16 = 2, Q8 = 3, Q4 = 4 };
+static const char *const TYPE_NAMES[] = {"?", "f32", "f16", "q8", "q4"};
+enum { PANEL = 32, MAX_GROUP = 128, MAX_HEAD_DIM = 512 };
+
+typedef struct {
+    char     magic[8];                  /* "mistralc" */
+    uint32_t version, n_tensors;
+    uint64_t file_size, tokenizer_offset, tokenizer_size;
+    uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size;
+    uint32_t window;                    /* positions a token attends to, itself included; 0: all */
+    uint32_t max_positions;
+    float    norm_eps;
+    double   rope_theta;
+    uint32_t chat_template;             /* 0 none, 1 v1, 2 v3 */
+    char     name[68];
+    uint8_t  zeros[96];
+} Header;
+static_assert(sizeof(Header) == 256, "the header's layout is the file's");
+
+typedef struct {
+    char     name[48];
+    uint32_t type, group;
+    uint64_t rows, cols, offset, size;
+    uint8_t  zeros[8];
+} Tensor;
+static_assert(sizeof(Tensor) == 96, "the table's layout is the file's");
+
+/* A matrix as it lies in the file: panels of 32 rows; in a panel, blocks of `group` columns (f32, f16: of 128, which
+ * are not marked in the data). */
+typedef struct {
+    int    type;
+    size_t rows, cols;                  /* [output, input], without padding */
+    size_t group, n_groups, n_panels;
+    size_t block_bytes, panel_bytes, bytes;
+    const unsigned char *data;          /* panel p, group g: data + p * panel_bytes + g * block_bytes */
+} Matrix;
+
+typedef struct {
+    const float *rms_att_weight;        /* [dim] */
+    Matrix       wqkv;                  /* [(n_heads + 2 n_kv_heads) head_dim, dim] */
+    Matrix       wo;                    /* [dim, n_heads head_dim] */
+    const float *rms_ffn_weight;        /* [dim] */
+    Matrix       w13;                   /* [2 hidden_dim, dim]: gate, then up */
+    Matrix       w2;                    /* [dim, hidden_dim] */
+} Layer;
+
+typedef struct {
+    const char *text;                   /* in the mapped file, not ended by a zero */
+    uint32_t    length;
+    uint32_t    type;                   /* enum below */
+    float       score;
+} Piece;
+enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, BYTE = 6 };    /* SentencePiece's numbers */
+
+typedef struct {
+    Piece   *pieces;                    /* [n_pieces] */
+    size_t   n_pieces;
+    bool     dummy_prefix, byte_fallback;
+    int      unk, bos, eos[3];          /* -1: none */
+    int      byte_ids[256];             /* id of the piece <0xHH>, or unk */
+    int     *table;                     /* open addressing from text to id for normal and user-defined pieces */
+    size_t   table_mask;
+    int     *user_defined;              /* their ids, n_user_defined of them */
+    size_t   n_user_defined;
+} Tokenizer;
+
+typedef struct {
+    const char  *path;
+    Header       c;                     /* the hyperparameters */
+    Matrix       token_embedding;       /* [vocab_size, dim] */
+    Layer       *layers;                /* [n_layers] */
+    const float *rms_final_weight;      /* [dim] */
+    Matrix       wcls;                  /* [vocab_size, dim]; the embedding again where the two are tied */
+    Tokenizer    tokenizer;
+    const unsigned char *map;           /* the whole file, file_size bytes */
+} Model;
+
+/* Fills in the layout of a matrix of this type and shape; false if the type or the group is unknown or a size does
+ * not fit in size_t. */
+static bool matrix_layout(Matrix *m, uint32_t type, uint32_t group, uint64_t rows, uint64_t cols) {
+    memset(m, 0, sizeof *m);
+    if (type < F32 || type > Q4 || rows == 0 || cols == 0 || rows > UINT32_MAX || cols > UINT32_MAX) return false;
+    if (type >= Q8 ? group != 32 && group != 64 && group != 128 : group != 0) return false;
+    size_t bits = type == F32 ? 32 : type == F16 ? 16 : type == Q8 ? 8 : 4;
+    m->type = (int)type;
+    m->rows = rows;
+    m->cols = cols;
+    m->group = type >= Q8 ? group : (uint32_t)MAX_GROUP;
+    m->n_groups = (cols + m->group - 1) / m->group;
+    m->n_panels = (rows + PANEL - 1) / PANEL;
+    m->block_bytes = PANEL * m->group * bits / 8 + (type >= Q8 ? PANEL * 4 : 0);
+    m->panel_bytes = type >= Q8 ? m->n_groups * m->block_bytes : PANEL * cols * bits / 8;
+    return !__builtin_mul_overflow(m->n_panels, m->panel_bytes, &m->bytes);
+}
+
+/* The group size a tensor gets when `group` is asked for: that one or the largest smaller one that divides cols. */
+static uint32_t tensor_group(uint32_t type, uint32_t group, uint64_t cols) {
+    if (type < Q8) return 0;
+    while (group > 32 && cols % group) group /= 2;
+    return group;
+}
+
+/* Name and shape of the i-th tensor of a model: the one place that knows which there are and in which order.
+ * Returns false past the last. A model has 6 n_layers + 2 tensors, and one more where the classifier is its own. */
+static bool tensor_shape(const Header *c, uint64_t i, char name[48], uint64_t *rows, uint64_t *cols) {
+    uint64_t q_dim = (uint64_t)c->n_heads * c->head_dim, kv_dim = (uint64_t)c->n_kv_heads * c->head_dim;
+    uint64_t l = (i - 1) / 6, last = 6ull * c->n_layers + 1;
+    const struct { const char *name; uint64_t rows, cols; } shapes[6] = {
+        {"rms_att_weight", c->dim, 1}, {"wqkv", q_dim + 2 * kv_dim, c->dim}, {"wo", c->dim, q_dim},
+        {"rms_ffn_weight", c->dim, 1}, {"w13", 2ull * c->hidden_dim, c->dim}, {"w2", c->dim, c->hidden_dim}};
+    if (i >= c->n_tensors || i > last + 1) return false;
+    memset(name, 0, 48);
+    *rows = i == last ? c->dim : c->vocab_size;
+    *cols = i == last ? 1 : c->dim;
+    if (i == 0) strcpy(name, "token_embedding");
+    else if (i == last) strcpy(name, "rms_final_weight");
+    else if (i > last) strcpy(name, "wcls");
+    else {
+        snprintf(name, 48, "layers.%u.%s", (unsigned)l, shapes[(i - 1) % 6].name);
+        *rows = shapes[(i - 1) % 6].rows;
+        *cols = shapes[(i - 1) % 6].cols;
+    }
+    return true;
+}
+
+/* Dies unless the header makes sense by itself; `path` is for the message. */
+static void check_header(const char *path, const Header *c) {
+    if (memcmp(c->magic, "mistralc", 8)) die("%s: not a mistral.c checkpoint (make one with export.py)", path);
+    if (c->version != 1) die("%s: version %u of the format; this program reads version 1", path, c->version);
+    const struct { const char *name; uint32_t value, max; } counts[] = {
+        {"dim", c->dim, 1 << 20}, {"hidden_dim", c->hidden_dim, 1 << 24}, {"n_layers", c->n_layers, 1 << 16},
+        {"n_heads", c->n_heads, 1 << 16}, {"n_kv_heads", c->n_kv_heads, 1 << 16}, {"head_dim", c->head_dim, MAX_HEAD_DIM},
+        {"vocab_size", c->vocab_size, 1 << 24}};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        if (counts[i].value == 0 || counts[i].value > counts[i].max)
+            die("%s: header: %s is %u, not between 1 and %u", path, counts[i].name, counts[i].value, counts[i].max);
+    if (c->n_heads % c->n_kv_heads) die("%s: header: %u heads do not share %u key heads", path, c->n_heads, c->n_kv_heads);
+    if (c->head_dim % 2) die("%s: header: head_dim is %u, which is odd", path, c->head_dim);
+    if (!(c->norm_eps >= 0 && c->norm_eps < 1)) die("%s: header: norm_eps is %g", path, c->norm_eps);
+    if (!(c->rope_theta > 0 && c->rope_theta < 1e300)) die("%s: header: rope_theta is %g", path, c->rope_theta);
+    if (c->chat_template > 2) die("%s: header: chat_template is %u, not 0, 1 or 2", path, c->chat_template);
+    if (c->name[sizeof c->name - 1]) die("%s: header: the name is not ended by a zero", path);
+    if (c->n_tensors != 6 * c->n_layers + 2 && c->n_tensors != 6 * c->n_layers + 3)
+        die("%s: header: %u tensors do not make %u layers", path, c->n_tensors, c->n_layers);
+    uint64_t table_end = sizeof *c + (uint64_t)c->n_tensors * sizeof(Tensor);
+    if (c->tokenizer_offset % 64 || c->tokenizer_offset < table_end || c->tokenizer_offset > c->file_size ||
+        c->tokenizer_size < 32 || c->tokenizer_size > c->file_size - c->tokenizer_offset)
+        die("%s: header: the tokenizer (%llu bytes at %llu) is not inside the file", path,
+            (unsigned long long)c->tokenizer_size, (unsigned long long)c->tokenizer_offset);
+}
+
+/* Checks entry i of the table against the header and the file's size and returns its layout (without data). */
+static Matrix check_tensor(const char *path, const Header *c, const Tensor *t, uint64_t i) {
+    char name[48];
+    uint64_t rows, cols;
+    Matrix m;
+    if (!tensor_shape(c, i, name, &rows, &cols) || memcmp(name, t->name, sizeof name))
+        die("%s: tensor %llu is '%.47s', not '%s'", path, (unsigned long long)i, t->name, name);
+    if (t->rows != rows || t->cols != cols)
+        die("%s: %s: shape [%llu, %llu], not [%llu, %llu]", path, name, (unsigned long long)t->rows,
+            (unsigned long long)t->cols, (unsigned long long)rows, (unsigned long long)cols);
+    if (!matrix_layout(&m, t->type, t->group, rows, cols) || (cols == 1 && t->type != F32))
+        die("%s: %s: unknown type %u or group size %u", path, name, t->type, t->group);
+    if (t->size != m.bytes || t->offset % 64 || t->offset > c->file_size || t->size > c->file_size - t->offset)
+        die("%s: %s: %llu bytes at %llu, where %zu are needed within the file's %llu", path, name,
+            (unsigned long long)t->size, (unsigned long long)t->offset, m.bytes, (unsigned long long)c->file_size);
+    return m;
+}
+
+static void load_tokenizer(const char *path, const Header *c, const unsigned char *data, Tokenizer *t);  /* below */
+
+/* Maps a checkpoint and checks all of it that is not weights. Dies with a message if anything is wrong. */
+static Model load_model(const char *path) {
+    Model m;
+    struct stat st;
+    memset(&m, 0, sizeof m);
+    int fd = open(path, O_RDONLY);
+    if (fd < 0 || fstat(fd, &st) != 0) die("%s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode)) die("%s: not a file", path);
+    if ((uint64_t)st.st_size < sizeof(Header)) die("%s: %lld bytes are too few for a checkpoint", path, (long long)st.st_size);
+    void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (map == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
+    close(fd);
+    m.path = path;
+    m.map = (const unsigned char *)map;
+    memcpy(&m.c, m.map, sizeof m.c);
+    const Header *c = &m.c;
+    if (!memcmp(c->magic, "mistralc", 8) && c->version == 1 && c->file_size != (uint64_t)st.st_size)
+        die("%s: has %lld bytes, should have %llu: an incomplete copy?", path, (long long)st.st_size,
+            (unsigned long long)c->file_size);
+    check_header(path, c);
+
+    const Tensor *table = (const Tensor *)(m.map + sizeof(Header));
+    m.layers = (Layer *)allocate(c->n_layers, sizeof(Layer), path);
+    for (uint64_t i = 0; i < c->n_tensors; i++) {
+        Matrix w = check_tensor(path, c, &table[i], i);
+        w.data = m.map + table[i].offset;
+        const float *vector = (const float *)w.data;
+        Layer *layer = &m.layers[(i ? i - 1 : 0) / 6 % c->n_layers];
+        if (i == 0) m.token_embedding = m.wcls = w;
+        else if (i == 6ull * c->n_layers + 1) m.rms_final_weight = vector;
+        else if (i == 6ull * c->n_layers + 2) m.wcls = w;
+        else switch ((i - 1) % 6) {
+            case 0: layer->rms_att_weight = vector; break;
+            case 1: layer->wqkv = w; break;
+            case 2: layer->wo = w; break;
+            case 3: layer->rms_ffn_weight = vector; break;
+            case 4: layer->w13 = w; break;
+            case 5: layer->w2 = w; break;
+        }
+    }
+    load_tokenizer(path, c, m.map + c->tokenizer_offset, &m.tokenizer);
+    return m;
+}
+
+static void free_model(Model *m) {
+    munmap((void *)m->map, (size_t)m->c.file_size);
+    free(m->layers);
+    free(m->tokenizer.pieces);
+    free(m->tokenizer.table);
+    free(m->tokenizer.user_defined);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 2. The mathematics                                                                                                */
+
+static inline float as_float(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
+static inline uint32_t as_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
+
+/* FP16 to FP32, exact. An FP16 number's bits, moved to where FP32 has its exponent and mantissa, are the number times
+ * 2^-112 (the difference of the exponents' biases); that holds for subnormal numbers too. No infinities: checkpoints
+ * and caches have none. */
+static inline float half_to_float(uint16_t h) {
+    float magnitude = as_float((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
+    return as_float(as_bits(magnitude) | (uint32_t)(h & 0x8000) << 16);
+}
+
+static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = half_to_float(in[i]);
+    return out;
+}
+
+/* FP32 to FP16, to nearest, ties to even; beyond +-65504 it stays there. Adding and taking away a number 2^13 times as
+ * large leaves of the FP32 mantissa the 10 bits that FP16 keeps. */
+static inline uint16_t float_to_half(float x) {
+    float a = fminf(fabsf(x), 65504.0f);
+    uint32_t exponent = as_bits(a) & 0x7f800000;
+    float magic = as_float((exponent < 113u << 23 ? 113u << 23 : exponent) + (13u << 23));
+    float rounded = (a + magic) - magic;
+    return (uint16_t)((as_bits(x) >> 16 & 0x8000) | as_bits(rounded * 0x1p-112f) >> 13);
+}
+
+/* e^x to 2e-7, relative; clamped to where the result is a normal number. x = n ln 2 + r with |r| <= ln 2 / 2; n is found by
+ * adding 1.5 * 2^23, which rounds to a whole number. Polynomial of expf in the Cephes library. Our own because a
+ * compiler vectorises it, and because libm's may differ from one machine to the next. */
+static inline float fast_exp(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    float shifted = fmaf(x, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f;
+    float r = fmaf(n, -0.693359375f, x);
+    r = fmaf(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = fmaf(p, r, 1.3981999507e-3f);
+    p = fmaf(p, r, 8.3334519073e-3f);
+    p = fmaf(p, r, 4.1665795894e-2f);
+    p = fmaf(p, r, 1.6666665459e-1f);
+    p = fmaf(p, r, 5.0000001201e-1f);
+    p = fmaf(p, r * r, r) + 1.0f;
+    return p * as_float((as_bits(shifted) - 0x4b400000u + 127u) << 23);
+}
+
+/* out = weight * x / sqrt(mean(x^2) + eps), all [n]. Zhang and Sennrich 2019. 16 partial sums, so that it vectorises. */
+static void rms_norm(float *out, const float *x, const float *weight, size_t n, float eps) {
+    float partial[16] = {0}, sum = 0;
+    for (size_t i = 0; i < n / 16 * 16; i += 16)
+        for (size_t j = 0; j < 16; j++) partial[j] = fmaf(x[i + j], x[i + j], partial[j]);
+    for (size_t i = n / 16 * 16; i < n; i++) partial[i % 16] = fmaf(x[i], x[i], partial[i % 16]);
+    for (size_t j = 0; j < 16; j++) sum += partial[j];
+    float scale = 1.0f / sqrtf(sum / (float)n + eps);
+    for (size_t i = 0; i < n; i++) out[i] = weight[i] * (x[i] * scale);
+}
+
+/* Turns each pair (x[i], x[i + half]) of a head by the angle of its position; rotation: [half][cos, sin].
+ * Su et al. 2021, eq. 34, with Hugging Face's pairing of the two halves of a head. */
+static void rope(float *x, const float *rotation, size_t half) {
+    for (size_t i = 0; i < half; i++) {
+        float c = rotation[2 * i], s = rotation[2 * i + 1], a = x[i], b = x[i + half];
+        x[i]        = fmaf(a, c, -(b * s));
+        x[i + half] = fmaf(b, c, a * s);
+    }
+}
+
+/* h = silu(gate) * up = gate / (1 + e^-gate) * up. gate, up: [hidden_dim] each, one after the other. */
+static void swiglu(float *h, const float *gate_up, size_t hidden_dim) {
+    for (size_t i = 0; i < hidden_dim; i++)
+        h[i] = gate_up[i] / (1.0f + fast_exp(-gate_up[i])) * gate_up[hidden_dim + i];
+}
+
+/* Activations rounded to int8 by groups: x[i] is about scale[i / group] * q[i]. x: [cols]; q: [n_groups * group], zero
+ * past cols; scale, sum: [n_groups]; sum is that of the group's q, which the weights' zero is multiplied with. */
+static void quantize_activations(int8_t *q, float *scale, float *sum, const float *x, size_t cols, size_t group) {
+    for (size_t g = 0; g * group < cols; g++, x += group, q += group) {
+        size_t n = min_size(group, cols - g * group);
+        float max[16] = {0}, largest = 0;
+        for (size_t i = 0; i < n; i++) max[i % 16] = fabsf(x[i]) > max[i % 16] ? fabsf(x[i]) : max[i % 16];
+        for (size_t j = 0; j < 16; j++) largest = max[j] > largest ? max[j] : largest;
+        float inverse = largest > 0 ? 127.0f / largest : 0;
+        int32_t total = 0;
+        for (size_t i = 0; i < n; i++) {        /* rounded to nearest by adding 1.5 * 2^23, see fast_exp */
+            int32_t whole = (int32_t)(as_bits(fmaf(x[i], inverse, 12582912.0f)) - 0x4b400000u);
+            q[i] = (int8_t)whole;
+            total += q[i];
+        }
+        memset(q + n, 0, group - n);
+        scale[g] = largest / 127.0f;
+        sum[g] = (float)total;
+    }
+}
+
+/* One group of one panel as FP32, out: [n][32]: the weights themselves for f32 and f16, the codes for q8 and q4. */
+static void unpack_group(float *out, int type, const unsigned char *block, size_t n) {
+    if (type == F32) {
+        memcpy(out, block, n * PANEL * sizeof(float));
+    } else if (type == F16) {
+        halves_to_floats(out, (const uint16_t *)block, n * PANEL);
+    } else {                            /* a word holds a row's codes of four columns: for q4, of rows r and r + 16 */
+        const uint32_t *words = (const uint32_t *)(block + 4 * PANEL);
+        for (size_t k = 0; k < n; k++, words += k % 4 ? 0 : type == Q8 ? 32 : 16)
+            for (size_t r = 0; r < 16; r++) {
+                uint32_t low = words[r] >> 8 * (k % 4), high = type == Q8 ? words[r + 16] >> 8 * (k % 4) : low >> 4;
+                out[k * PANEL + r] = (float)(int32_t)(type == Q8 ? low & 255 : low & 15);
+                out[k * PANEL + r + 16] = (float)(int32_t)(type == Q8 ? high & 255 : high & 15);
+            }
+    }
+}
+
+/* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k: a tile of T tokens by 32 rows. w: [n][32];
+ * x: T rows, `stride` apart; out: [T][32]. T is a constant wherever this is inlined, so that the sums stay in
+ * registers. With whole numbers (codes times int8 activations, at most 128 * 255 * 127 < 2^24) every partial sum is
+ * exact: this FP32 sum is the int32 sum that integer instructions would give. */
+static inline __attribute__((always_inline))
+void tile(const size_t T, float *out, const float *w, const float *x, size_t stride, size_t n) {
+    float sum[8][PANEL];
+    for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) sum[t][r] = 0;
+    for (size_t k = 0; k < n; k++)
+        #pragma GCC unroll 8            /* or gcc -O3 exchanges the loops, and the sums go through memory */
+        for (size_t t = 0; t < T; t++)
+            for (size_t r = 0; r < PANEL; r++) sum[t][r] = fmaf(w[k * PANEL + r], x[t * stride + k], sum[t][r]);
+    for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] = sum[t][r];
+}
+
+/* The same for T from 1 to 8 that is not a constant. */
+static void any_tile(size_t T, float *out, const float *w, const float *x, size_t stride, size_t n) {
+    switch (T) {
+        case 1: tile(1, out, w, x, stride, n); break;
+        case 2: tile(2, out, w, x, stride, n); break;
+        case 3: tile(3, out, w, x, stride, n); break;
+        case 4: tile(4, out, w, x, stride, n); break;
+        case 5: tile(5, out, w, x, stride, n); break;
+        case 6: tile(6, out, w, x, stride, n); break;
+        case 7: tile(7, out, w, x, stride, n); break;
+        default: tile(8, out, w, x, stride, n); break;
+    }
+}
+
+/* Activations on their way into a product with quantized weights. */
+typedef struct {
+    int8_t *q;                          /* [n, n_groups * group] */
+    float  *scale, *sum;                /* [n, n_groups] */
+} Activations;
+
+/* The product of one panel with n tokens, out[t][row] = sum over k of w[row][k] * x[t][k]; out: [n, rows]. Group by
+ * group: the group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. */
+static void panel_product(float *out, const Matrix *w, size_t panel, const float *x, const Activations *a, size_t n) {
+    enum { BLOCK = 64 };                /* tokens for which a group is unpacked once */
+    float weights[MAX_GROUP * PANEL], tokens[8 * MAX_GROUP], group_sum[8 * PANEL], total[BLOCK * PANEL];
+    float scale[PANEL], zero[PANEL];
+    size_t row = panel * PANEL, n_rows = min_size(PANEL, w->rows - row), cols = w->n_groups * w->group;
+    for (size_t first = 0; first < n; first += BLOCK) {
+        size_t n_block = min_size(BLOCK, n - first);
+        memset(total, 0, sizeof total);
+        for (size_t g = 0; g < w->n_groups; g++) {
+            const unsigned char *block = w->data + panel * w->panel_bytes + g * w->block_bytes;
+            size_t k = g * w->group, n_k = w->type >= Q8 ? w->group : min_size(w->group, w->cols - k);
+            unpack_group(weights, w->type, block, n_k);
+            for (size_t r = 0; r < PANEL && w->type >= Q8; r++) {
+                scale[r] = half_to_float(((const uint16_t *)block)[r]);
+                zero[r] = half_to_float(((const uint16_t *)block)[PANEL + r]);
+            }
+            for (size_t b = 0; b < n_block; b += 8) {
+                size_t t0 = first + b, T = min_size(8, n_block - b);
+                if (w->type < Q8) {
+                    any_tile(T, group_sum, weights, x + t0 * w->cols + k, w->cols, n_k);
+                    for (size_t i = 0; i < T * PANEL; i++) total[b * PANEL + i] += group_sum[i];
+                    continue;
+                }
+                for (size_t t = 0; t < T; t++)
+                    for (size_t i = 0; i < n_k; i++) tokens[t * n_k + i] = a->q[(t0 + t) * cols + k + i];
+                any_tile(T, group_sum, weights, tokens, n_k, n_k);
+                for (size_t t = 0; t < T; t++) {
+                    float scale_x = a->scale[(t0 + t) * w->n_groups + g], sum_x = a->sum[(t0 + t) * w->n_groups + g];
+                    float *sum = &total[(b + t) * PANEL];
+                    for (size_t r = 0; r < PANEL; r++)
+                        sum[r] = fmaf(scale[r] * scale_x, fmaf(-zero[r], sum_x, group_sum[t * PANEL + r]), sum[r]);
+                }
+            }
+        }
+        for (size_t t = 0; t < n_block; t++)
+            memcpy(out + (first + t) * w->rows + row, &total[t * PANEL], n_rows * sizeof(float));
+    }
+}
+
+/* out[t] = w x[t] for n tokens. out: [n, rows], x: [n, cols]; `a` is room for the quantized activations. */
+static void matmul(float *out, const float *x, const Matrix *w, Activations *a, size_t n) {
+    if (w->type >= Q8) {
+        #pragma omp parallel for schedule(static) if (n > 1)
+        for (size_t t = 0; t < n; t++)
+            quantize_activations(a->q + t * w->n_groups * w->group, a->scale + t * w->n_groups, a->sum + t * w->n_groups,
+                                 x + t * w->cols, w->cols, w->group);
+    }
+    #pragma omp parallel for schedule(static)
+    for (size_t panel = 0; panel < w->n_panels; panel++) panel_product(out, w, panel, x, a, n);
+}
+
+/* out[cols] = row `row` of a matrix in FP32: looks a token up in the embedding. */
+static void matrix_row(float *out, const Matrix *w, size_t row) {
+    float weights[MAX_GROUP * PANEL];
+    size_t r = row % PANEL;
+    for (size_t g = 0; g < w->n_groups; g++) {
+        const unsigned char *block = w->data + row / PANEL * w->panel_bytes + g * w->block_bytes;
+        size_t k = g * w->group, n_k = min_size(w->group, w->cols - k);
+        unpack_group(weights, w->type, block, n_k);
+        float scale = w->type >= Q8 ? half_to_float(((const uint16_t *)block)[r]) : 1;
+        float zero = w->type >= Q8 ? half_to_float(((const uint16_t *)block)[PANEL + r]) : 0;
+        for (size_t i = 0; i < n_k; i++) out[k + i] = scale * (weights[i * PANEL + r] - zero);
+    }
+}
+
+/* The cache of one key head of one sequence: a ring of positions in blocks of 32, so that position p stands in slot
+ * p % ring, and p and its neighbours in the same aligned 32 positions in one block. Keys are [head_dim][32] in a block
+ * (a panel whose rows are positions: the scores of 32 keys are one product), values [32][head_dim] (a panel whose
+ * rows are a head's elements). FP16, or FP32 with an FP32 checkpoint. */
+typedef struct {
+    void  *keys, *values;
+    size_t ring;                        /* slots, a multiple of 32 */
+    bool   half;
+} Cache;
+
+static void cache_store(Cache c, size_t pos, const float *key, const float *value, size_t head_dim) {
+    size_t slot = pos % c.ring, block = slot / PANEL * PANEL * head_dim, j = slot % PANEL;
+    for (size_t d = 0; d < head_dim; d++)
+        if (c.half) {
+            ((uint16_t *)c.keys)[block + d * PANEL + j] = float_to_half(key[d]);
+            ((uint16_t *)c.values)[block + j * head_dim + d] = float_to_half(value[d]);
+        } else {
+            ((float *)c.keys)[block + d * PANEL + j] = key[d];
+            ((float *)c.values)[block + j * head_dim + d] = value[d];
+        }
+}
+
+/* Attention of one token at position pos: T <= 8 query heads that share a key head, over the positions from first to
+ * pos. out, q: [T, head_dim]. Streams over blocks of 32 keys with a running maximum (Milakov and Gimelshein 2018,
+ * algorithm 3; FlashAttention): where a block raises it, what was summed so far shrinks by e^(old - new). Blocks lie at
+ * multiples of 32 positions, so that the order of addition does not depend on how the prompt was cut. */
+static void attention(float *out, const float *q, Cache c, size_t first, size_t pos, size_t T, size_t head_dim) {
+    float room[2][PANEL * MAX_HEAD_DIM], scores[8 * PANEL], max[8], sum[8];
+    float scale = 1.0f / sqrtf((float)head_dim);
+    for (size_t h = 0; h < T; h++) { max[h] = -INFINITY; sum[h] = 0; }
+    memset(out, 0, T * head_dim * sizeof(float));
+    for (size_t start = first / PANEL * PANEL; start <= pos; start += PANEL) {
+        size_t at = start % c.ring * head_dim;
+        size_t j0 = first > start ? first - start : 0, j1 = min_size(PANEL, pos - start + 1);   /* keys j0 <= j < j1 */
+        const float *keys = (const float *)c.keys + at, *values = (const float *)c.values + at;
+        if (c.half) {
+            keys = halves_to_floats(room[0], (const uint16_t *)c.keys + at, PANEL * head_dim);
+            values = halves_to_floats(room[1], (const uint16_t *)c.values + at, j1 * head_dim);
+        }
+        any_tile(T, scores, keys, q, head_dim, head_dim);
+        for (size_t h = 0; h < T; h++) {
+            float *s = &scores[h * PANEL], *o = out + h * head_dim, new_max = max[h];
+            for (size_t j = j0; j < j1; j++) {
+                s[j] *= scale;
+                new_max = s[j] > new_max ? s[j] : new_max;
+            }
+            float shrink = fast_exp(max[h] - new_max);
+            max[h] = new_max;
+            sum[h] *= shrink;
+            for (size_t d = 0; d < head_dim; d++) o[d] *= shrink;
+            for (size_t j = j0; j < j1; j++) s[j] = fast_exp(s[j] - new_max);
+            for (size_t j = j0; j < j1; j++) {
+                sum[h] += s[j];
+                for (size_t d = 0; d < head_dim; d++) o[d] = fmaf(s[j], values[j * head_dim + d], o[d]);
+            }
+        }
+    }
+    for (size_t h = 0; h < T; h++)
+        for (size_t d = 0; d < head_dim; d++) out[h * head_dim + d] /= sum[h];
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 3. The model                                                                                                      */
+
+enum { EMBEDDING, NORM, WQKV, ROPE, ATTENTION, WO, W13, SWIGLU, W2, CLASSIFIER, SAMPLING, N_OPERATIONS };
+static const char *const OPERATION_NAMES[] = {"embedding", "norms, residuals", "wqkv", "rope, cache", "attention", "wo", "w13",
+                                              "swiglu", "w2", "classifier", "sampling"};
+typedef struct { double seconds, operations, bytes; } Profile;
+
+/* What a model needs to run: the caches of n_slots sequences and the activations of one forward. */
+typedef struct {
+    const Model *model;
+    size_t n_slots, chunk;              /* sequences at once; most tokens in one forward */
+    size_t ring;                        /* cached positions of a sequence */
+    size_t kv_bytes, kv_size;           /* of all caches; of one element: 2 or 4 */
+    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * head_dim] */
+    double  *frequencies;               /* [head_dim / 2], radians a position */
+    float   *rotations;                 /* [chunk, head_dim / 2][cos, sin] */
+    float   *x, *xb;                    /* [chunk, dim]: the residual stream; its norm, or what is added to it */
+    float   *qkv;                       /* [chunk, (n_heads + 2 n_kv_heads) head_dim] */
+    float   *att;                       /* [chunk, n_heads head_dim] */
+    float   *h13, *h;                   /* [chunk, 2 hidden_dim], [chunk, hidden_dim] */
+    Activations quantized;              /* room for the widest input of a product */
+    Profile profile[N_OPERATIONS];
+    double  clock;                      /* when the last operation ended */
+} State;
+
+/* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens. The ring holds the
+ * window and the rest of a chunk: when a chunk's last token is stored, its first still finds its whole window. */
+static State new_state(const Model *m, size_t n_slots, size_t context, size_t chunk) {
+    const Header *c = &m->c;
+    State s;
+    memset(&s, 0, sizeof s);
+    s.model = m;
+    s.n_slots = n_slots;
+    s.chunk = chunk;
+    s.ring = round_up(c->window ? min_size(context, (size_t)c->window + chunk - 1) : context, PANEL);
+    s.kv_size = m->layers[0].wqkv.type == F32 ? sizeof(float) : sizeof(uint16_t);
+    size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim, half_bytes;
+    size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+    if (__builtin_mul_overflow(s.ring, kv_dim * s.kv_size * c->n_layers, &half_bytes) ||
+        __builtin_mul_overflow(half_bytes, 2 * n_slots, &s.kv_bytes) || s.kv_bytes > memory)
+        die("%s: the KV cache of %zu sequences of %zu positions takes %.1f GB, this machine has %.1f: lower -b or -c",
+            m->path, n_slots, s.ring, 2.0 * (double)s.ring * (double)kv_dim * (double)s.kv_size * c->n_layers * (double)n_slots / 1e9,
+            (double)memory / 1e9);
+    /* calloc, because large calloc'ed memory takes no place until it is written */
+    s.keys = (unsigned char *)calloc(s.kv_bytes / 2 + 64, 1);
+    s.values = (unsigned char *)calloc(s.kv_bytes / 2 + 64, 1);
+    if (!s.keys || !s.values) die("%s: no memory for a KV cache of %.1f GB: lower -b or -c", m->path, (double)s.kv_bytes / 1e9);
+
+    size_t widest = round_up(q_dim > c->hidden_dim ? q_dim : c->hidden_dim, MAX_GROUP);
+    widest = widest > round_up(c->dim, MAX_GROUP) ? widest : round_up(c->dim, MAX_GROUP);
+    s.frequencies = (double *)allocate(c->head_dim / 2, sizeof(double), m->path);
+    s.rotations = (float *)allocate(chunk * c->head_dim, sizeof(float), m->path);
+    s.x = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
+    s.xb = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
+    s.qkv = (float *)allocate(chunk * (q_dim + 2 * kv_dim), sizeof(float), m->path);
+    s.att = (float *)allocate(chunk * q_dim, sizeof(float), m->path);
+    s.h13 = (float *)allocate(chunk * 2 * c->hidden_dim, sizeof(float), m->path);
+    s.h = (float *)allocate(chunk * c->hidden_dim, sizeof(float), m->path);
+    s.quantized.q = (int8_t *)allocate(chunk * widest, 1, m->path);
+    s.quantized.scale = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
+    s.quantized.sum = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
+    for (size_t i = 0; i < c->head_dim / 2; i++)
+        s.frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
+    return s;
+}
+
+static void free_state(State *s) {
+    void *all[] = {s->keys, s->values, s->frequencies, s->rotations, s->x, s->xb, s->qkv, s->att, s->h13, s->h,
+                   s->quantized.q, s->quantized.scale, s->quantized.sum};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+static Cache slot_cache(const State *s, size_t layer, size_t slot, size_t kv_head) {
+    const Header *c = &s->model->c;
+    size_t at = ((layer * s->n_slots + slot) * c->n_kv_heads + kv_head) * s->ring * c->head_dim * s->kv_size;
+    Cache cache = {s->keys + at, s->values + at, s->ring, s->kv_size == sizeof(uint16_t)};
+    return cache;
+}
+
+/* Books the time since the last call, and what was computed and read in it, under an operation. */
+static void book(State *s, int operation, double operations, double bytes) {
+    double t = now();
+    s->profile[operation].seconds += t - s->clock;
+    s->profile[operation].operations += operations;
+    s->profile[operation].bytes += bytes;
+    s->clock = t;
+}
+
+static void product(State *s, int operation, float *out, const float *x, const Matrix *w, size_t n) {
+    matmul(out, x, w, &s->quantized, n);
+    book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, (double)w->bytes);
+}
+
+/* One step of the model over n <= chunk tokens: token[i] stands at position pos[i] of the sequence in slot slot[i].
+ * Prefill is n tokens of one sequence, decoding one token of each sequence; any mixture is fine, as long as a
+ * sequence's tokens come in the order of their positions and none is left out. Token i sees what its sequence has
+ * cached, and the tokens of this call before it. logits: [count of i with want[i], vocab_size]. */
+static void forward(State *s, size_t n, const int *token, const size_t *pos, const size_t *slot, const bool *want, float *logits) {
+    const Model *m = s->model;
+    const Header *c = &m->c;
+    size_t dim = c->dim, head_dim = c->head_dim, q_dim = c->n_heads * head_dim, kv_dim = c->n_kv_heads * head_dim;
+    size_t qkv_dim = q_dim + 2 * kv_dim, group = c->n_heads / c->n_kv_heads, tiles = (group + 7) / 8;
+    s->clock = now();
+
+    #pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < n; i++) {
+        matrix_row(s->x + i * dim, &m->token_embedding, (size_t)token[i]);
+        for (size_t j = 0; j < head_dim / 2; j++) {
+            double angle = (double)pos[i] * s->frequencies[j];
+            s->rotations[i * head_dim + 2 * j] = (float)cos(angle);
+            s->rotations[i * head_dim + 2 * j + 1] = (float)sin(angle);
+        }
+    }
+    book(s, EMBEDDING, 0, 0);
+
+    for (size_t l = 0; l < c->n_layers; l++) {
+        const Layer *w = &m->layers[l];
+
+        /* attention: norm, queries, keys and values of all heads, their rotation */
+        #pragma omp parallel for schedule(static) if (n > 1)
+        for (size_t i = 0; i < n; i++) rms_norm(s->xb + i * dim, s->x + i * dim, w->rms_att_weight, dim, c->norm_eps);
+        book(s, NORM, 0, 0);
+        product(s, WQKV, s->qkv, s->xb, &w->wqkv, n);
+        #pragma omp parallel for schedule(static) if (n > 1)
+        for (size_t i = 0; i < n; i++) {
+            float *q = s->qkv + i * qkv_dim, *k = q + q_dim, *v = k + kv_dim;
+            for (size_t h = 0; h < c->n_heads + c->n_kv_heads; h++)      /* the key heads follow the query heads */
+                rope(q + h * head_dim, s->rotations + i * head_dim, head_dim / 2);
+            for (size_t h = 0; h < c->n_kv_heads; h++)
+                cache_store(slot_cache(s, l, slot[i], h), pos[i], k + h * head_dim, v + h * head_dim, head_dim);
+        }
+        book(s, ROPE, 0, 0);
+
+        /* each key head's query heads, up to 8 at once, of each token */
+        #pragma omp parallel for schedule(dynamic)
+        for (size_t u = 0; u < n * c->n_kv_heads * tiles; u++) {
+            size_t i = u / (c->n_kv_heads * tiles), kv_head = u / tiles % c->n_kv_heads, h = kv_head * group + u % tiles * 8;
+            size_t first = c->window && pos[i] >= c->window ? pos[i] - c->window + 1 : 0;
+            attention(s->att + i * q_dim + h * head_dim, s->qkv + i * qkv_dim + h * head_dim, slot_cache(s, l, slot[i], kv_head),
+                      first, pos[i], min_size(8, (kv_head + 1) * group - h), head_dim);
+        }
+        double keys = 0;                /* read in this layer, all tokens together */
+        for (size_t i = 0; i < n; i++) keys += (double)(c->window ? min_size(pos[i] + 1, c->window) : pos[i] + 1);
+        book(s, ATTENTION, 4.0 * keys * (double)q_dim, 2.0 * keys * (double)(kv_dim * s->kv_size));
+        product(s, WO, s->xb, s->att, &w->wo, n);
+        for (size_t i = 0; i < n * dim; i++) s->x[i] += s->xb[i];
+
+        /* feed-forward: norm, gate and up, SwiGLU, down */
+        #pragma omp parallel for schedule(static) if (n > 1)
+        for (size_t i = 0; i < n; i++) rms_norm(s->xb + i * dim, s->x + i * dim, w->rms_ffn_weight, dim, c->norm_eps);
+        book(s, NORM, 0, 0);
+        product(s, W13, s->h13, s->xb, &w->w13, n);
+        #pragma omp parallel for schedule(static) if (n > 1)
+        for (size_t i = 0; i < n; i++) swiglu(s->h + i * c->hidden_dim, s->h13 + i * 2 * c->hidden_dim, c->hidden_dim);
+        book(s, SWIGLU, 0, 0);
+        product(s, W2, s->xb, s->h, &w->w2, n);
+        for (size_t i = 0; i < n * dim; i++) s->x[i] += s->xb[i];
+    }
+
+    size_t n_want = 0;
+    for (size_t i = 0; i < n; i++)
+        if (want[i]) rms_norm(s->xb + n_want++ * dim, s->x + i * dim, m->rms_final_weight, dim, c->norm_eps);
+    book(s, NORM, 0, 0);
+    if (n_want) product(s, CLASSIFIER, logits, s->xb, &m->wcls, n_want);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 4. The tokenizer: SentencePiece BPE                                                                               */
+
+static const char SPACE[] = "\xe2\x96\x81";          /* U+2581, which stands for a space in pieces */
+static const char REPLACEMENT[] = "\xef\xbf\xbd";    /* U+FFFD, which stands for a byte that is not UTF-8 */
+
+/* A growing string of bytes, text[length] being 0. */
+typedef struct { char *text; size_t length, room; } Text;
+
+static void append(Text *t, const char *bytes, size_t n) {
+    if (t->length + n + 1 > t->room) {
+        t->room = 2 * (t->length + n + 1);
+        t->text = (char *)realloc(t->text, t->room);
+        if (!t->text) die("no memory for a text of %zu bytes", t->room);
+    }
+    if (n) memcpy(t->text + t->length, bytes, n);
+    t->text[t->length += n] = 0;
+}
+
+/* Bytes of the UTF-8 character at the start of s (n > 0 bytes), 0 if there is no valid one: RFC 3629, so no overlong
+ * forms, no surrogates, nothing past U+10FFFF. */
+static size_t utf8_length(const char *s, size_t n) {
+    const unsigned char *u = (const unsigned char *)s;
+    size_t length = u[0] < 0x80 ? 1 : u[0] >= 0xc2 && u[0] < 0xe0 ? 2 : u[0] >= 0xe0 && u[0] < 0xf0 ? 3 : u[0] >= 0xf0 && u[0] < 0xf5 ? 4 : 0;
+    if (length > n) return 0;
+    for (size_t i = 1; i < length; i++) if ((u[i] & 0xc0) != 0x80) return 0;
+    if ((u[0] == 0xe0 && u[1] < 0xa0) || (u[0] == 0xed && u[1] > 0x9f) || (u[0] == 0xf0 && u[1] < 0x90) || (u[0] == 0xf4 && u[1] > 0x8f)) return 0;
+    return length;
+}
+
+static size_t hash(const char *s, size_t n) {        /* FNV-1a */
+    uint64_t h = 14695981039346656037ull;
+    for (size_t i = 0; i < n; i++) h = (h ^ (unsigned char)s[i]) * 1099511628211ull;
+    return (size_t)(h ^ h >> 32);
+}
+
+/* The id of the normal or user-defined piece with this text, -1 if there is none. */
+static int find_piece(const Tokenizer *t, const char *s, size_t n) {
+    for (size_t i = hash(s, n) & t->table_mask; t->table[i] >= 0; i = (i + 1) & t->table_mask) {
+        const Piece *p = &t->pieces[t->table[i]];
+        if (p->length == n && !memcmp(p->text, s, n)) return t->table[i];
+    }
+    return -1;
+}
+
+/* Reads the tokenizer at `data` (c->tokenizer_size bytes that are known to be in the file); dies if it is damaged. */
+static void load_tokenizer(const char *path, const Header *c, const unsigned char *data, Tokenizer *t) {
+    uint32_t head[8];
+    const unsigned char *at = data + sizeof head, *end = data + c->tokenizer_size;
+    memcpy(head, data, sizeof head);
+    if (head[0] != 1) die("%s: tokenizer of kind %u; this program knows 1, SentencePiece BPE", path, head[0]);
+    if (head[1] == 0 || head[1] > c->vocab_size) die("%s: tokenizer: %u pieces for a vocabulary of %u", path, head[1], c->vocab_size);
+    t->n_pieces = head[1];
+    t->dummy_prefix = head[2] & 1;
+    t->byte_fallback = head[2] & 2;
+    t->unk = (int)head[3];
+    t->bos = (int)head[4];
+    for (int i = 0; i < 3; i++) t->eos[i] = (int)head[5 + i];
+    for (int i = 0; i < 5; i++)
+        if ((int32_t)head[3 + i] < (i ? -1 : 0) || (int32_t)head[3 + i] >= (int32_t)c->vocab_size)
+            die("%s: tokenizer: special id %d is not in the vocabulary of %u", path, (int)head[3 + i], c->vocab_size);
+
+    for (t->table_mask = 1; t->table_mask < 2 * t->n_pieces; t->table_mask *= 2) {}
+    t->pieces = (Piece *)allocate(t->n_pieces, sizeof(Piece), path);
+    t->table = (int *)allocate(t->table_mask, sizeof(int), path);
+    t->user_defined = (int *)allocate(t->n_pieces, sizeof(int), path);
+    memset(t->table, 0xff, t->table_mask * sizeof(int));
+    t->table_mask--;
+    for (int i = 0; i < 256; i++) t->byte_ids[i] = t->unk;
+    for (size_t i = 0; i < t->n_pieces; i++) {
+        Piece *p = &t->pieces[i];
+        uint16_t type, length;
+        unsigned byte;
+        if (end - at < 8) die("%s: tokenizer: cut in piece %zu", path, i);
+        memcpy(&p->score, at, 4);
+        memcpy(&type, at + 4, 2);
+        memcpy(&length, at + 6, 2);
+        at += 8;
+        if (end - at < length) die("%s: tokenizer: cut in piece %zu", path, i);
+        p->text = (const char *)at;
+        p->length = length;
+        p->type = type;
+        at += length;
+        if (type == USER_DEFINED && length) t->user_defined[t->n_user_defined++] = (int)i;
+        if ((type == NORMAL || type == USER_DEFINED) && length && find_piece(t, p->text, length) < 0) {
+            size_t h = hash(p->text, length) & t->table_mask;
+            while (t->table[h] >= 0) h = (h + 1) & t->table_mask;
+            t->table[h] = (int)i;
+        }
+        if (type == BYTE) {
+            char digits[8] = {0};
+            memcpy(digits, p->text, length < 7 ? length : 0);
+            if (sscanf(digits, "<0x%2X>", &byte) != 1) die("%s: tokenizer: byte piece %zu is not <0xHH>", path, i);
+            t->byte_ids[byte] = (int)i;
+            p->score = (float)byte;     /* decoding wants the byte; bytes have no use for a score */
+        }
+    }
+}
+
+static int find_control(const Tokenizer *t, const char *text) {     /* -1 if there is none */
+    for (size_t i = 0; i < t->n_pieces; i++)
+        if (t->pieces[i].type == CONTROL && t->pieces[i].length == strlen(text) && !memcmp(t->pieces[i].text, text, strlen(text)))
+            return (int)i;
+    return -1;
+}
+
+/* A possible merge of two neighbours, in a heap: the highest score first, the leftmost of equal ones. */
+typedef struct { float score; uint32_t left, right, length; } Merge;
+/* A part of the text, linked to its neighbours; next of the last and previous of the first is NONE. */
+typedef struct { uint32_t start, length, previous, next; int id; bool frozen; } Symbol;
+#define NONE UINT32_MAX
+
+static bool goes_first(const Merge *a, const Merge *b) {
+    return a->score > b->score || (a->score == b->score && a->left < b->left);
+}
+
+static void heap_push(Merge *heap, size_t *n, Merge m) {
+    size_t i = (*n)++;
+    for (; i && goes_first(&m, &heap[(i - 1) / 2]); i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = m;
+}
+
+static Merge heap_pop(Merge *heap, size_t *n) {
+    Merge top = heap[0], last = heap[--*n];
+    size_t i = 0, child;
+    while ((child = 2 * i + 1) < *n) {
+        if (child + 1 < *n && goes_first(&heap[child + 1], &heap[child])) child++;
+        if (!goes_first(&heap[child], &last)) break;
+        heap[i] = heap[child];
+        i = child;
+    }
+    heap[i] = last;
+    return top;
+}
+
+static void push_merge(const Tokenizer *t, const char *text, const Symbol *s, uint32_t left, uint32_t right, Merge *heap, size_t *n) {
+    if (left == NONE || right == NONE || s[left].frozen || s[right].frozen) return;
+    uint32_t length = s[left].length + s[right].length;
+    int id = find_piece(t, text + s[left].start, length);
+    if (id < 0) return;
+    Merge m = {t->pieces[id].score, left, right, length};
+    heap_push(heap, n, m);
+}
+
+/* Encodes a text of n bytes, any bytes, as the SentencePiece library does; returns the ids, to be freed, and their
+ * number. BOS is not among them. Spaces become U+2581, one more stands before the text; then neighbours are merged,
+ * best score first, until no two make a piece (Sennrich et al. 2016); what is no piece then becomes its bytes. */
+static int *encode(const Tokenizer *t, const char *text, size_t n, size_t *n_ids) {
+    Text norm = {NULL, 0, 0};
+    size_t n_symbols = 0, n_merges = 0;
+    if (n > (1u << 30)) die("a text of %zu bytes is too long to encode", n);
+    append(&norm, "", 0);
+    if (n && t->dummy_prefix) append(&norm, SPACE, 3);
+    for (size_t i = 0, length; i < n; i += length) {
+        length = utf8_length(text + i, n - i);
+        if (text[i] == ' ') append(&norm, SPACE, 3);
+        else if (length) append(&norm, text + i, length);
+        else { append(&norm, REPLACEMENT, 3); length = 1; }
+    }
+
+    /* one symbol for each character, or for the longest user-defined piece that starts there */
+    Symbol *s = (Symbol *)allocate(norm.length, sizeof(Symbol), "tokenizer");
+    Merge *heap = (Merge *)allocate(2 * norm.length, sizeof(Merge), "tokenizer");
+    for (size_t i = 0; i < norm.length; i += s[n_symbols++].length) {
+        Symbol symbol = {(uint32_t)i, (uint32_t)utf8_length(norm.text + i, norm.length - i), (uint32_t)n_symbols - 1,
+                         (uint32_t)n_symbols + 1, -1, false};
+        for (size_t u = 0; u < t->n_user_defined; u++) {
+            const Piece *p = &t->pieces[t->user_defined[u]];
+            if (p->text[0] == norm.text[i] && p->length <= norm.length - i && p->length >= symbol.length &&
+                !memcmp(p->text, norm.text + i, p->length)) { symbol.length = p->length; symbol.frozen = true; }
+        }
+        s[n_symbols] = symbol;
+    }
+    if (n_symbols) s[n_symbols - 1].next = NONE;    /* the first's previous is 0 - 1 = NONE */
+    for (uint32_t i = 1; i < n_symbols; i++) push_merge(t, norm.text, s, i - 1, i, heap, &n_merges);
+    while (n_merges) {
+        Merge m = heap_pop(heap, &n_merges);
+        Symbol *left = &s[m.left], *right = &s[m.right];
+        if (!left->length || !right->length || left->length + right->length != m.length) continue;   /* one is gone */
+        left->length += right->length;
+        left->next = right->next;
+        right->length = 0;
+        if (left->next != NONE) s[left->next].previous = m.left;
+        push_merge(t, norm.text, s, left->previous, m.left, heap, &n_merges);
+        push_merge(t, norm.text, s, m.left, left->next, heap, &n_merges);
+    }
+
+    int *ids = (int *)allocate(norm.length, sizeof(int), "tokenizer");
+    bool unknown = false;               /* was the last symbol unknown? A run of unknown ones is one id */
+    *n_ids = 0;
+    for (uint32_t i = 0; i < n_symbols; i = s[i].next) {
+        int id = find_piece(t, norm.text + s[i].start, s[i].length);
+        if (id >= 0) ids[(*n_ids)++] = id;
+        else if (t->byte_fallback)
+            for (uint32_t j = 0; j < s[i].length; j++) ids[(*n_ids)++] = t->byte_ids[(unsigned char)norm.text[s[i].start + j]];
+        else if (!unknown) ids[(*n_ids)++] = t->unk;
+        unknown = id < 0;
+    }
+    free(norm.text);
+    free(s);
+    free(heap);
+    return ids;
+}
+
+/* Text of ids that come one by one: what has come so far, valid UTF-8 always, and the bytes of a character that is
+ * not whole yet. */
+typedef struct {
+    Text   text;
+    char   pending[4];
+    size_t n_pending;
+    bool   started;                     /* something was put out: a space at the start is no dummy prefix any more */
+} Decoder;
+
+/* Puts out what is certain of the pending bytes, or all of them: a byte that starts no character becomes U+FFFD. */
+static void decode_pending(Decoder *d, bool all) {
+    while (d->n_pending) {
+        unsigned char lead = (unsigned char)d->pending[0];
+        size_t length = utf8_length(d->pending, d->n_pending), want = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
+        if (!length && !all && lead >= 0xc0 && d->n_pending < want) return;
+        append(&d->text, length ? d->pending : REPLACEMENT, length ? length : 3);
+        length += !length;
+        memmove(d->pending, d->pending + length, d->n_pending -= length);
+    }
+}
+
+static void decode(Decoder *d, const Tokenizer *t, int id) {
+    if (id < 0 || (size_t)id >= t->n_pieces) return;
+    const Piece *p = &t->pieces[id];
+    if (p->type == BYTE) {
+        d->pending[d->n_pending++] = (char)(unsigned char)p->score;
+        d->started = true;
+        decode_pending(d, false);
+        return;
+    }
+    decode_pending(d, true);
+    if (p->type == CONTROL) return;
+    if (p->type == UNKNOWN) append(&d->text, " \xe2\x81\x87 ", 5);
+    else for (size_t i = 0; i < p->length;) {
+        bool space = p->length - i >= 3 && !memcmp(p->text + i, SPACE, 3);
+        if (!space) append(&d->text, p->text + i, 1);
+        else if (i || d->started || !t->dummy_prefix) append(&d->text, " ", 1);
+        i += space ? 3 : 1;
+    }
+    d->started = true;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 5. The sampler                                                                                                    */
+
+/* A uniform number in [0, 1). SplitMix64 (Steele et al. 2014): neighbouring seeds give unrelated streams. */
+static double uniform(uint64_t *state) {
+    uint64_t z = *state += 0x9e3779b97f4a7c15ull;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return (double)((z ^ z >> 31) >> 11) * 0x1p-53;
+}
+
+/* The next id, drawn from softmax(logits / temperature) cut to the smallest set of most probable ids that holds top_p
+ * of the mass (Holtzman et al. 2019); temperature 0 is the most probable id. logits: [n], overwritten.
+ * Nothing is sorted: the smallest probability in the set is found digit by digit (10 bits of the FP32 number at a
+ * time, whose bits order as its values do), summing the mass above each digit. */
+static int sample(float *logits, size_t n, float temperature, float top_p, uint64_t *rng) {
+    size_t best = 0;
+    for (size_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
+    if (temperature == 0) return (int)best;
+
+    float *p = logits, max = logits[best], scale = 1.0f / temperature;
+    double total = 0, above = 0;        /* mass of all, and of what is known to be in the set */
+    for (size_t i = 0; i < n; i++) p[i] = fast_exp((logits[i] - max) * scale);
+    for (size_t i = 0; i < n; i++) total += p[i];
+    double limit = top_p < 1 ? top_p * total : INFINITY;
+    uint32_t smallest = 0;
+    for (int shift = 20; shift >= 0; shift -= 10) {
+        double mass[1024] = {0};
+        for (size_t i = 0; i < n; i++)
+            if ((as_bits(p[i]) >> shift) >> 10 == smallest) mass[as_bits(p[i]) >> shift & 1023] += p[i];
+        uint32_t digit = 1023;
+        while (digit && above + mass[digit] < limit) above += mass[digit--];
+        smallest = smallest << 10 | digit;
+    }
+    /* of the ids that have just this probability as many as are needed, in the order of ids */
+    double each = as_float(smallest), equal = top_p < 1 && each > 0 ? ceil((limit - above) / each) : (double)n;
+    double r = 0, end = above + (top_p < 1 ? equal * each : 0);
+    end = top_p < 1 && end < total ? end : total;
+    r = uniform(rng) * end;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = as_bits(p[i]);
+        if (bits < smallest || (bits == smallest && equal-- < 1)) continue;
+        best = i;                       /* the last of the set, should rounding carry r past the end */
+        if ((r -= p[i]) < 0) break;
+    }
+    return (int)best;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 6. The batch                                                                                                      */
+
+typedef struct {
+    const char *path, *mode, *prompt, *file, *system, *output, *against, *chat_template;
+    size_t   batch, tokens, prompt_tokens, context, threads, warmup, repeat, skip;
+    float    temperature, top_p;
+    uint64_t seed;
+    double   target;
+    bool     ignore_eos, profile, quiet;
+} Options;
+
+/* A prompt and what was generated after it. */
+typedef struct {
+    int     *ids;
+    size_t   n_ids, room, n_prompt;     /* ids so far, the prompt's among them */
+    size_t   n_fed;                     /* ids that the model has seen */
+    size_t   limit;                     /* stops when n_ids reaches it */
+    uint64_t rng;
+    double   last;                      /* when its last token came */
+    const char *finish;                 /* NULL while it runs; "eos", "length" or "context" */
+} Sequence;
+
+static void push_id(Sequence *q, int id) {
+    if (q->n_ids == q->room) {
+        q->room = 2 * q->room + 64;
+        q->ids = (int *)realloc(q->ids, q->room * sizeof(int));
+        if (!q->ids) die("no memory for a sequence of %zu tokens", q->room);
+    }
+    q->ids[q->n_ids++] = id;
+}
+
+/* A growing list of times, for percentiles. */
+typedef struct { double *values; size_t n, room; } Samples;
+
+static void add_sample(Samples *s, double value) {
+    if (s->n == s->room) {
+        s->room = 2 * s->room + 64;
+        s->values = (double *)realloc(s->values, s->room * sizeof(double));
+        if (!s->values) die("no memory for %zu times", s->room);
+    }
+    s->values[s->n++] = value;
+}
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double percentile(Samples *s, double q) {     /* q in [0, 1], nearest rank; 0 if there are no samples */
+    if (!s->n) return 0;
+    qsort(s->values, s->n, sizeof(double), compare_doubles);
+    return s->values[(size_t)(q * (double)(s->n - 1) + 0.5)];
+}
+
+/* What one pass over all sequences took. */
+typedef struct {
+    size_t prompt_tokens, generated_tokens, decode_tokens;   /* decode_tokens: generated by steps that were no prefill */
+    double prefill_seconds, decode_seconds, total_seconds, decode_bytes;
+    Samples ttft, itl;                  /* seconds from the start to a sequence's first token; between its tokens */
+} Pass;
+
+static volatile sig_atomic_t interrupted;
+static void on_interrupt(int signal_number) { (void)signal_number; interrupted = 1; }
+
+/* Called after each step with all sequences; prints what is new. */
+typedef struct Display Display;
+static void display(Display *d, const Sequence *sequences, size_t n);
+
+/* Runs sequences until each has finished: the loop of this program. A sequence takes a slot (a place in the KV cache)
+ * and leaves it to the next one when it ends. A step feeds the model, of each slot, the ids it has not seen: one id of
+ * a sequence that generates, many of a prompt. While a slot has prompt left, steps are of prompts only, so that the
+ * other sequences wait a little and then go on together. The last id's logits give the next id. */
+static void generate(State *s, Sequence *sequences, size_t n_sequences, const Options *o, Pass *pass, Display *d) {
+    const Model *m = s->model;
+    const Tokenizer *t = &m->tokenizer;
+    size_t vocab = m->c.vocab_size, next = 0, n_running = 0;
+    Sequence **slots = (Sequence **)allocate(s->n_slots, sizeof *slots, m->path);
+    Sequence **wanted = (Sequence **)allocate(s->n_slots, sizeof *wanted, m->path);
+    int *token = (int *)allocate(s->chunk, sizeof *token, m->path);
+    size_t *pos = (size_t *)allocate(s->chunk, sizeof *pos, m->path), *slot = (size_t *)allocate(s->chunk, sizeof *slot, m->path);
+    bool *want = (bool *)allocate(s->chunk, sizeof *want, m->path);
+    float *logits = (float *)allocate(s->n_slots * vocab, sizeof *logits, m->path);
+    double start = now(), before = start;
+
+    while (!interrupted) {
+        bool prefill = false;
+        size_t n = 0, n_want = 0;
+        for (size_t i = 0; i < s->n_slots; i++) {
+            if (!slots[i] && next < n_sequences) { slots[i] = &sequences[next++]; n_running++; }
+            prefill |= slots[i] && slots[i]->n_fed < slots[i]->n_prompt;
+        }
+        if (!n_running) break;
+        for (size_t i = 0; i < s->n_slots; i++) {
+            Sequence *q = slots[i];
+            if (!q || (prefill && q->n_fed >= q->n_prompt)) continue;
+            for (; q->n_fed < q->n_ids && n < s->chunk; n++) {
+                token[n] = q->ids[q->n_fed];
+                pos[n] = q->n_fed++;
+                slot[n] = i;
+                want[n] = q->n_fed == q->n_ids && q->n_ids < q->limit;
+                if (want[n]) wanted[n_want++] = q;
+            }
+        }
+        double bytes = 0;
+        for (int i = 0; i < N_OPERATIONS; i++) bytes -= s->profile[i].bytes;
+        forward(s, n, token, pos, slot, want, logits);
+        for (int i = 0; i < N_OPERATIONS; i++) bytes += s->profile[i].bytes;
+
+        #pragma omp parallel for schedule(dynamic)
+        for (size_t i = 0; i < n_want; i++)         /* token[] has served and takes the new ids */
+            token[i] = sample(logits + i * vocab, vocab, o->temperature, o->top_p, &wanted[i]->rng);
+        book(s, SAMPLING, 0, 0);
+
+        double after = now();
+        for (size_t i = 0; i < n_want; i++) {
+            Sequence *q = wanted[i];
+            int id = token[i];
+            push_id(q, id);
+            add_sample(q->n_ids == q->n_prompt + 1 ? &pass->ttft : &pass->itl,
+                       after - (q->n_ids == q->n_prompt + 1 ? start : q->last));
+            q->last = after;
+            if (!o->ignore_eos && id >= 0 && (id == t->eos[0] || id == t->eos[1] || id == t->eos[2])) q->finish = "eos";
+        }
+        for (size_t i = 0; i < s->n_slots; i++) {
+            Sequence *q = slots[i];
+            if (!q) continue;
+            if (!q->finish && q->n_ids >= q->limit && q->n_fed >= q->n_prompt)
+                q->finish = q->n_ids - q->n_prompt >= o->tokens ? "length" : "context";
+            if (q->finish) { slots[i] = NULL; n_running--; }
+        }
+        pass->generated_tokens += n_want;
+        if (prefill) { pass->prompt_tokens += n; pass->prefill_seconds += after - before; }
+        else { pass->decode_tokens += n_want; pass->decode_seconds += after - before; pass->decode_bytes += bytes; }
+        before = after;
+        if (d) display(d, sequences, n_sequences);
+    }
+    for (size_t i = 0; i < n_sequences; i++) if (!sequences[i].finish) sequences[i].finish = "length";   /* Ctrl-C */
+    pass->total_seconds = now() - start;
+    if (d) display(d, sequences, n_sequences);
+    void *all[] = {slots, wanted, token, pos, slot, want, logits};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 7. Reports                                                                                                        */
+
+/* Prints the first sequence as it grows, the second when the first has ended, and so on: text to stdout. */
+struct Display {
+    const Tokenizer *tokenizer;
+    size_t  current, shown;             /* sequence that is being printed; how many of its ids have been */
+    bool    answers;                    /* chat: without the prompt */
+    Decoder decoder;
+    double  start, last;                /* for the progress line */
+    const Options *options;
+};
+
+static void display(Display *d, const Sequence *sequences, size_t n) {
+    size_t done = 0, all = 0, finished = 0;
+    for (; d->current < n; d->current++) {
+        const Sequence *q = &sequences[d->current];
+        if (!d->shown && n > 1) printf("%s== %zu ==\n", d->current ? "\n" : "", d->current + 1);
+        if (!d->shown && d->answers) d->shown = q->n_prompt;
+        while (d->shown < q->n_ids) decode(&d->decoder, d->tokenizer, q->ids[d->shown++]);
+        if (q->finish) decode_pending(&d->decoder, true);
+        fwrite(d->decoder.text.text, 1, d->decoder.text.length, stdout);
+        d->decoder.text.length = 0;
+        if (!q->finish) break;
+        putchar('\n');
+        d->decoder.started = false;
+        d->shown = 0;
+    }
+    fflush(stdout);
+    if (d->options->quiet || !isatty(STDERR_FILENO) || isatty(STDOUT_FILENO) || now() - d->last < 0.2) return;
+    d->last = now();
+    for (size_t i = 0; i < n; i++) {
+        done += sequences[i].finish ? sequences[i].limit : sequences[i].n_fed;
+        all += sequences[i].limit;
+        finished += sequences[i].finish != NULL;
+    }
+    fprintf(stderr, "\r%zu of %zu sequences, %.0f%%, %.0f s left   ", finished, n, 100.0 * (double)done / (double)all,
+            (d->last - d->start) * (double)(all - done) / (double)(done + 1));
+    if (finished == n) fprintf(stderr, "\r%60s\r", "");
+}
+
+/* Opens a file under a temporary name beside `path`; close_output() gives it its name. Both die on errors. */
+static FILE *open_output(const char *path) {
+    if (snprintf(temporary, sizeof temporary, "%s.tmp.%d", path, (int)getpid()) >= (int)sizeof temporary) {
+        temporary[0] = 0;
+        die("%s: the name is too long", path);
+    }
+    FILE *f = fopen(temporary, "wb");
+    if (!f) { temporary[0] = 0; die("%s: cannot be written: %s", path, strerror(errno)); }
+    return f;
+}
+
+static void close_output(FILE *f, const char *path) {
+    bool bad = ferror(f);
+    if (fclose(f) != 0 || bad) die("%s: cannot be written: %s", path, strerror(errno ? errno : EIO));
+    if (rename(temporary, path) != 0) die("%s: cannot be written: %s", path, strerror(errno));
+    temporary[0] = 0;
+}
+
+static void json_string(FILE *f, const char *s, size_t n) {     /* s is valid UTF-8 */
+    fputc('"', f);
+    for (size_t i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)s[i];
+        if (c == '"' || c == '\\') fprintf(f, "\\%c", c);
+        else if (c < 0x20 || c == 0x7f) fprintf(f, "\\u%04x", c);
+        else fputc(c, f);
+    }
+    fputc('"', f);
+}
+
+/* Text of ids[from .. to) as JSON; the prompt's starts without the dummy space, what follows keeps its space. */
+static void json_text(FILE *f, const Tokenizer *t, const int *ids, size_t from, size_t to) {
+    Decoder d;
+    memset(&d, 0, sizeof d);
+    d.started = from > 0;
+    append(&d.text, "", 0);
+    for (size_t i = from; i < to; i++) decode(&d, t, ids[i]);
+    decode_pending(&d, true);
+    json_string(f, d.text.text, d.text.length);
+    free(d.text.text);
+}
+
+static void json_ids(FILE *f, const int *ids, size_t from, size_t to) {
+    fputc('[', f);
+    for (size_t i = from; i < to; i++) fprintf(f, "%s%d", i > from ? ", " : "", ids[i]);
+    fputc(']', f);
+}
+
+static void json_head(FILE *f, const State *s, const Options *o) {
+    fprintf(f, "{\n  \"model\": ");
+    size_t n = strlen(s->model->c.name);
+    Text name = {NULL, 0, 0};           /* the header may hold any bytes */
+    append(&name, "", 0);
+    for (size_t i = 0, length; i < n; i += length + !length) {
+        length = utf8_length(s->model->c.name + i, n - i);
+        append(&name, length ? s->model->c.name + i : REPLACEMENT, length ? length : 3);
+    }
+    json_string(f, name.text, name.length);
+    free(name.text);
+    fprintf(f, ",\n  \"backend\": \"cpu\",\n  \"dtype\": \"%s\",\n  \"threads\": %zu", TYPE_NAMES[s->model->layers[0].wqkv.type], o->threads);
+}
+
+static double median_of(const Pass *passes, size_t n, size_t offset, double q) {
+    Samples values = {NULL, 0, 0};
+    for (size_t i = 0; i < n; i++) add_sample(&values, *(const double *)((const char *)&passes[i] + offset));
+    double value = percentile(&values, q);
+    free(values.values);
+    return value;
+}
+
+/* Prints the table of -P: where the time of all measured passes went. */
+static void report_profile(const State *s) {
+    double total = 0;
+    for (int i = 0; i < N_OPERATIONS; i++) total += s->profile[i].seconds;
+    fprintf(stderr, "\n%-18s %10s %7s %9s %8s\n", "operation", "seconds", "share", "GOP/s", "GB/s");
+    for (int i = 0; i < N_OPERATIONS; i++) {
+        const Profile *p = &s->profile[i];
+        fprintf(stderr, "%-18s %10.4f %6.1f%%", OPERATION_NAMES[i], p->seconds, total > 0 ? 100 * p->seconds / total : 0);
+        if (p->operations > 0 && p->seconds > 0) fprintf(stderr, " %9.1f %8.2f", p->operations / p->seconds / 1e9, p->bytes / p->seconds / 1e9);
+        fputc('\n', stderr);
+    }
+}
+
+/* Prints the statistics of the measured passes to stderr and, with -o, as JSON. Returns whether the target is met. */
+static bool report(const State *s, const Sequence *sequences, size_t n_sequences, Pass *passes, size_t n_passes, const Options *o) {
+    const Model *m = s->model;
+    const Tokenizer *t = &m->tokenizer;
+    const Pass *last = &passes[n_passes - 1];
+    struct rusage usage;
+    Samples ttft = {NULL, 0, 0}, itl = {NULL, 0, 0};
+    for (size_t i = 0; i < n_passes; i++) {
+        for (size_t j = 0; j < passes[i].ttft.n; j++) add_sample(&ttft, passes[i].ttft.values[j]);
+        for (size_t j = 0; j < passes[i].itl.n; j++) add_sample(&itl, passes[i].itl.values[j]);
+    }
+    getrusage(RUSAGE_SELF, &usage);
+    double prefill = median_of(passes, n_passes, offsetof(Pass, prefill_seconds), 0.5);
+    double decode_s = median_of(passes, n_passes, offsetof(Pass, decode_seconds), 0.5);
+    double total = median_of(passes, n_passes, offsetof(Pass, total_seconds), 0.5);
+    double total_min = median_of(passes, n_passes, offsetof(Pass, total_seconds), 0);
+    double total_max = median_of(passes, n_passes, offsetof(Pass, total_seconds), 1);
+    double prefill_tok_s = prefill > 0 ? (double)last->prompt_tokens / prefill : 0;
+    double decode_tok_s = decode_s > 0 ? (double)last->decode_tokens / decode_s : 0;
+    double total_tok_s = total > 0 ? (double)(last->prompt_tokens + last->generated_tokens) / total : 0;
+    double bandwidth = decode_s > 0 ? last->decode_bytes / decode_s / 1e9 : 0;
+    double ttft_ms = 1e3 * percentile(&ttft, 0.5), itl_50 = 1e3 * percentile(&itl, 0.5), itl_95 = 1e3 * percentile(&itl, 0.95);
+    double peak = (double)usage.ru_maxrss * 1024;
+    bool pass = o->target <= 0 || total_tok_s >= o->target;
+    free(ttft.values);
+    free(itl.values);
+
+    if (!o->quiet) {
+        const Matrix *w = &m->layers[0].wqkv;
+        fprintf(stderr, "\nmodel    %s, %s", m->c.name, TYPE_NAMES[w->type]);
+        if (w->type >= Q8) fprintf(stderr, " in groups of %zu", w->group);
+        fprintf(stderr, "; cpu, %zu thread%s; batch %zu, seed %llu\n", o->threads, o->threads == 1 ? "" : "s", s->n_slots, (unsigned long long)o->seed);
+        fprintf(stderr, "prefill  %zu tokens in %.3f s: %.1f tok/s, the first token of a sequence after %.1f ms\n", last->prompt_tokens, prefill, prefill_tok_s, ttft_ms);
+        fprintf(stderr, "decode   %zu tokens in %.3f s: %.1f tok/s, %.1f ms between tokens (95%% under %.1f), reading %.1f GB/s\n",
+                last->decode_tokens, decode_s, decode_tok_s, itl_50, itl_95, bandwidth);
+        fprintf(stderr, "total    %zu tokens in %.3f s: %.1f tok/s in and out", last->prompt_tokens + last->generated_tokens, total, total_tok_s);
+        if (n_passes > 1) fprintf(stderr, " (median of %zu passes, %.3f to %.3f s)", n_passes, total_min, total_max);
+        fprintf(stderr, "\nmemory   weights %.1f MB, KV cache %.1f MB, peak %.1f MB\n", (double)m->c.file_size / 1e6, (double)s->kv_bytes / 1e6, peak / 1e6);
+    }
+    if (o->target > 0) fprintf(stderr, "%s: %.1f tok/s, target %.1f\n", pass ? "PASS" : "FAIL", total_tok_s, o->target);
+    if (o->profile) report_profile(s);
+    if (!o->output) return pass;
+
+    FILE *f = open_output(o->output);
+    json_head(f, s, o);
+    fprintf(f, ",\n  \"batch\": %zu,\n  \"seed\": %llu,\n  \"prompt_tokens\": %zu,\n  \"generated_tokens\": %zu", s->n_slots,
+            (unsigned long long)o->seed, last->prompt_tokens, last->generated_tokens);
+    const struct { const char *name; double value; } numbers[] = {
+        {"prefill_seconds", prefill}, {"decode_seconds", decode_s}, {"total_seconds", total}, {"total_seconds_min", total_min},
+        {"total_seconds_max", total_max}, {"prefill_tok_s", prefill_tok_s}, {"decode_tok_s", decode_tok_s},
+        {"total_tok_s", total_tok_s}, {"ttft_ms", ttft_ms}, {"itl_ms_p50", itl_50}, {"itl_ms_p95", itl_95},
+        {"bandwidth_gb_s", bandwidth}};
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) fprintf(f, ",\n  \"%s\": %.9g", numbers[i].name, numbers[i].value);
+    fprintf(f, ",\n  \"weights_bytes\": %llu,\n  \"kv_bytes\": %zu,\n  \"peak_bytes\": %.0f,\n  \"target_tok_s\": ", (unsigned long long)m->c.file_size, s->kv_bytes, peak);
+    if (o->target > 0) fprintf(f, "%.9g,\n  \"pass\": %s", o->target, pass ? "true" : "false");
+    else fprintf(f, "null,\n  \"pass\": null");
+    fprintf(f, ",\n  \"sequences\": [");
+    for (size_t i = 0; i < n_sequences; i++) {
+        const Sequence *q = &sequences[i];
+        fprintf(f, "%s\n    {\"prompt\": ", i ? "," : "");
+        json_text(f, t, q->ids, 0, q->n_prompt);
+        fprintf(f, ", \"prompt_ids\": ");
+        json_ids(f, q->ids, 0, q->n_prompt);
+        fprintf(f, ", \"ids\": ");
+        json_ids(f, q->ids, q->n_prompt, q->n_ids);
+        fprintf(f, ", \"text\": ");
+        json_text(f, t, q->ids, q->n_prompt, q->n_ids);
+        fprintf(f, ", \"finish\": \"%s\"}", q->finish);
+    }
+    fprintf(f, "\n  ]\n}\n");
+    close_output(f, o->output);
+    return pass;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 8. The modes                                                                                                      */
+
+/* Reads a stream to its end into `t`; dies on errors. `path` is for the message. */
+static void read_all(FILE *f, const char *path, Text *t) {
+    char buffer[65536];
+    size_t n;
+    append(t, "", 0);
+    while ((n = fread(buffer, 1, sizeof buffer, f)) > 0) append(t, buffer, n);
+    if (ferror(f)) die("%s: cannot be read: %s", path, strerror(errno));
+}
+
+static Text read_file(const char *path) {
+    Text t = {NULL, 0, 0};
+    FILE *f = fopen(path, "rb");
+    if (!f) die("%s: %s", path, strerror(errno));
+    read_all(f, path, &t);
+    fclose(f);
+    return t;
+}
+
+static void push_text(Sequence *q, const Tokenizer *t, const char *text, size_t n) {
+    size_t n_ids;
+    int *ids = encode(t, text, n, &n_ids);
+    for (size_t i = 0; i < n_ids; i++) push_id(q, ids[i]);
+    free(ids);
+}
+
+/* BOS and the prompt's ids; with -l repeated or cut to so many. */
+static Sequence new_sequence(const Model *m, const char *prompt, size_t n, const Options *o, size_t index) {
+    Sequence q;
+    memset(&q, 0, sizeof q);
+    if (m->tokenizer.bos >= 0) push_id(&q, m->tokenizer.bos);
+    push_text(&q, &m->tokenizer, prompt, n);
+    if (!q.n_ids) die("prompt %zu: is empty, and the model has no token that begins a sequence", index + 1);
+    if (o->prompt_tokens) {
+        /* BOS stands once; what is repeated is the text. An empty text repeats BOS. */
+        size_t from = q.n_ids > 1 && q.ids[0] == m->tokenizer.bos, period = q.n_ids - from;
+        while (q.n_ids < o->prompt_tokens) push_id(&q, q.ids[from + (q.n_ids - from) % period]);
+        q.n_ids = o->prompt_tokens;
+    }
+    q.n_prompt = q.n_ids;
+    return q;
+}
+
+static void start_sequence(Sequence *q, const Options *o, size_t index, size_t context) {
+    q->n_ids = q->n_prompt;
+    q->n_fed = 0;
+    q->limit = min_size(q->n_prompt + o->tokens, context);
+    q->rng = o->seed + index;
+    q->finish = NULL;
+}
+
+/* The prompts: of -i, or the lines of -f, or what is typed, or what comes through a pipe. */
+static Sequence *read_prompts(const Model *m, const Options *o, size_t *n) {
+    Text text = {NULL, 0, 0};
+    Sequence *sequences;
+    if (o->file) {
+        text = read_file(o->file);
+        if (text.length && text.text[text.length - 1] == '\n') text.length--;     /* the last line's end */
+        *n = 1;
+        for (size_t i = 0; i < text.length; i++) *n += text.text[i] == '\n';
+        sequences = (Sequence *)allocate(*n, sizeof *sequences, o->file);
+        for (size_t i = 0, at = 0; i < *n; i++) {
+            size_t end = at;
+            while (end < text.length && text.text[end] != '\n') end++;
+            sequences[i] = new_sequence(m, text.text + at, end - at - (end > at && text.text[end - 1] == '\r'), o, i);
+            at = end + 1;
+        }
+    } else {
+        if (o->prompt) append(&text, o->prompt, strlen(o->prompt));
+        else if (!isatty(STDIN_FILENO)) read_all(stdin, "standard input", &text);
+        else {
+            char line[65536];
+            fputs("prompt: ", stderr);
+            if (fgets(line, sizeof line, stdin)) append(&text, line, strlen(line));
+            else append(&text, "", 0);
+        }
+        if (!o->prompt && text.length && text.text[text.length - 1] == '\n') text.length--;
+        *n = o->batch;
+        sequences = (Sequence *)allocate(*n, sizeof *sequences, "prompts");
+        for (size_t i = 0; i < *n; i++) sequences[i] = new_sequence(m, text.text, text.length, o, i);
+    }
+    free(text.text);
+    return sequences;
+}
+
+enum { CHUNK = 256 };                   /* tokens of a forward: enough that reading the weights is a small part of it */
+
+static void clear_profile(State *s) { memset(s->profile, 0, sizeof s->profile); }
+
+static bool generate_mode(const Model *m, const Options *o) {
+    size_t n, need = 0;
+    Sequence *sequences = read_prompts(m, o, &n);
+    for (size_t i = 0; i < n; i++) {
+        if (o->context && sequences[i].n_prompt > o->context)
+            die("prompt %zu: %zu tokens do not fit in a context of %zu: raise -c or shorten it", i + 1, sequences[i].n_prompt, o->context);
+        if (sequences[i].n_prompt + o->tokens > need) need = sequences[i].n_prompt + o->tokens;
+    }
+    size_t context = o->context ? min_size(o->context, need) : need, slots = min_size(o->batch, n);
+    State s = new_state(m, slots, context, slots > CHUNK ? slots : (size_t)CHUNK);
+    Pass *passes = (Pass *)allocate(o->warmup + o->repeat, sizeof *passes, m->path);
+    Display d = {&m->tokenizer, 0, 0, false, {{NULL, 0, 0}, {0}, 0, false}, now(), 0, o};
+    size_t done = 0;
+    for (; done < o->warmup + o->repeat && !interrupted; done++) {
+        bool last = done + 1 == o->warmup + o->repeat;
+        if (done == o->warmup) clear_profile(&s);
+        for (size_t i = 0; i < n; i++) start_sequence(&sequences[i], o, i, context);
+        generate(&s, sequences, n, o, &passes[done], last ? &d : NULL);
+    }
+    size_t first = min_size(o->warmup, done - 1);
+    bool pass = report(&s, sequences, n, passes + first, done - first, o);
+    for (size_t i = 0; i < n; i++) free(sequences[i].ids);
+    for (size_t i = 0; i < done; i++) { free(passes[i].ttft.values); free(passes[i].itl.values); }
+    free(d.decoder.text.text);
+    free(passes);
+    free(sequences);
+    free_state(&s);
+    return pass;
+}
+
+/* A conversation in Mistral's instruction format, one forward of new tokens after the other.
+ *   v1: <s> encode("[INST] question [/INST]") answer </s> encode("[INST] ...
+ *   v3: <s> [INST] encode("question") [/INST] answer </s> [INST] ...          where [INST] is a control token
+ * The system prompt and an empty line stand before the first question. */
+static bool chat_mode(const Model *m, const Options *o) {
+    const Tokenizer *t = &m->tokenizer;
+    uint32_t kind = o->chat_template ? (uint32_t)(o->chat_template[1] - '0') : m->c.chat_template;
+    int begin = find_control(t, "[INST]"), end = find_control(t, "[/INST]");
+    if (!kind) die("%s: a base model, without a chat template: use -m generate, or --chat-template v1 or v3 to force one", m->path);
+    if (kind > 1 && (begin < 0 || end < 0)) die("%s: the tokenizer has no control tokens [INST] and [/INST]: use --chat-template v1", m->path);
+    size_t context = o->context ? o->context : m->c.window || !m->c.max_positions ? (size_t)1 << 24 : m->c.max_positions;
+    State s = new_state(m, 1, context, CHUNK);
+    Sequence q;
+    Pass pass;
+    char line[65536];
+    memset(&q, 0, sizeof q);
+    memset(&pass, 0, sizeof pass);
+    q.rng = o->seed;
+    if (t->bos >= 0) push_id(&q, t->bos);
+    for (bool started = false; !interrupted; started = true) {
+        Text text = {NULL, 0, 0};
+        if (isatty(STDIN_FILENO)) fputs("> ", stderr);
+        if (!fgets(line, sizeof line, stdin)) break;
+        if (kind == 1) append(&text, "[INST] ", 7);
+        else push_id(&q, begin);
+        if (!started && o->system) { append(&text, o->system, strlen(o->system)); append(&text, "\n\n", 2); }
+        append(&text, line, strcspn(line, "\n"));
+        if (kind == 1) append(&text, " [/INST]", 8);
+        push_text(&q, t, text.text, text.length);
+        if (kind > 1) push_id(&q, end);
+        free(text.text);
+        if (q.n_ids >= context) die("the conversation no longer fits in a context of %zu positions: raise -c", context);
+        q.n_prompt = q.n_ids;
+        q.limit = min_size(q.n_ids + o->tokens, context);
+        q.finish = NULL;
+        Display d = {t, 0, 0, true, {{NULL, 0, 0}, {0}, 0, false}, now(), 0, o};
+        double seconds = pass.total_seconds;
+        generate(&s, &q, 1, o, &pass, &d);
+        pass.total_seconds += seconds;
+        free(d.decoder.text.text);
+        if (strcmp(q.finish, "eos") && t->eos[0] >= 0) push_id(&q, t->eos[0]);   /* the template ends an answer so */
+    }
+    bool ok = true;
+    if (pass.generated_tokens) {
+        /* one sequence: prompt and answers as they stand in the context */
+        ok = report(&s, &q, 1, &pass, 1, o);
+    }
+    free(pass.ttft.values);
+    free(pass.itl.values);
+    free(q.ids);
+    free_state(&s);
+    return ok;
+}
+
+/* log(sum(e^logits)), in FP64. */
+static double log_sum_exp(const float *logits, size_t n) {
+    double max = -INFINITY, sum = 0;
+    for (size_t i = 0; i < n; i++) max = logits[i] > max ? logits[i] : max;
+    for (size_t i = 0; i < n; i++) sum += exp(logits[i] - max);
+    return max + log(sum);
+}
+
+static void mean_and_error(const Samples *s, double *mean, double *error) {
+    double sum = 0, squares = 0;
+    for (size_t i = 0; i < s->n; i++) sum += s->values[i];
+    *mean = sum / (double)s->n;
+    for (size_t i = 0; i < s->n; i++) squares += (s->values[i] - *mean) * (s->values[i] - *mean);
+    *error = s->n > 1 ? sqrt(squares / (double)(s->n - 1) / (double)s->n) : 0;
+}
+
+/* Perplexity of a text: it is encoded whole, without BOS, and cut in windows of context - 1 ids; each is a sequence of
+ * its own that starts with BOS, and every id of it, from --skip on, is scored. The windows run as one stream: id f
+ * stands in window f / span and is predicted at position f % span, from BOS or the id before it. --against: the same
+ * through a second model, and the Kullback-Leibler divergence of this model's distributions from those. */
+static bool perplexity_mode(const Model *m, const Options *o) {
+    Text text = read_file(o->file);
+    size_t n_ids, context = o->context ? o->context : 512, span = context - 1, vocab = m->c.vocab_size;
+    int *ids = encode(&m->tokenizer, text.text, text.length, &n_ids);
+    if (m->tokenizer.bos < 0) die("%s: the tokenizer has no BOS, which perplexity needs", m->path);
+    if (!n_ids) die("%s: the text is empty", o->file);
+    if (o->skip >= min_size(span, n_ids)) die("%s: --skip %zu leaves nothing to score", o->file, o->skip);
+
+    Model models[2];
+    State states[2];
+    float *logits[2];
+    size_t n_models = o->against ? 2 : 1, n_slots = min_size(CHUNK / span + 2, (n_ids + span - 1) / span);
+    models[0] = *m;
+    if (o->against) {
+        models[1] = load_model(o->against);
+        if (models[1].c.vocab_size != vocab) die("%s: a vocabulary of %u, %s has %zu", o->against, models[1].c.vocab_size, m->path, vocab);
+    }
+    for (size_t k = 0; k < n_models; k++) {
+        states[k] = new_state(&models[k], n_slots, span, CHUNK);
+        logits[k] = (float *)allocate(CHUNK * vocab, sizeof(float), m->path);
+    }
+    int token[CHUNK], target[CHUNK];
+    size_t pos[CHUNK], slot[CHUNK], n_same = 0;
+    bool want[CHUNK], same[CHUNK];
+    double nll[CHUNK], kl[CHUNK], start = now(), last = start;
+    Samples nlls = {NULL, 0, 0}, kls = {NULL, 0, 0};
+    for (size_t f = 0; f < n_ids && !interrupted; f += CHUNK) {
+        size_t n = min_size(CHUNK, n_ids - f), n_want = 0;
+        for (size_t i = 0; i < n; i++) {
+            pos[i] = (f + i) % span;
+            slot[i] = (f + i) / span % n_slots;
+            token[i] = pos[i] ? ids[f + i - 1] : m->tokenizer.bos;
+            want[i] = pos[i] >= o->skip;
+            if (want[i]) target[n_want++] = ids[f + i];
+        }
+        for (size_t k = 0; k < n_models; k++) forward(&states[k], n, token, pos, slot, want, logits[k]);
+        #pragma omp parallel for schedule(static)
+        for (size_t i = 0; i < n_want; i++) {
+            const float *p = logits[0] + i * vocab, *q = logits[n_models - 1] + i * vocab;
+            double log_p = log_sum_exp(p, vocab), log_q = n_models > 1 ? log_sum_exp(q, vocab) : 0;
+            size_t top_p = 0, top_q = 0;
+            nll[i] = log_p - p[target[i]];
+            kl[i] = 0;
+            for (size_t v = 0; v < vocab && n_models > 1; v++) {
+                kl[i] += exp(q[v] - log_q) * ((q[v] - log_q) - (p[v] - log_p));
+                if (p[v] > p[top_p]) top_p = v;
+                if (q[v] > q[top_q]) top_q = v;
+            }
+            same[i] = top_p == top_q;
+        }
+        for (size_t i = 0; i < n_want; i++) {
+            add_sample(&nlls, nll[i]);
+            add_sample(&kls, kl[i]);
+            n_same += same[i];
+        }
+        if (!o->quiet && isatty(STDERR_FILENO) && (now() - last > 0.5 || f + n == n_ids)) {
+            last = now();
+            if (f + n < n_ids) fprintf(stderr, "\r%zu of %zu tokens, %.0f s left   ", f + n, n_ids, (last - start) * (double)(n_ids - f - n) / (double)(f + n));
+            else fprintf(stderr, "\r%50s\r", "");
+        }
+    }
+    if (interrupted) die("interrupted after %zu of %zu tokens", nlls.n, n_ids);
+    double mean, error, kl_mean, kl_error;
+    mean_and_error(&nlls, &mean, &error);
+    mean_and_error(&kls, &kl_mean, &kl_error);
+    double same_top = (double)n_same / (double)nlls.n, kl_p99 = percentile(&kls, 0.99), ppl = exp(mean);
+    printf("ppl %.4f +- %.4f  nll %.6f  tokens %zu  ctx %zu", ppl, ppl * error, mean, nlls.n, context);
+    if (o->against) printf("  kl %.5f +- %.5f  kl_p99 %.4g  same_top %.1f%%", kl_mean, kl_error, kl_p99, 100 * same_top);
+    putchar('\n');
+    if (!o->quiet) fprintf(stderr, "%.1f tok/s\n", (double)n_ids / (now() - start));
+    if (o->profile) report_profile(&states[0]);
+    if (o->output) {
+        FILE *out = open_output(o->output);
+        json_head(out, &states[0], o);
+        fprintf(out, ",\n  \"ppl\": %.9g,\n  \"ppl_error\": %.9g,\n  \"nll\": %.9g,\n  \"tokens\": %zu,\n  \"ctx\": %zu", ppl, ppl * error, mean, nlls.n, context);
+        if (o->against) fprintf(out, ",\n  \"kl\": %.9g,\n  \"kl_error\": %.9g,\n  \"kl_p99\": %.9g,\n  \"same_top\": %.9g", kl_mean, kl_error, kl_p99, same_top);
+        fprintf(out, "\n}\n");
+        close_output(out, o->output);
+    }
+    for (size_t k = 0; k < n_models; k++) { free_state(&states[k]); free(logits[k]); }
+    if (o->against) free_model(&models[1]);
+    free(text.text);
+    free(ids);
+    free(nlls.values);
+    free(kls.values);
+    return true;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 9. The command line                                                                                               */
+
+static const char HELP[] =
+    "usage: %s MODEL.bin [options]        runs a batch of prompts through a Mistral model\n"
+    "  -m, --mode MODE        generate (default), chat, perplexity\n"
+    "  -i, --prompt TEXT      without -i a terminal is asked, a pipe is read to its end\n"
+    "  -f, --file FILE        generate: one prompt a line; perplexity: the text\n"
+    "  -b, --batch N          sequences at once (1); a prompt of -i is replicated N times\n"
+    "  -n, --tokens N         new tokens a sequence (128)\n"
+    "  -l, --prompt-tokens N  repeat or cut each prompt to exactly N tokens\n"
+    "  -t, --temperature X    0 is greedy (0.8)\n"
+    "  -p, --top-p X          sample from the most probable X of the mass (0.95)\n"
+    "  -s, --seed N           sequence i draws from the stream of seed N + i (42)\n"
+    "  -c, --context N        positions a sequence (as needed; perplexity: 512)\n"
+    "  -j, --threads N        (the cores)\n"
+    "  -w, --warmup N         passes before the measured one (0)\n"
+    "  -r, --repeat N         measured passes, the median is reported (1)\n"
+    "  -E, --ignore-eos       generate -n tokens whatever comes\n"
+    "  -y, --system TEXT      chat: system prompt\n"
+    "      --chat-template v1|v3   chat: instead of the checkpoint's own\n"
+    "      --skip N           perplexity: leave the first N positions of a window unscored (0)\n"
+    "      --against REF.bin  perplexity: and divergence from this model\n"
+    "  -T, --target X         tokens a second, in and out, to pass; prints PASS or FAIL\n"
+    "  -P, --profile          time by operation\n"
+    "  -o, --output FILE      statistics and sequences as JSON\n"
+    "  -q, --quiet            text only, no statistics\n"
+    "  -h, --help\n";
+
+__attribute__((noreturn, format(printf, 1, 2)))
+static void usage(const char *format, ...) {        /* wrong usage: one line, exit status 2 */
+    va_list args;
+    fprintf(stderr, "%s: ", program);
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fprintf(stderr, " (%s --help lists the options)\n", program);
+    exit(2);
+}
+
+/* The number an option was given; wrong usage unless it is one between low and high. */
+static double real_argument(const char *name, const char *text, double low, double high) {
+    char *end;
+    double value = strtod(text, &end);
+    if (end == text || *end || !(value >= low && value <= high)) usage("%s %s: not a number from %g to %g", name, text, low, high);
+    return value;
+}
+
+static uint64_t whole_argument(const char *name, const char *text, uint64_t low, uint64_t high) {
+    char *end;
+    errno = 0;
+    unsigned long long value = strtoull(text, &end, 10);
+    if (text[0] < '0' || text[0] > '9' || *end || errno || value < low || value > high)
+        usage("%s %s: not a whole number from %llu to %llu", name, text, (unsigned long long)low, (unsigned long long)high);
+    return value;
+}
+
+static Options read_options(int argc, char **argv) {
+    Options o;
+    memset(&o, 0, sizeof o);
+    o.mode = "generate";
+    o.batch = o.repeat = 1;
+    o.tokens = 128;
+    o.temperature = 0.8f;
+    o.top_p = 0.95f;
+    o.seed = 42;
+    enum { SKIP = 256, AGAINST, TEMPLATE };
+    static const struct option table[] = {
+        {"mode", 1, 0, 'm'}, {"prompt", 1, 0, 'i'}, {"file", 1, 0, 'f'}, {"batch", 1, 0, 'b'}, {"tokens", 1, 0, 'n'},
+        {"prompt-tokens", 1, 0, 'l'}, {"temperature", 1, 0, 't'}, {"top-p", 1, 0, 'p'}, {"seed", 1, 0, 's'},
+        {"context", 1, 0, 'c'}, {"threads", 1, 0, 'j'}, {"warmup", 1, 0, 'w'}, {"repeat", 1, 0, 'r'},
+        {"ignore-eos", 0, 0, 'E'}, {"system", 1, 0, 'y'}, {"target", 1, 0, 'T'}, {"profile", 0, 0, 'P'},
+        {"output", 1, 0, 'o'}, {"quiet", 0, 0, 'q'}, {"help", 0, 0, 'h'}, {"skip", 1, 0, SKIP},
+        {"against", 1, 0, AGAINST}, {"chat-template", 1, 0, TEMPLATE}, {0, 0, 0, 0}};
+    const size_t many = (size_t)1 << 30;
+    int option;
+    opterr = 0;
+    while ((option = getopt_long(argc, argv, ":m:i:f:b:n:l:t:p:s:c:j:w:r:Ey:T:Po:qh", table, NULL)) != -1) {
+        switch (option) {
+            case 'm': o.mode = optarg; break;
+            case 'i': o.prompt = optarg; break;
+            case 'f': o.file = optarg; break;
+            case 'b': o.batch = whole_argument("-b", optarg, 1, 65536); break;
+            case 'n': o.tokens = whole_argument("-n", optarg, 0, many); break;
+            case 'l': o.prompt_tokens = whole_argument("-l", optarg, 1, many); break;
+            case 't': o.temperature = (float)real_argument("-t", optarg, 0, 1000); break;
+            case 'p': o.top_p = (float)real_argument("-p", optarg, 0, 1); break;
+            case 's': o.seed = whole_argument("-s", optarg, 0, UINT64_MAX); break;
+            case 'c': o.context = whole_argument("-c", optarg, 2, many); break;
+            case 'j': o.threads = whole_argument("-j", optarg, 1, 4096); break;
+            case 'w': o.warmup = whole_argument("-w", optarg, 0, 1000000); break;
+            case 'r': o.repeat = whole_argument("-r", optarg, 1, 1000000); break;
+            case 'E': o.ignore_eos = true; break;
+            case 'y': o.system = optarg; break;
+            case 'T': o.target = real_argument("-T", optarg, 0, 1e12); break;
+            case 'P': o.profile = true; break;
+            case 'o': o.output = optarg; break;
+            case 'q': o.quiet = true; break;
+            case 'h': printf(HELP, program); exit(0);
+            case SKIP: o.skip = whole_argument("--skip", optarg, 0, many); break;
+            case AGAINST: o.against = optarg; break;
+            case TEMPLATE: o.chat_template = optarg; break;
+            case ':': usage("%s: needs a value", argv[optind - 1]);
+            default: usage("%s: unknown option", argv[optind - 1]);
+        }
+    }
+    if (optind + 1 != argc) usage(optind == argc ? "which MODEL.bin?" : "%s: one MODEL.bin only", optind == argc ? "" : argv[optind + 1]);
+    o.path = argv[optind];
+    if (strcmp(o.mode, "generate") && strcmp(o.mode, "chat") && strcmp(o.mode, "perplexity"))
+        usage("-m %s: not generate, chat or perplexity", o.mode);
+    bool chat = !strcmp(o.mode, "chat"), perplexity = !strcmp(o.mode, "perplexity");
+    if (perplexity && !o.file) usage("-m perplexity: needs -f FILE");
+    if (perplexity && o.prompt) usage("-m perplexity: takes its text from -f, not -i");
+    if (!perplexity && (o.skip || o.against)) usage("--skip, --against: need -m perplexity");
+    if (chat && (o.file || o.prompt || o.prompt_tokens || o.batch > 1)) usage("-m chat: one conversation, without -i, -f, -l or -b");
+    if (!chat && (o.system || o.chat_template)) usage("-y, --chat-template: need -m chat");
+    if (o.chat_template && strcmp(o.chat_template, "v1") && strcmp(o.chat_template, "v3")) usage("--chat-template %s: not v1 or v3", o.chat_template);
+    if (o.file && o.prompt) usage("-i and -f: one of them");
+#ifdef _OPENMP
+    if (!o.threads) o.threads = (size_t)omp_get_max_threads();
+    omp_set_num_threads((int)o.threads);
+#else
+    if (o.threads > 1) usage("-j %zu: built without OpenMP, this program runs one thread", o.threads);
+    o.threads = 1;
+#endif
+    return o;
+}
+
+#ifndef RUN_NO_MAIN
+int main(int argc, char **argv) {
+    Options o = read_options(argc, argv);
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_interrupt;
+    action.sa_flags = (int)SA_RESETHAND;            /* a second Ctrl-C ends at once */
+    sigaction(SIGINT, &action, NULL);
+    Model m = load_model(o.path);
+    bool ok = !strcmp(o.mode, "chat") ? chat_mode(&m, &o) : !strcmp(o.mode, "perplexity") ? perplexity_mode(&m, &o) : generate_mode(&m, &o);
+    free_model(&m);
+    if (fflush(stdout) != 0 || ferror(stdout)) die("standard output: cannot be written: %s", strerror(errno));
+    return ok ? 0 : 1;
+}
+#endif
+#endif
