@@ -4,7 +4,7 @@
 CC      = cc
 CFLAGS  = -O3 -march=native -Wall -Wextra
 OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
-SANITIZE = -g -O1 -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE = -g -O2 -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
 
 all: run quantize
 
@@ -26,7 +26,7 @@ demo: run
 	./run demo/tiny-mistral-q8.bin -i "Once upon a time" -b 32 -n 200
 
 test: run quantize build/test_all build/test_all_sanitized
-	python3 tests/run_tests.py
+	python3 tests/run_tests.py $(TEST_FLAGS)
 
 clean:
 	rm -rf run quantize build

@@ -1060,6 +1060,7 @@ typedef struct {
     uint64_t seed;
     double   target;
     bool     ignore_eos, profile, quiet;
+    FILE    *json;                      /* of -o, opened before the work begins */
 } Options;
 
 /* A prompt and what was generated after it. */
@@ -1113,7 +1114,12 @@ typedef struct {
 } Pass;
 
 static volatile sig_atomic_t interrupted;
-static void on_interrupt(int signal_number) { (void)signal_number; interrupted = 1; }
+
+static void on_interrupt(int signal_number) {       /* Ctrl-C: the generation ends after this step; the second ends all */
+    if (interrupted && temporary[0]) unlink(temporary);
+    if (interrupted) _exit(128 + signal_number);
+    interrupted = 1;
+}
 
 /* Called after each step with all sequences; prints what is new. */
 typedef struct Display Display;
@@ -1197,6 +1203,10 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
 /* ------------------------------------------------------------------------------------------------------------------
  * 7. Reports                                                                                                        */
 
+static void flush_stdout(void) {
+    if (fflush(stdout) != 0 || ferror(stdout)) die("standard output: cannot be written: %s", strerror(errno));
+}
+
 /* Prints the first sequence as it grows, the second when the first has ended, and so on: text to stdout. */
 struct Display {
     const Tokenizer *tokenizer;
@@ -1222,7 +1232,7 @@ static void display(Display *d, const Sequence *sequences, size_t n) {
         d->decoder.started = false;
         d->shown = 0;
     }
-    fflush(stdout);
+    flush_stdout();
     if (d->options->quiet || !isatty(STDERR_FILENO) || isatty(STDOUT_FILENO) || now() - d->last < 0.2) return;
     d->last = now();
     for (size_t i = 0; i < n; i++) {
@@ -1235,21 +1245,31 @@ static void display(Display *d, const Sequence *sequences, size_t n) {
     if (finished == n) fprintf(stderr, "\r%60s\r", "");
 }
 
-/* Opens a file under a temporary name beside `path`; close_output() gives it its name. Both die on errors. */
+/* Opens a file for writing under a temporary name beside `path`; close_output() gives it its name, so that a file of that
+ * name is always whole. What is no file (a pipe, /dev/stdout) is written as it is. Both die on errors. */
 static FILE *open_output(const char *path) {
-    if (snprintf(temporary, sizeof temporary, "%s.tmp.%d", path, (int)getpid()) >= (int)sizeof temporary) {
-        temporary[0] = 0;
-        die("%s: the name is too long", path);
-    }
-    FILE *f = fopen(temporary, "wb");
+    struct stat st;
+    bool exists = stat(path, &st) == 0;
+    char *target = exists ? realpath(path, NULL) : NULL;        /* a link's target is replaced, not the link */
+    if (!exists || S_ISREG(st.st_mode))
+        if (snprintf(temporary, sizeof temporary, "%s.tmp.%d", target ? target : path, (int)getpid()) >= (int)sizeof temporary)
+            temporary[0] = 0;
+    free(target);
+    FILE *f = fopen(temporary[0] ? temporary : path, "wb");
     if (!f) { temporary[0] = 0; die("%s: cannot be written: %s", path, strerror(errno)); }
     return f;
 }
 
 static void close_output(FILE *f, const char *path) {
+    char target[sizeof temporary];
+    errno = 0;
     bool bad = ferror(f);
-    if (fclose(f) != 0 || bad) die("%s: cannot be written: %s", path, strerror(errno ? errno : EIO));
-    if (rename(temporary, path) != 0) die("%s: cannot be written: %s", path, strerror(errno));
+    if (fclose(f) != 0 || bad) die("%s: cannot be written: %s", path, strerror(errno ? errno : ENOSPC));
+    if (!temporary[0]) return;
+    strcpy(target, temporary);
+    *strrchr(target, '.') = 0;          /* .tmp.PID */
+    *strrchr(target, '.') = 0;
+    if (rename(temporary, target) != 0) die("%s: cannot be written: %s", path, strerror(errno));
     temporary[0] = 0;
 }
 
@@ -1264,13 +1284,17 @@ static void json_string(FILE *f, const char *s, size_t n) {     /* s is valid UT
     fputc('"', f);
 }
 
-/* Text of ids[from .. to) as JSON; the prompt's starts without the dummy space, what follows keeps its space. */
+/* The text that ids[from .. to) add to that of the ids before them, as JSON: prompt and answer put together are the
+ * text of all ids. */
 static void json_text(FILE *f, const Tokenizer *t, const int *ids, size_t from, size_t to) {
     Decoder d;
     memset(&d, 0, sizeof d);
-    d.started = from > 0;
     append(&d.text, "", 0);
-    for (size_t i = from; i < to; i++) decode(&d, t, ids[i]);
+    for (size_t i = 0; i < to; i++) {
+        if (i == from) d.text.length = 0;
+        decode(&d, t, ids[i]);
+    }
+    if (from == to) d.text.length = 0;
     decode_pending(&d, true);
     json_string(f, d.text.text, d.text.length);
     free(d.text.text);
@@ -1358,9 +1382,9 @@ static bool report(const State *s, const Sequence *sequences, size_t n_sequences
     }
     if (o->target > 0) fprintf(stderr, "%s: %.1f tok/s, target %.1f\n", pass ? "PASS" : "FAIL", total_tok_s, o->target);
     if (o->profile) report_profile(s);
-    if (!o->output) return pass;
+    if (!o->json) return pass;
 
-    FILE *f = open_output(o->output);
+    FILE *f = o->json;
     json_head(f, s, o);
     fprintf(f, ",\n  \"batch\": %zu,\n  \"seed\": %llu,\n  \"prompt_tokens\": %zu,\n  \"generated_tokens\": %zu", s->n_slots,
             (unsigned long long)o->seed, last->prompt_tokens, last->generated_tokens);
@@ -1444,43 +1468,40 @@ static void start_sequence(Sequence *q, const Options *o, size_t index, size_t c
     q->finish = NULL;
 }
 
-/* The prompts: of -i, or the lines of -f, or what is typed, or what comes through a pipe. */
+/* The next line of a stream without its end, false at the end of the stream. `line` is reused. */
+static bool read_line(FILE *f, Text *line) {
+    ssize_t n = getline(&line->text, &line->room, f);
+    line->length = n < 0 ? 0 : (size_t)n;
+    if (line->length && line->text[line->length - 1] == '\n') line->length--;
+    if (line->length && line->text[line->length - 1] == '\r') line->length--;
+    return n >= 0;
+}
+
+/* The prompts: of -i, -b times; or the lines of -f; or what is typed, or what comes through a pipe, -b times. */
 static Sequence *read_prompts(const Model *m, const Options *o, size_t *n) {
     Text text = {NULL, 0, 0};
-    Sequence *sequences;
-    if (o->file) {
-        text = read_file(o->file);
-        if (text.length && text.text[text.length - 1] == '\n') text.length--;     /* the last line's end */
-        *n = 1;
-        for (size_t i = 0; i < text.length; i++) *n += text.text[i] == '\n';
-        sequences = (Sequence *)allocate(*n, sizeof *sequences, o->file);
-        for (size_t i = 0, at = 0; i < *n; i++) {
-            size_t end = at;
-            while (end < text.length && text.text[end] != '\n') end++;
-            sequences[i] = new_sequence(m, text.text + at, end - at - (end > at && text.text[end - 1] == '\r'), o, i);
-            at = end + 1;
-        }
-    } else {
-        if (o->prompt) append(&text, o->prompt, strlen(o->prompt));
-        else if (!isatty(STDIN_FILENO)) read_all(stdin, "standard input", &text);
-        else {
-            char line[65536];
-            fputs("prompt: ", stderr);
-            if (fgets(line, sizeof line, stdin)) append(&text, line, strlen(line));
-            else append(&text, "", 0);
-        }
-        if (!o->prompt && text.length && text.text[text.length - 1] == '\n') text.length--;
-        *n = o->batch;
-        sequences = (Sequence *)allocate(*n, sizeof *sequences, "prompts");
-        for (size_t i = 0; i < *n; i++) sequences[i] = new_sequence(m, text.text, text.length, o, i);
+    Sequence *sequences = NULL;
+    FILE *f = o->file ? fopen(o->file, "rb") : NULL;
+    if (o->file && !f) die("%s: %s", o->file, strerror(errno));
+    if (!o->file && o->prompt) append(&text, o->prompt, strlen(o->prompt));
+    else if (!o->file && isatty(STDIN_FILENO)) { fputs("prompt: ", stderr); read_line(stdin, &text); }
+    else if (!o->file) {
+        read_all(stdin, "standard input", &text);
+        if (text.length && text.text[text.length - 1] == '\n') text.length--;
     }
+    for (*n = 0; f ? read_line(f, &text) : *n < o->batch; ++*n) {
+        if (!(*n & (*n - 1))) sequences = (Sequence *)realloc(sequences, (2 * *n + 1) * sizeof *sequences);   /* 0, 1, 2, 4, ... */
+        if (!sequences) die("no memory for %zu prompts", *n);
+        sequences[*n] = new_sequence(m, text.text, text.length, o, *n);
+    }
+    if (f && ferror(f)) die("%s: cannot be read: %s", o->file, strerror(errno));
+    if (!*n) die("%s: holds no prompt", o->file);
+    if (f) fclose(f);
     free(text.text);
     return sequences;
 }
 
 enum { CHUNK = 256 };                   /* tokens of a forward: enough that reading the weights is a small part of it */
-
-static void clear_profile(State *s) { memset(s->profile, 0, sizeof s->profile); }
 
 static bool generate_mode(const Model *m, const Options *o) {
     size_t n, need = 0;
@@ -1494,17 +1515,17 @@ static bool generate_mode(const Model *m, const Options *o) {
     State s = new_state(m, slots, context, slots > CHUNK ? slots : (size_t)CHUNK);
     Pass *passes = (Pass *)allocate(o->warmup + o->repeat, sizeof *passes, m->path);
     Display d = {&m->tokenizer, 0, 0, false, {{NULL, 0, 0}, {0}, 0, false}, now(), 0, o};
-    size_t done = 0;
-    for (; done < o->warmup + o->repeat && !interrupted; done++) {
-        bool last = done + 1 == o->warmup + o->repeat;
-        if (done == o->warmup) clear_profile(&s);
+    size_t done = 0, all = o->warmup + o->repeat;
+    do {
+        if (done == o->warmup) memset(s.profile, 0, sizeof s.profile);
         for (size_t i = 0; i < n; i++) start_sequence(&sequences[i], o, i, context);
-        generate(&s, sequences, n, o, &passes[done], last ? &d : NULL);
-    }
+        generate(&s, sequences, n, o, &passes[done], done + 1 == all ? &d : NULL);
+    } while (++done < all && !interrupted);
     size_t first = min_size(o->warmup, done - 1);
+    if (interrupted && done - first > 1) done--;    /* the pass that was cut, unless it is all there is */
     bool pass = report(&s, sequences, n, passes + first, done - first, o);
     for (size_t i = 0; i < n; i++) free(sequences[i].ids);
-    for (size_t i = 0; i < done; i++) { free(passes[i].ttft.values); free(passes[i].itl.values); }
+    for (size_t i = 0; i < all; i++) { free(passes[i].ttft.values); free(passes[i].itl.values); }
     free(d.decoder.text.text);
     free(passes);
     free(sequences);
@@ -1526,25 +1547,28 @@ static bool chat_mode(const Model *m, const Options *o) {
     State s = new_state(m, 1, context, CHUNK);
     Sequence q;
     Pass pass;
-    char line[65536];
+    Text line = {NULL, 0, 0};
+    bool fits = true;
     memset(&q, 0, sizeof q);
     memset(&pass, 0, sizeof pass);
     q.rng = o->seed;
-    if (t->bos >= 0) push_id(&q, t->bos);
-    for (bool started = false; !interrupted; started = true) {
+    for (bool first = true; !interrupted; first = false) {
         Text text = {NULL, 0, 0};
         if (isatty(STDIN_FILENO)) fputs("> ", stderr);
-        if (!fgets(line, sizeof line, stdin)) break;
+        if (!read_line(stdin, &line)) break;
+        if (first && t->bos >= 0) push_id(&q, t->bos);
+        if (!first && t->eos[0] >= 0 && strcmp(q.finish, "eos")) push_id(&q, t->eos[0]);    /* an answer that was cut */
         if (kind == 1) append(&text, "[INST] ", 7);
         else push_id(&q, begin);
-        if (!started && o->system) { append(&text, o->system, strlen(o->system)); append(&text, "\n\n", 2); }
-        append(&text, line, strcspn(line, "\n"));
+        if (first && o->system) { append(&text, o->system, strlen(o->system)); append(&text, "\n\n", 2); }
+        append(&text, line.text, line.length);
         if (kind == 1) append(&text, " [/INST]", 8);
         push_text(&q, t, text.text, text.length);
         if (kind > 1) push_id(&q, end);
         free(text.text);
-        if (q.n_ids >= context) die("the conversation no longer fits in a context of %zu positions: raise -c", context);
         q.n_prompt = q.n_ids;
+        fits = q.n_ids < context;
+        if (!fits) break;
         q.limit = min_size(q.n_ids + o->tokens, context);
         q.finish = NULL;
         Display d = {t, 0, 0, true, {{NULL, 0, 0}, {0}, 0, false}, now(), 0, o};
@@ -1552,15 +1576,12 @@ static bool chat_mode(const Model *m, const Options *o) {
         generate(&s, &q, 1, o, &pass, &d);
         pass.total_seconds += seconds;
         free(d.decoder.text.text);
-        if (strcmp(q.finish, "eos") && t->eos[0] >= 0) push_id(&q, t->eos[0]);   /* the template ends an answer so */
     }
-    bool ok = true;
-    if (pass.generated_tokens) {
-        /* one sequence: prompt and answers as they stand in the context */
-        ok = report(&s, &q, 1, &pass, 1, o);
-    }
+    if (!fits) fprintf(stderr, "%s: the conversation no longer fits in a context of %zu positions: raise -c\n", program, context);
+    bool ok = report(&s, &q, q.finish ? 1 : 0, &pass, 1, o) && fits;
     free(pass.ttft.values);
     free(pass.itl.values);
+    free(line.text);
     free(q.ids);
     free_state(&s);
     return ok;
@@ -1592,7 +1613,8 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     int *ids = encode(&m->tokenizer, text.text, text.length, &n_ids);
     if (m->tokenizer.bos < 0) die("%s: the tokenizer has no BOS, which perplexity needs", m->path);
     if (!n_ids) die("%s: the text is empty", o->file);
-    if (o->skip >= min_size(span, n_ids)) die("%s: --skip %zu leaves nothing to score", o->file, o->skip);
+    span = min_size(span, n_ids);
+    if (o->skip >= span) die("%s: --skip %zu leaves nothing to score", o->file, o->skip);
 
     Model models[2];
     State states[2];
@@ -1657,8 +1679,8 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     putchar('\n');
     if (!o->quiet) fprintf(stderr, "%.1f tok/s\n", (double)n_ids / (now() - start));
     if (o->profile) report_profile(&states[0]);
-    if (o->output) {
-        FILE *out = open_output(o->output);
+    if (o->json) {
+        FILE *out = o->json;
         json_head(out, &states[0], o);
         fprintf(out, ",\n  \"ppl\": %.9g,\n  \"ppl_error\": %.9g,\n  \"nll\": %.9g,\n  \"tokens\": %zu,\n  \"ctx\": %zu", ppl, ppl * error, mean, nlls.n, context);
         if (o->against) fprintf(out, ",\n  \"kl\": %.9g,\n  \"kl_error\": %.9g,\n  \"kl_p99\": %.9g,\n  \"same_top\": %.9g", kl_mean, kl_error, kl_p99, same_top);
@@ -1768,16 +1790,18 @@ static Options read_options(int argc, char **argv) {
             case 'r': o.repeat = whole_argument("-r", optarg, 1, 1000000); break;
             case 'E': o.ignore_eos = true; break;
             case 'y': o.system = optarg; break;
-            case 'T': o.target = real_argument("-T", optarg, 0, 1e12); break;
+            case 'T': o.target = real_argument("-T", optarg, 1e-6, 1e12); break;
             case 'P': o.profile = true; break;
             case 'o': o.output = optarg; break;
             case 'q': o.quiet = true; break;
-            case 'h': printf(HELP, program); exit(0);
+            case 'h': printf(HELP, program); flush_stdout(); exit(0);
             case SKIP: o.skip = whole_argument("--skip", optarg, 0, many); break;
             case AGAINST: o.against = optarg; break;
             case TEMPLATE: o.chat_template = optarg; break;
             case ':': usage("%s: needs a value", argv[optind - 1]);
-            default: usage("%s: unknown option", argv[optind - 1]);
+            default:
+                if (optopt > 0 && optopt < 256 && strncmp(argv[optind - 1], "--", 2)) usage("-%c: unknown option", optopt);
+                usage("%s: unknown option, or one that takes no value", argv[optind - 1]);
         }
     }
     if (optind + 1 != argc) usage(optind == argc ? "which MODEL.bin?" : "%s: one MODEL.bin only", optind == argc ? "" : argv[optind + 1]);
@@ -1786,7 +1810,7 @@ static Options read_options(int argc, char **argv) {
         usage("-m %s: not generate, chat or perplexity", o.mode);
     bool chat = !strcmp(o.mode, "chat"), perplexity = !strcmp(o.mode, "perplexity");
     if (perplexity && !o.file) usage("-m perplexity: needs -f FILE");
-    if (perplexity && o.prompt) usage("-m perplexity: takes its text from -f, not -i");
+    if (perplexity && (o.prompt || o.target > 0)) usage("-m perplexity: without -i and -T");
     if (!perplexity && (o.skip || o.against)) usage("--skip, --against: need -m perplexity");
     if (chat && (o.file || o.prompt || o.prompt_tokens || o.batch > 1)) usage("-m chat: one conversation, without -i, -f, -l or -b");
     if (!chat && (o.system || o.chat_template)) usage("-y, --chat-template: need -m chat");
@@ -1805,15 +1829,13 @@ static Options read_options(int argc, char **argv) {
 #ifndef RUN_NO_MAIN
 int main(int argc, char **argv) {
     Options o = read_options(argc, argv);
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = on_interrupt;
-    action.sa_flags = (int)SA_RESETHAND;            /* a second Ctrl-C ends at once */
-    sigaction(SIGINT, &action, NULL);
+    signal(SIGINT, on_interrupt);
+    signal(SIGTERM, on_interrupt);
     Model m = load_model(o.path);
+    if (o.output) o.json = open_output(o.output);
     bool ok = !strcmp(o.mode, "chat") ? chat_mode(&m, &o) : !strcmp(o.mode, "perplexity") ? perplexity_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);
-    if (fflush(stdout) != 0 || ferror(stdout)) die("standard output: cannot be written: %s", strerror(errno));
+    flush_stdout();
     return ok ? 0 : 1;
 }
 #endif

@@ -1,0 +1,660 @@
+/* test_all.c - the tests that are in C: the mathematics against FP64, every kind of matrix, the forward against a
+ * reference that has no cache, determinism, the sampler, the batch, damaged files.
+ *
+ *   make build/test_all && build/test_all [NAME ...]      all tests, or those named
+ *   build/test_all tokenize MODEL.bin                     encodes and decodes what tests/test_tokenizer.py sends
+ *
+ * Prints a line a test and last "N passed, N failed"; exit status 1 if any failed. Comparisons are written so that NaN
+ * fails. Random numbers are seeded: a failure comes again. */
+#define TESTING
+#define RUN_NO_MAIN
+#include "quantize.c"
+#include <sys/wait.h>     /* waitpid */
+
+static int failures;                    /* in the test that runs */
+#define CHECK(condition, ...) do { if (!(condition) && ++failures <= 5) { \
+    printf("    %s:%d: %s: ", __FILE__, __LINE__, #condition); printf(__VA_ARGS__); putchar('\n'); } } while (0)
+
+static uint64_t rng = 1;
+static float random_float(void) { return (float)(2 * uniform(&rng) - 1); }
+static size_t random_below(size_t n) { return (size_t)(uniform(&rng) * (double)n); }
+
+static char directory[] = "/tmp/mistral-test-XXXXXX";
+
+/* A checkpoint of the shape "odd" (no dimension a multiple of anything, window 24) in the test's directory. */
+static const char *odd_model(const char *type, uint32_t group) {
+    static char path[4][128];
+    static int turn;
+    char *p = path[turn++ % 4];
+    uint32_t t = F32;
+    while (strcmp(TYPE_NAMES[t], type)) t++;
+    snprintf(p, sizeof path[0], "%s/%s-%u.bin", directory, type, group);
+    Source source = {"random weights", NULL, 0};
+    if (access(p, R_OK) == 0) return p;
+    int saved = dup(2);                 /* convert() says what it wrote */
+    if (!freopen("/dev/null", "w", stderr)) exit(1);
+    convert(&source, "odd", p, t, group);
+    fflush(stderr);
+    dup2(saved, 2);
+    close(saved);
+    return p;
+}
+
+static const struct { const char *type; uint32_t group; } KINDS[] = {
+    {"f32", 32}, {"f16", 32}, {"q8", 32}, {"q8", 64}, {"q8", 128}, {"q4", 32}, {"q4", 64}, {"q4", 128}};
+enum { N_KINDS = sizeof KINDS / sizeof *KINDS };
+
+/* ---- the mathematics ---------------------------------------------------------------------------------------------- */
+
+static void test_half(void) {
+    for (uint32_t h = 0; h < 65536; h++) {
+        if ((h & 0x7c00) == 0x7c00) continue;           /* infinities and NaN: the format has none */
+        int e = (h >> 10) & 31;
+        double expect = e ? ldexp(1024 + (h & 1023), e - 25) : ldexp(h & 1023, -24);
+        if (h & 0x8000) expect = -expect;
+        CHECK((double)half_to_float((uint16_t)h) == expect, "%04x", h);
+        CHECK(float_to_half((float)expect) == h, "%04x gives %04x", h, float_to_half((float)expect));
+    }
+    for (int i = 0; i < 200000; i++) {                  /* to nearest, ties to even: the neighbours are not nearer */
+        float x = ldexpf(random_float(), (int)random_below(44) - 28);
+        if (i % 4 == 0) x = 0.5f * (half_to_float((uint16_t)(i / 4 % 0x7bff)) + half_to_float((uint16_t)(i / 4 % 0x7bff + 1)));
+        uint16_t h = float_to_half(x);
+        double error = fabs((double)x - half_to_float(h));
+        for (int d = -1; d <= 1; d += 2) {
+            uint16_t other = (uint16_t)(h + d);
+            if ((h & 0x7fff) == 0 || (other & 0x7c00) == 0x7c00) continue;
+            double e = fabs((double)x - half_to_float(other));
+            CHECK(error < e || (error == e && !(h & 1)), "%a gives %04x", x, h);
+        }
+    }
+    CHECK(float_to_half(1e30f) == 0x7bff && float_to_half(-INFINITY) == 0xfbff, "saturates");
+}
+
+static void test_exp(void) {
+    double worst = 0;
+    for (float x = -87; x < 88; x += 0.0007f) worst = fmax(worst, fabs(fast_exp(x) / exp(x) - 1));
+    CHECK(worst < 2e-7, "relative error %g", worst);
+    CHECK(fast_exp(0) == 1, "%g", fast_exp(0));
+    CHECK(fast_exp(-1e30f) > 0 && fast_exp(-1e30f) < 2e-38f, "%g", fast_exp(-1e30f));
+    CHECK(fast_exp(1e30f) > 1e38f && isfinite(fast_exp(1e30f)), "%g", fast_exp(1e30f));
+}
+
+static void test_norm_rope_swiglu(void) {
+    enum { N = 77 };
+    float x[N], w[N], out[N], rotation[10], head[10], gate_up[2 * N];
+    double squares = 0;
+    for (int i = 0; i < N; i++) { x[i] = random_float(); w[i] = random_float(); squares += (double)x[i] * x[i]; }
+    rms_norm(out, x, w, N, 1e-5f);
+    for (int i = 0; i < N; i++) CHECK(fabs(out[i] - w[i] * x[i] / sqrt(squares / N + 1e-5)) < 1e-6, "%d", i);
+    for (int i = 0; i < 5; i++) { rotation[2 * i] = (float)cos(i); rotation[2 * i + 1] = (float)sin(i); }
+    for (int i = 0; i < 10; i++) head[i] = x[i];
+    rope(head, rotation, 5);
+    for (int i = 0; i < 5; i++) {       /* (a + bi) e^(i angle) */
+        CHECK(fabs(head[i] - (x[i] * cos(i) - x[i + 5] * sin(i))) < 1e-6, "%d", i);
+        CHECK(fabs(head[i + 5] - (x[i] * sin(i) + x[i + 5] * cos(i))) < 1e-6, "%d", i);
+    }
+    for (int i = 0; i < 2 * N; i++) gate_up[i] = 30 * random_float();
+    swiglu(out, gate_up, N);
+    for (int i = 0; i < N; i++) {
+        double expect = gate_up[i] / (1 + exp(-(double)gate_up[i])) * gate_up[N + i];
+        CHECK(fabs(out[i] - expect) <= 1e-6 * fabs(expect) + 1e-9, "%d: %g, not %g", i, out[i], expect);
+    }
+}
+
+static void test_activations(void) {
+    float x[200], scale[7], sum[7];
+    int8_t q[256];
+    for (int round = 0; round < 100; round++) {
+        size_t cols = 1 + random_below(200), group = (size_t)32 << random_below(3);
+        for (size_t i = 0; i < cols; i++) x[i] = round == 0 ? 0 : random_float() * (i % 50 == 0 ? 30 : 1);
+        memset(q, 99, sizeof q);
+        quantize_activations(q, scale, sum, x, cols, group);
+        for (size_t g = 0; g * group < cols; g++) {
+            float total = 0;
+            for (size_t i = g * group; i < (g + 1) * group; i++) {
+                total += q[i];
+                if (i < cols) CHECK(fabsf(x[i] - scale[g] * q[i]) <= 0.5001f * scale[g], "%zu: %g is %d times %g", i, x[i], q[i], scale[g]);
+                else CHECK(q[i] == 0, "padding %zu is %d", i, q[i]);
+            }
+            CHECK(total == sum[g], "%g, not %g", sum[g], total);
+        }
+    }
+}
+
+/* A matrix of this kind with these weights [rows, cols], made through quantize.c; its data is to be freed. */
+static Matrix make_matrix(const char *type, uint32_t group, const float *w, size_t rows, size_t cols) {
+    Matrix from, to;
+    uint32_t t = F32;
+    while (strcmp(TYPE_NAMES[t], type)) t++;
+    matrix_layout(&from, F32, 0, rows, cols);
+    matrix_layout(&to, t, tensor_group(t, group, cols), rows, cols);
+    float *panels = (float *)allocate(from.bytes, 1, "test");
+    unsigned char *data = (unsigned char *)allocate(to.bytes, 1, "test");
+    for (size_t r = 0; r < rows; r++)
+        for (size_t k = 0; k < cols; k++) panels[(r / PANEL * cols + k) * PANEL + r % PANEL] = w[r * cols + k];
+    for (size_t p = 0; p < to.n_panels; p++)
+        CHECK(convert_panel(data + p * to.panel_bytes, &to, (unsigned char *)panels + p * from.panel_bytes, &from), "panel %zu", p);
+    free(panels);
+    to.data = data;
+    return to;
+}
+
+/* Every kind of matrix in many shapes: its rows are near the weights it was made of; its product is the product of its rows
+ * with the (quantized) activations, in FP64. */
+static void test_matrices(void) {
+    static const size_t SHAPES_TO_TRY[][2] = {{1, 1}, {32, 128}, {33, 31}, {70, 200}, {31, 257}, {64, 96}, {100, 14}};
+    for (size_t kind = 0; kind < N_KINDS; kind++)
+        for (size_t shape = 0; shape < 7; shape++) {
+            size_t rows = SHAPES_TO_TRY[shape][0], cols = SHAPES_TO_TRY[shape][1], n = 1 + random_below(75);
+            float *w = (float *)allocate(rows * cols, 4, "test"), *row = (float *)allocate(rows * cols, 4, "test");
+            float *x = (float *)allocate(n * cols, 4, "test"), *out = (float *)allocate(n * rows, 4, "test");
+            for (size_t i = 0; i < rows * cols; i++) w[i] = 0.1f * random_float() * random_float() + 0.02f;
+            for (size_t i = 0; i < n * cols; i++) x[i] = random_float();
+            Matrix m = make_matrix(KINDS[kind].type, KINDS[kind].group, w, rows, cols);
+            size_t padded = m.n_groups * m.group;
+            Activations a = {(int8_t *)allocate(n * padded, 1, "test"), (float *)allocate(n * m.n_groups, 4, "test"), (float *)allocate(n * m.n_groups, 4, "test")};
+            double tolerance = m.type == F32 ? 0 : m.type == F16 ? 1e-4 : m.type == Q8 ? 0.12 / 255 : 0.12 / 15;    /* half a step of the range, nearly 0.24 */
+            for (size_t r = 0; r < rows; r++) {
+                matrix_row(row + r * cols, &m, r);
+                double error = 0;
+                for (size_t k = 0; k < cols; k++) error += pow(row[r * cols + k] - w[r * cols + k], 2);
+                CHECK(sqrt(error / (double)cols) <= tolerance, "%s %zu: row %zu is off by %g", KINDS[kind].type, m.group, r, sqrt(error / (double)cols));
+            }
+            memset(out, 0xff, n * rows * 4);
+            matmul(out, x, &m, &a, n);
+            for (size_t t = 0; t < n; t++)
+                for (size_t r = 0; r < rows; r++) {
+                    double expect = 0, size = 0;
+                    for (size_t k = 0; k < cols; k++) {
+                        double xk = m.type < Q8 ? x[t * cols + k] : (double)a.scale[t * m.n_groups + k / m.group] * a.q[t * padded + k];
+                        expect += xk * row[r * cols + k];
+                        size += fabs(xk * row[r * cols + k]);
+                    }
+                    CHECK(fabs(out[t * rows + r] - expect) <= 2e-6 * size + 1e-9, "%s %zu [%zu, %zu]: %g, not %g", KINDS[kind].type, m.group, rows, cols, out[t * rows + r], expect);
+                }
+            void *all[] = {w, row, x, out, a.q, a.scale, a.sum, (void *)m.data};
+            for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+        }
+}
+
+/* The search for scales: never worse than the range's ends, for bell-shaped weights clearly better; constant, zero and
+ * tiny groups survive. */
+static void test_scales(void) {
+    float w[128 * PANEL], scale[PANEL], zero[PANEL];
+    double plain_sum = 0, best_sum = 0;
+    for (size_t i = 0; i < 128 * PANEL; i++) {
+        size_t r = i % PANEL;
+        float bell = random_float() + random_float() + random_float();
+        w[i] = r == 0 ? 0 : r == 1 ? 0.7f : r == 2 ? -0.003f : r == 3 ? 1e-7f * bell : r == 4 ? 5 + 0.01f * bell : 0.02f * bell;
+    }
+    best_scales(scale, zero, w, 128, 15);
+    Fit fit;
+    fit_codes(&fit, NULL, w, 128, scale, zero, 15);
+    for (size_t r = 0; r < PANEL; r++) {
+        float low = w[r], high = w[r];
+        double plain = 0;
+        for (size_t k = 0; k < 128; k++) { low = fminf(low, w[k * PANEL + r]); high = fmaxf(high, w[k * PANEL + r]); }
+        for (size_t k = 0; k < 128; k++) {
+            double step = (high - low) / 15.0, code = step > 0 ? rint((w[k * PANEL + r] - low) / step) : 0;
+            plain += pow(low + step * code - w[k * PANEL + r], 2);
+        }
+        if (r == 0) CHECK(fit.error[r] == 0, "zeros: %g", fit.error[r]);
+        else if (r < 3) CHECK(fit.error[r] <= 128 * pow(0.0005 * w[r], 2), "constant: %g", fit.error[r]);
+        else if (r == 3) CHECK(fit.error[r] <= 128 * 1e-13, "tiny: %g", fit.error[r]);
+        else if (r == 4) CHECK(fit.error[r] <= 128 * pow(0.003, 2), "far from 0: %g", fit.error[r]);
+        else { CHECK(fit.error[r] <= plain * 1.0001, "row %zu: %g, plainly %g", r, fit.error[r], plain); plain_sum += plain; best_sum += fit.error[r]; }
+    }
+    CHECK(best_sum < 0.9 * plain_sum, "%g of the plain error", best_sum / plain_sum);
+}
+
+/* ---- the model ---------------------------------------------------------------------------------------------------- */
+
+static void product64(double *out, const Matrix *w, const double *x) {
+    float *row = (float *)allocate(w->cols, 4, "test");
+    for (size_t r = 0; r < w->rows; r++) {
+        matrix_row(row, w, r);
+        out[r] = 0;
+        for (size_t k = 0; k < w->cols; k++) out[r] += row[k] * x[k];
+    }
+    free(row);
+}
+
+static void norm64(double *out, const double *x, const float *w, size_t n, double eps) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += x[i] * x[i];
+    for (size_t i = 0; i < n; i++) out[i] = w[i] * x[i] / sqrt(sum / (double)n + eps);
+}
+
+/* Logits of all n tokens, in FP64, by the book: no cache, no ring, no running maximum. logits: [n, vocab_size]. */
+static void reference_forward(const Model *m, const int *ids, size_t n, double *logits) {
+    const Header *c = &m->c;
+    enum { W = 256 };                   /* wide enough for the shape "odd" */
+    static double x[128][W], xb[W], qkv[128][W], att[W], h13[W], h[W];
+    size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim, hd = c->head_dim;
+    for (size_t t = 0; t < n; t++) {
+        float row[W];
+        matrix_row(row, &m->token_embedding, (size_t)ids[t]);
+        for (size_t i = 0; i < c->dim; i++) x[t][i] = row[i];
+    }
+    for (size_t l = 0; l < c->n_layers; l++) {
+        const Layer *w = &m->layers[l];
+        for (size_t t = 0; t < n; t++) {
+            norm64(xb, x[t], w->rms_att_weight, c->dim, c->norm_eps);
+            product64(qkv[t], &w->wqkv, xb);
+            for (size_t head = 0; head < c->n_heads + c->n_kv_heads; head++)
+                for (size_t i = 0; i < hd / 2; i++) {
+                    double angle = (double)t * pow(c->rope_theta, -2.0 * (double)i / (double)hd), *v = qkv[t] + head * hd;
+                    double a = v[i] * cos(angle) - v[i + hd / 2] * sin(angle), b = v[i] * sin(angle) + v[i + hd / 2] * cos(angle);
+                    v[i] = a;
+                    v[i + hd / 2] = b;
+                }
+        }
+        for (size_t t = 0; t < n; t++) {
+            for (size_t head = 0; head < c->n_heads; head++) {
+                size_t kv = head / (c->n_heads / c->n_kv_heads), first = c->window && t >= c->window ? t - c->window + 1 : 0;
+                double weight[128], sum = 0;
+                for (size_t s = first; s <= t; s++) {
+                    double score = 0;
+                    for (size_t i = 0; i < hd; i++) score += qkv[t][head * hd + i] * qkv[s][q_dim + kv * hd + i];
+                    sum += weight[s] = exp(score / sqrt((double)hd));
+                }
+                for (size_t i = 0; i < hd; i++) {
+                    att[head * hd + i] = 0;
+                    for (size_t s = first; s <= t; s++) att[head * hd + i] += weight[s] / sum * qkv[s][q_dim + kv_dim + kv * hd + i];
+                }
+            }
+            product64(xb, &w->wo, att);
+            for (size_t i = 0; i < c->dim; i++) x[t][i] += xb[i];
+            norm64(xb, x[t], w->rms_ffn_weight, c->dim, c->norm_eps);
+            product64(h13, &w->w13, xb);
+            for (size_t i = 0; i < c->hidden_dim; i++) h[i] = h13[i] / (1 + exp(-h13[i])) * h13[c->hidden_dim + i];
+            product64(xb, &w->w2, h);
+            for (size_t i = 0; i < c->dim; i++) x[t][i] += xb[i];
+        }
+    }
+    for (size_t t = 0; t < n; t++) {
+        norm64(xb, x[t], m->rms_final_weight, c->dim, c->norm_eps);
+        product64(logits + t * c->vocab_size, &m->wcls, xb);
+    }
+}
+
+/* Logits of a sequence that is fed in chunks, in slot `slot` of `n_slots`; the other slots run sequences of random ids,
+ * of other lengths, in the same forwards. logits: [n, vocab_size]. */
+static void chunked_forward(const Model *m, const int *ids, size_t n, size_t chunk, size_t slot, size_t n_slots, float *logits) {
+    enum { MOST = 256 };
+    size_t fed[64] = {0}, done = 0, vocab = m->c.vocab_size, room = chunk + n_slots * 3;
+    State s = new_state(m, n_slots, n + 8, room);
+    float *got = (float *)allocate(room * vocab, sizeof(float), "test");
+    while (done < n) {
+        int token[MOST];
+        size_t pos[MOST], where[MOST], count = 0, first = 0, n_own = 0;
+        bool want[MOST];
+        for (size_t i = 0; i < n_slots; i++) {
+            size_t n_feed = i == slot ? min_size(chunk, n - done) : random_below(4);
+            if (i == slot) { first = count; n_own = n_feed; }
+            for (size_t j = 0; j < n_feed && (i == slot || fed[i] < n); j++, count++) {
+                token[count] = i == slot ? ids[fed[i]] : (int)random_below(vocab);
+                pos[count] = fed[i]++;
+                where[count] = i;
+                want[count] = i == slot;
+            }
+        }
+        (void)first;
+        forward(&s, count, token, pos, where, want, got);
+        memcpy(logits + done * vocab, got, n_own * vocab * sizeof(float));
+        done += n_own;
+    }
+    free_state(&s);
+    free(got);
+}
+
+enum { LENGTH = 100 };                  /* tokens; the window is 24, the ring at least once around */
+
+static void test_forward(void) {
+    int ids[LENGTH];
+    for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(300);
+    for (size_t kind = 0; kind < N_KINDS; kind++) {
+        Model m = load_model(odd_model(KINDS[kind].type, KINDS[kind].group));
+        size_t n = LENGTH * m.c.vocab_size;
+        double *expect = (double *)allocate(n, sizeof(double), "test"), error = 0, size = 0;
+        float *logits = (float *)allocate(n, sizeof(float), "test");
+        reference_forward(&m, ids, LENGTH, expect);
+        chunked_forward(&m, ids, LENGTH, 1, 0, 1, logits);
+        for (size_t i = 0; i < n; i++) { error += pow(logits[i] - expect[i], 2); size += expect[i] * expect[i]; }
+        /* FP32 rounds at 6e-8; an FP16 cache at up to 5e-4, less than which arrives; int8 activations at 1/254 of a group's largest */
+        double tolerance = m.layers[0].wqkv.type == F32 ? 2e-6 : m.layers[0].wqkv.type == F16 ? 4e-4 : 2e-2;
+        CHECK(sqrt(error / size) < tolerance, "%s: logits off by %g of their size", m.path, sqrt(error / size));
+        free(expect);
+        free(logits);
+        free_model(&m);
+    }
+}
+
+/* The contract: the same bits however a sequence is run. */
+static void test_determinism(void) {
+    int ids[LENGTH];
+    for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(300);
+    for (size_t kind = 0; kind < N_KINDS; kind++) {
+        Model m = load_model(odd_model(KINDS[kind].type, KINDS[kind].group));
+        size_t bytes = LENGTH * m.c.vocab_size * sizeof(float);
+        float *alone = (float *)allocate(bytes, 1, "test"), *logits = (float *)allocate(bytes, 1, "test");
+        chunked_forward(&m, ids, LENGTH, 1, 0, 1, alone);
+        for (int threads = 1; threads <= 2; threads++)
+            for (size_t run = 0; run < 8; run++) {
+                static const size_t chunks[] = {1, 7, 64, LENGTH};
+                size_t n_slots = run < 4 ? 1 : 32, slot = run < 4 ? 0 : random_below(32);
+#ifdef _OPENMP
+                omp_set_num_threads(threads);
+#endif
+                chunked_forward(&m, ids, LENGTH, chunks[run % 4], slot, n_slots, logits);
+                CHECK(!memcmp(alone, logits, bytes), "%s: %d threads, chunks of %zu, slot %zu of %zu", m.path, threads, chunks[run % 4], slot, n_slots);
+            }
+        free(alone);
+        free(logits);
+        free_model(&m);
+    }
+}
+
+/* ---- sampler and batch -------------------------------------------------------------------------------------------- */
+
+static void test_sampler(void) {
+    enum { N = 1000, DRAWS = 200000 };
+    float logits[N], copy[N];
+    double p[N], total = 0;
+    uint64_t state = 5;
+    for (int i = 0; i < N; i++) logits[i] = 4 * random_float();
+    logits[17] = logits[18] = logits[19];                               /* equal ones */
+    size_t best = 0;
+    for (size_t i = 0; i < N; i++) if (logits[i] > logits[best]) best = i;
+    memcpy(copy, logits, sizeof copy);
+    CHECK(sample(copy, N, 0, 0.9f, &state) == (int)best && state == 5, "greedy draws nothing");
+    memcpy(copy, logits, sizeof copy);
+    CHECK(sample(copy, N, 1, 0, &state) == (int)best, "top_p 0 is greedy");
+
+    float tops[] = {0.3f, 0.9f, 1.0f};
+    for (int k = 0; k < 3; k++) {
+        /* the set by sorting: the fewest most probable ids with a mass of top_p */
+        size_t order[N], kept = 0;
+        double mass = 0, count[N] = {0}, chi = 0;
+        total = 0;
+        for (size_t i = 0; i < N; i++) { p[i] = exp((logits[i] - logits[best]) / 0.7); total += p[i]; order[i] = i; }
+        for (size_t i = 1; i < N; i++)
+            for (size_t j = i; j && p[order[j]] > p[order[j - 1]]; j--) { size_t t = order[j]; order[j] = order[j - 1]; order[j - 1] = t; }
+        while (kept < N && mass < tops[k] * total - 1e-6) mass += p[order[kept++]];
+        for (int d = 0; d < DRAWS; d++) {
+            memcpy(copy, logits, sizeof copy);
+            count[sample(copy, N, 0.7f, tops[k], &state)]++;
+        }
+        for (size_t i = kept; i < N; i++) CHECK(count[order[i]] == 0, "top_p %g: id %zu is outside the set of %zu", tops[k], order[i], kept);
+        for (size_t i = 0; i < kept; i++) { double e = DRAWS * p[order[i]] / mass; chi += (count[order[i]] - e) * (count[order[i]] - e) / e; }
+        /* chi-square with kept - 1 degrees of freedom: mean kept - 1, deviation sqrt(2 (kept - 1)); 5 of them */
+        CHECK(fabs(chi - (double)(kept - 1)) < 5 * sqrt(2.0 * (double)kept), "top_p %g: chi-square %g for %zu ids", tops[k], chi, kept);
+    }
+    for (int i = 0; i < N; i++) copy[i] = NAN;
+    int id = sample(copy, N, 1, 0.9f, &state);
+    CHECK(id >= 0 && id < N, "NaN logits give id %d", id);
+    for (int i = 0; i < N; i++) copy[i] = i == 7 ? INFINITY : -INFINITY;
+    id = sample(copy, N, 1, 0.9f, &state);
+    CHECK(id >= 0 && id < N, "infinite logits give id %d", id);
+}
+
+static Options test_options(size_t batch, size_t tokens) {
+    Options o;
+    memset(&o, 0, sizeof o);
+    o.batch = batch;
+    o.tokens = tokens;
+    o.temperature = 0.9f;
+    o.top_p = 0.95f;
+    o.seed = 7;
+    o.quiet = true;
+    return o;
+}
+
+/* n sequences of prompts of many lengths through so many slots; to be freed with free_sequences. */
+static Sequence *run_batch(const Model *m, size_t n, size_t first, size_t slots, size_t tokens, size_t context, size_t longest) {
+    Options o = test_options(slots, tokens);
+    Sequence *sequences = (Sequence *)allocate(n, sizeof *sequences, "test");
+    State s = new_state(m, slots, min_size(context, longest + tokens), slots > 40 ? slots : 40);
+    Pass pass;
+    memset(&pass, 0, sizeof pass);
+    for (size_t i = 0; i < n; i++) {
+        size_t index = first + i, length = 1 + index * 7919 % longest;
+        for (size_t j = 0; j < length; j++) push_id(&sequences[i], (int)((index * 31 + j * 17) % 300));
+        sequences[i].n_prompt = length;
+        start_sequence(&sequences[i], &o, index, context);
+    }
+    generate(&s, sequences, n, &o, &pass, NULL);
+    free(pass.ttft.values);
+    free(pass.itl.values);
+    free_state(&s);
+    return sequences;
+}
+
+static void free_sequences(Sequence *sequences, size_t n) {
+    for (size_t i = 0; i < n; i++) free(sequences[i].ids);
+    free(sequences);
+}
+
+static bool same_sequence(const Sequence *a, const Sequence *b) {
+    return a->n_ids == b->n_ids && !memcmp(a->ids, b->ids, a->n_ids * sizeof(int)) && !strcmp(a->finish, b->finish);
+}
+
+static void test_batch(void) {
+    Model m = load_model(odd_model("q4", 32));
+    Sequence *all = run_batch(&m, 32, 0, 32, 40, 110, 90);
+    int n_finish[3] = {0};
+    for (size_t i = 0; i < 32; i++) {
+        Sequence *one = run_batch(&m, 1, i, 1, 40, 110, 90);
+        CHECK(same_sequence(&all[i], one), "sequence %zu alone differs from the batch", i);
+        free_sequences(one, 1);
+        size_t made = all[i].n_ids - all[i].n_prompt;
+        const char *f = all[i].finish;
+        bool eos = made && all[i].ids[all[i].n_ids - 1] == m.tokenizer.eos[0];
+        n_finish[0] += eos;
+        if (eos) CHECK(!strcmp(f, "eos"), "%s", f);
+        else if (made == 40) { CHECK(!strcmp(f, "length"), "%s", f); n_finish[1]++; }
+        else { CHECK(all[i].n_ids == 110 && !strcmp(f, "context"), "%zu ids: %s", all[i].n_ids, f); n_finish[2]++; }
+    }
+    CHECK(n_finish[1] && n_finish[2], "the test's lengths reach both ends");
+    static const size_t slot_counts[] = {1, 2, 5, 31};
+    for (size_t k = 0; k < 4; k++) {    /* continuous batching: sequences take slots that others left */
+        Sequence *fewer = run_batch(&m, 32, 0, slot_counts[k], 40, 110, 90);
+        for (size_t i = 0; i < 32; i++) CHECK(same_sequence(&all[i], &fewer[i]), "sequence %zu differs in %zu slots", i, slot_counts[k]);
+        free_sequences(fewer, 32);
+    }
+    free_sequences(all, 32);
+    Sequence *none = run_batch(&m, 3, 0, 2, 0, 4000, 90);
+    for (size_t i = 0; i < 3; i++) CHECK(none[i].n_ids == none[i].n_prompt && none[i].n_fed == none[i].n_prompt, "no tokens asked for");
+    free_sequences(none, 3);
+    for (size_t batch = 1; batch <= 64; batch *= 4) {
+        Sequence *many = run_batch(&m, batch + 3, 0, batch, 3, 4000, batch > 4 ? 300 : 3000);
+        for (size_t i = 0; i < batch + 3; i++) CHECK(many[i].finish && many[i].n_ids > many[i].n_prompt, "batch %zu, prompt of %zu", batch, many[i].n_prompt);
+        free_sequences(many, batch + 3);
+    }
+    free_model(&m);
+}
+
+/* ---- files -------------------------------------------------------------------------------------------------------- */
+
+/* Loads a file and runs a step in a child process: 0 it ran, 1 it was refused, anything else is a crash. */
+static int try_model(const char *path) {
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        if (!freopen("/dev/null", "w", stderr)) _exit(99);
+        Model m = load_model(path);
+        State s = new_state(&m, 1, 8, 4);
+        int token[2] = {1, 2};
+        size_t pos[2] = {0, 1}, slot[2] = {0, 0}, n_ids;
+        bool want[2] = {false, true};
+        float *logits = (float *)allocate(m.c.vocab_size, sizeof(float), "test");
+        if (m.c.vocab_size > 2) forward(&s, 2, token, pos, slot, want, logits);
+        int *ids = encode(&m.tokenizer, "some text\xff to <s> encode", 24, &n_ids);
+        Decoder d;
+        memset(&d, 0, sizeof d);
+        for (size_t i = 0; i < n_ids; i++) if (ids[i] < 0 || (uint32_t)ids[i] >= m.c.vocab_size) _exit(98);
+        for (size_t i = 0; i < m.c.vocab_size; i++) decode(&d, &m.tokenizer, (int)i);
+        decode_pending(&d, true);
+        _exit(0);                       /* no leak check: what a test left behind is no matter here */
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+static void write_bytes(const char *path, const unsigned char *bytes, size_t n) {
+    FILE *f = fopen(path, "wb");
+    if (!f || fwrite(bytes, 1, n, f) != n || fclose(f)) { perror(path); exit(1); }
+}
+
+static void test_damaged_files(void) {
+#ifdef _OPENMP
+    omp_set_num_threads(1);             /* a forked child has no threads of its parent's */
+#endif
+    const char *good = odd_model("q4", 32);
+    char path[160];
+    snprintf(path, sizeof path, "%s/damaged.bin", directory);
+    Text file = read_file(good);
+    unsigned char *bytes = (unsigned char *)file.text;
+    Header *c = (Header *)bytes;
+    size_t head = c->tokenizer_offset + 400;            /* header, table, the tokenizer's start */
+    CHECK(try_model(good) == 0, "an undamaged file runs");
+    CHECK(try_model("/") == 1 && try_model("/nonexistent") == 1, "a directory, no file");
+    for (size_t i = 0; i < 200; i++) {
+        size_t n = i < 100 ? head * i / 100 : head + (file.length - head) * (i - 100) / 100;
+        write_bytes(path, bytes, n);
+        int status = try_model(path);
+        CHECK(status == 1, "cut to %zu of %zu bytes: status %d", n, file.length, status);
+        uint64_t size = c->file_size;   /* the same with a header that agrees */
+        c->file_size = n;
+        write_bytes(path, bytes, n);
+        c->file_size = size;
+        status = try_model(path);
+        CHECK(status == 1, "cut to %zu bytes with that size in the header: status %d", n, status);
+    }
+    int refused = 0;
+    for (int i = 0; i < 2000; i++) {
+        size_t at = i < 1000 ? random_below(sizeof(Header)) : random_below(head);
+        unsigned char saved = bytes[at];
+        bytes[at] = (unsigned char)(i % 3 == 0 ? 0xff : i % 3 == 1 ? saved ^ 1 << random_below(8) : (int)random_below(256));
+        write_bytes(path, bytes, file.length);
+        int status = try_model(path);
+        CHECK(status == 0 || status == 1, "byte %zu from %d to %d: status %d", at, saved, bytes[at], status);
+        refused += status == 1;
+        bytes[at] = saved;
+    }
+    CHECK(refused > 500, "only %d of 2000 were refused", refused);
+    unlink(path);
+    free(file.text);
+}
+
+/* ---- the tokenizer's decoding (encoding: tests/test_tokenizer.py) ----------------------------------------------------- */
+
+static void test_decode(void) {
+    /* ids of demo/tiny-mistral-q8.bin and what the SentencePiece library's decode() gives for them */
+    static const struct { size_t n; int ids[5]; size_t length; const char *text; } CASES[] = {
+        {0, {0}, 0, ""},   /*  */
+        {1, {1}, 0, ""},   /* <s> */
+        {1, {261}, 1, "a"},   /* ▁a */
+        {2, {1, 261}, 1, "a"},   /* <s> ▁a */
+        {3, {1, 2, 261}, 1, "a"},   /* <s> </s> ▁a */
+        {1, {1990}, 0, ""},   /* ▁ */
+        {2, {1990, 1990}, 1, " "},   /* ▁ ▁ */
+        {3, {1990, 1, 261}, 2, " a"},   /* ▁ <s> ▁a */
+        {2, {1990, 261}, 2, " a"},   /* ▁ ▁a */
+        {2, {1993, 261}, 3, "a a"},   /* a ▁a */
+        {1, {0}, 5, " \342\201\207 "},   /* <unk> */
+        {2, {0, 261}, 7, " \342\201\207  a"},   /* <unk> ▁a */
+        {3, {1, 0, 261}, 7, " \342\201\207  a"},   /* <s> <unk> ▁a */
+        {3, {261, 0, 1993}, 7, "a \342\201\207 a"},   /* ▁a <unk> a */
+        {3, {261, 1, 261}, 3, "a a"},   /* ▁a <s> ▁a */
+        {2, {68, 261}, 3, "A a"},   /* <0x41> ▁a */
+        {2, {35, 261}, 3, "  a"},   /* <0x20> ▁a */
+        {2, {35, 1990}, 2, "  "},   /* <0x20> ▁ */
+        {1, {229}, 3, "\357\277\275"},   /* <0xE2> */
+        {2, {229, 153}, 6, "\357\277\275\357\277\275"},   /* <0xE2> <0x96> */
+        {3, {229, 153, 132}, 3, "\342\226\201"},   /* <0xE2> <0x96> <0x81> */
+        {5, {1, 229, 153, 132, 261}, 5, "\342\226\201 a"},   /* <s> <0xE2> <0x96> <0x81> ▁a */
+        {4, {229, 1, 153, 132}, 9, "\357\277\275\357\277\275\357\277\275"},   /* <0xE2> <s> <0x96> <0x81> */
+        {3, {229, 0, 153}, 11, "\357\277\275 \342\201\207 \357\277\275"},   /* <0xE2> <unk> <0x96> */
+        {2, {229, 261}, 5, "\357\277\275 a"},   /* <0xE2> ▁a */
+        {4, {243, 162, 68, 155}, 10, "\357\277\275\357\277\275A\357\277\275"},   /* <0xF0> <0x9F> <0x41> <0x98> */
+        {4, {243, 162, 155, 131}, 4, "\360\237\230\200"},   /* <0xF0> <0x9F> <0x98> <0x80> */
+        {2, {195, 131}, 6, "\357\277\275\357\277\275"},   /* <0xC0> <0x80> */
+        {3, {240, 163, 131}, 9, "\357\277\275\357\277\275\357\277\275"},   /* <0xED> <0xA0> <0x80> */
+        {4, {247, 147, 131, 131}, 12, "\357\277\275\357\277\275\357\277\275\357\277\275"},   /* <0xF4> <0x90> <0x80> <0x80> */
+        {2, {3, 1993}, 2, "\000a"},   /* <0x00> a */
+    };
+    Model m = load_model("demo/tiny-mistral-q8.bin");
+    for (size_t i = 0; i < sizeof CASES / sizeof *CASES; i++) {
+        Decoder d;
+        memset(&d, 0, sizeof d);
+        append(&d.text, "", 0);
+        for (size_t j = 0; j < CASES[i].n; j++) decode(&d, &m.tokenizer, CASES[i].ids[j]);
+        decode_pending(&d, true);
+        CHECK(d.text.length == CASES[i].length && !memcmp(d.text.text, CASES[i].text, d.text.length), "case %zu: '%s', not '%s'", i, d.text.text, CASES[i].text);
+        free(d.text.text);
+    }
+    size_t n;
+    int *ids = encode(&m.tokenizer, "Once upon a time", 16, &n);
+    CHECK(n == 5 && ids[0] == 609 && ids[1] == 1293 && ids[2] == 595 && ids[3] == 261 && ids[4] == 579, "%zu ids", n);
+    free(ids);
+    free_model(&m);
+}
+
+/* Records [u32 bytes][text] on standard input; for each [u32 n][n i32: its ids][u32 bytes][their text] on standard output. */
+static int tokenize(const char *path) {
+    Model m = load_model(path);
+    uint32_t n;
+    while (fread(&n, 4, 1, stdin) == 1) {
+        char *text = (char *)allocate(n, 1, "test");
+        size_t n_ids;
+        if (fread(text, 1, n, stdin) != n) return 1;
+        int *ids = encode(&m.tokenizer, text, n, &n_ids);
+        uint32_t count = (uint32_t)n_ids;
+        Decoder d;
+        memset(&d, 0, sizeof d);
+        append(&d.text, "", 0);
+        for (size_t i = 0; i < n_ids; i++) decode(&d, &m.tokenizer, ids[i]);
+        decode_pending(&d, true);
+        fwrite(&count, 4, 1, stdout);
+        fwrite(ids, 4, n_ids, stdout);
+        count = (uint32_t)d.text.length;
+        fwrite(&count, 4, 1, stdout);
+        fwrite(d.text.text, 1, d.text.length, stdout);
+        free(text);
+        free(ids);
+        free(d.text.text);
+    }
+    free_model(&m);
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    static const struct { const char *name; void (*run)(void); } TESTS[] = {
+        {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations},
+        {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
+        {"sampler", test_sampler}, {"batch", test_batch}, {"decode", test_decode}, {"damaged_files", test_damaged_files}};
+    int passed = 0, failed = 0;
+    program = "test_all";
+    if (argc == 3 && !strcmp(argv[1], "tokenize")) return tokenize(argv[2]);
+    if (!mkdtemp(directory)) { perror(directory); return 1; }
+    for (size_t i = 0; i < sizeof TESTS / sizeof *TESTS; i++) {
+        bool wanted = argc == 1;
+        for (int a = 1; a < argc; a++) wanted |= !strcmp(argv[a], TESTS[i].name);
+        if (!wanted) continue;
+        double start = now();
+        failures = 0;
+        rng = 1;
+        TESTS[i].run();
+        printf("%-20s %s  %.2f s\n", TESTS[i].name, failures ? "FAILED" : "ok", now() - start);
+        fflush(stdout);
+        failed += failures > 0;
+        passed += !failures;
+    }
+    char command[64];
+    snprintf(command, sizeof command, "rm -rf %s", directory);
+    if (system(command)) perror(directory);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed || !passed;
+}
