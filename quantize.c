@@ -127,6 +127,13 @@ static bool convert_panel(unsigned char *out, const Matrix *to, const unsigned c
     return sum == 0 && (to->type == F32 || largest <= 65504);
 }
 
+/* The group size a tensor gets when `group` is asked for: that one or the largest smaller one that divides cols. */
+static uint32_t tensor_group(uint32_t type, uint32_t group, uint64_t cols) {
+    if (type < Q8) return 0;
+    while (group > 32 && cols % group) group /= 2;
+    return group;
+}
+
 /* Where a checkpoint comes from: a file, a pipe, or nowhere (random weights). */
 typedef struct {
     const char *path;
@@ -260,10 +267,8 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
     for (uint64_t i = 0; i < in.n_tensors; i++) {
         Matrix m;
         if (source->file) {
-            m = check_tensor(source->path, &in, &from[i], i);
+            m = check_tensor(source->path, &in, &from[i], i, &reached);
             if (m.type >= Q8) die("%s: %s is %s already: start from an FP32 or FP16 checkpoint", source->path, from[i].name, TYPE_NAMES[m.type]);
-            if (from[i].offset < reached) die("%s: %s does not follow the tensor before it", source->path, from[i].name);
-            reached = from[i].offset + from[i].size;
         }
         to[i] = from[i];
         to[i].type = from[i].cols == 1 ? (uint32_t)F32 : type;
@@ -326,11 +331,6 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
 }
 
 #ifndef TESTING
-static void on_stop(int signal_number) {        /* leaves no file behind */
-    if (temporary[0]) unlink(temporary);
-    _exit(128 + signal_number);
-}
-
 static const char QUANTIZE_HELP[] =
     "usage: quantize IN.bin OUT.bin TYPE [options]       IN.bin may be -, standard input\n"
     "       quantize --random SHAPE OUT.bin TYPE [options]\n"
@@ -376,8 +376,8 @@ int main(int argc, char **argv) {
         source.file = stdin;
         source.path = "standard input";
     } else if (!shape && !(source.file = fopen(source.path, "rb"))) die("%s: %s", source.path, strerror(errno));
-    signal(SIGINT, on_stop);
-    signal(SIGTERM, on_stop);
+    interrupted = 1;                    /* there is no half a checkpoint: the first Ctrl-C ends it */
+    catch_signals();
     convert(&source, shape, argv[argc - 2], type, group);
     if (source.file && source.file != stdin) fclose(source.file);
     return 0;

@@ -185,13 +185,6 @@ static bool matrix_layout(Matrix *m, uint32_t type, uint32_t group, uint64_t row
     return !__builtin_mul_overflow(m->n_panels, m->panel_bytes, &m->bytes);
 }
 
-/* The group size a tensor gets when `group` is asked for: that one or the largest smaller one that divides cols. */
-static uint32_t tensor_group(uint32_t type, uint32_t group, uint64_t cols) {
-    if (type < Q8) return 0;
-    while (group > 32 && cols % group) group /= 2;
-    return group;
-}
-
 /* Name and shape of the i-th tensor of a model: the one place that knows which there are and in which order.
  * Returns false past the last. A model has 6 n_layers + 2 tensors, and one more where the classifier is its own. */
 static bool tensor_shape(const Header *c, uint64_t i, char name[48], uint64_t *rows, uint64_t *cols) {
@@ -241,8 +234,9 @@ static void check_header(const char *path, const Header *c) {
             (unsigned long long)c->tokenizer_size, (unsigned long long)c->tokenizer_offset);
 }
 
-/* Checks entry i of the table against the header and the file's size and returns its layout (without data). */
-static Matrix check_tensor(const char *path, const Header *c, const Tensor *t, uint64_t i) {
+/* Checks entry i of the table against the header, the file's size and *end, where the tensor before it ends, which it
+ * moves on. Returns the layout (without data). */
+static Matrix check_tensor(const char *path, const Header *c, const Tensor *t, uint64_t i, uint64_t *end) {
     char name[48];
     uint64_t rows, cols;
     Matrix m;
@@ -256,6 +250,8 @@ static Matrix check_tensor(const char *path, const Header *c, const Tensor *t, u
     if (t->size != m.bytes || t->offset % 64 || t->offset > c->file_size || t->size > c->file_size - t->offset)
         die("%s: %s: %llu bytes at %llu, where %zu are needed within the file's %llu", path, name,
             (unsigned long long)t->size, (unsigned long long)t->offset, m.bytes, (unsigned long long)c->file_size);
+    if (t->offset < *end) die("%s: %s does not follow what stands before it", path, name);
+    *end = t->offset + t->size;
     return m;
 }
 
@@ -283,9 +279,10 @@ static Model load_model(const char *path) {
     check_header(path, c);
 
     const Tensor *table = (const Tensor *)(m.map + sizeof(Header));
+    uint64_t end = c->tokenizer_offset + c->tokenizer_size;
     m.layers = (Layer *)allocate(c->n_layers, sizeof(Layer), path);
     for (uint64_t i = 0; i < c->n_tensors; i++) {
-        Matrix w = check_tensor(path, c, &table[i], i);
+        Matrix w = check_tensor(path, c, &table[i], i, &end);
         w.data = m.map + table[i].offset;
         const float *vector = (const float *)w.data;
         Layer *layer = &m.layers[(i ? i - 1 : 0) / 6 % c->n_layers];
@@ -1115,10 +1112,20 @@ typedef struct {
 
 static volatile sig_atomic_t interrupted;
 
-static void on_interrupt(int signal_number) {       /* Ctrl-C: the generation ends after this step; the second ends all */
-    if (interrupted && temporary[0]) unlink(temporary);
-    if (interrupted) _exit(128 + signal_number);
-    interrupted = 1;
+/* Ctrl-C and the like: the generation ends after this step. The second one ends the program, which leaves no file. */
+static void on_signal(int number) {
+    if (!interrupted) { interrupted = 1; return; }
+    if (temporary[0]) unlink(temporary);
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
+static void catch_signals(void) {
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_signal;      /* no SA_RESTART: a question that waits for its answer ends too */
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) sigaction(numbers[i], &action, NULL);
 }
 
 /* Called after each step with all sequences; prints what is new. */
@@ -1204,7 +1211,8 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
  * 7. Reports                                                                                                        */
 
 static void flush_stdout(void) {
-    if (fflush(stdout) != 0 || ferror(stdout)) die("standard output: cannot be written: %s", strerror(errno));
+    if (fflush(stdout) != 0 && errno == EINTR) { clearerr(stdout); fflush(stdout); }        /* Ctrl-C */
+    if (ferror(stdout)) die("standard output: cannot be written: %s", strerror(errno));
 }
 
 /* Prints the first sequence as it grows, the second when the first has ended, and so on: text to stdout. */
@@ -1255,7 +1263,7 @@ static FILE *open_output(const char *path) {
         if (snprintf(temporary, sizeof temporary, "%s.tmp.%d", target ? target : path, (int)getpid()) >= (int)sizeof temporary)
             temporary[0] = 0;
     free(target);
-    FILE *f = fopen(temporary[0] ? temporary : path, "wb");
+    FILE *f = path[0] ? fopen(temporary[0] ? temporary : path, "wb") : NULL;
     if (!f) { temporary[0] = 0; die("%s: cannot be written: %s", path, strerror(errno)); }
     return f;
 }
@@ -1298,6 +1306,12 @@ static void json_text(FILE *f, const Tokenizer *t, const int *ids, size_t from, 
     decode_pending(&d, true);
     json_string(f, d.text.text, d.text.length);
     free(d.text.text);
+}
+
+static void json_number(FILE *f, const char *name, double value) {
+    fprintf(f, ",\n  \"%s\": ", name);
+    if (isfinite(value)) fprintf(f, value == floor(value) ? "%.0f" : "%.9g", value);
+    else fprintf(f, "null");
 }
 
 static void json_ids(FILE *f, const int *ids, size_t from, size_t to) {
@@ -1393,7 +1407,7 @@ static bool report(const State *s, const Sequence *sequences, size_t n_sequences
         {"total_seconds_max", total_max}, {"prefill_tok_s", prefill_tok_s}, {"decode_tok_s", decode_tok_s},
         {"total_tok_s", total_tok_s}, {"ttft_ms", ttft_ms}, {"itl_ms_p50", itl_50}, {"itl_ms_p95", itl_95},
         {"bandwidth_gb_s", bandwidth}};
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) fprintf(f, ",\n  \"%s\": %.9g", numbers[i].name, numbers[i].value);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) json_number(f, numbers[i].name, numbers[i].value);
     fprintf(f, ",\n  \"weights_bytes\": %llu,\n  \"kv_bytes\": %zu,\n  \"peak_bytes\": %.0f,\n  \"target_tok_s\": ", (unsigned long long)m->c.file_size, s->kv_bytes, peak);
     if (o->target > 0) fprintf(f, "%.9g,\n  \"pass\": %s", o->target, pass ? "true" : "false");
     else fprintf(f, "null,\n  \"pass\": null");
@@ -1552,6 +1566,7 @@ static bool chat_mode(const Model *m, const Options *o) {
     memset(&q, 0, sizeof q);
     memset(&pass, 0, sizeof pass);
     q.rng = o->seed;
+    q.finish = "length";
     for (bool first = true; !interrupted; first = false) {
         Text text = {NULL, 0, 0};
         if (isatty(STDIN_FILENO)) fputs("> ", stderr);
@@ -1578,7 +1593,7 @@ static bool chat_mode(const Model *m, const Options *o) {
         free(d.decoder.text.text);
     }
     if (!fits) fprintf(stderr, "%s: the conversation no longer fits in a context of %zu positions: raise -c\n", program, context);
-    bool ok = report(&s, &q, q.finish ? 1 : 0, &pass, 1, o) && fits;
+    bool ok = report(&s, &q, 1, &pass, 1, o) && fits;
     free(pass.ttft.values);
     free(pass.itl.values);
     free(line.text);
@@ -1623,7 +1638,11 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     models[0] = *m;
     if (o->against) {
         models[1] = load_model(o->against);
-        if (models[1].c.vocab_size != vocab) die("%s: a vocabulary of %u, %s has %zu", o->against, models[1].c.vocab_size, m->path, vocab);
+        const Tokenizer *a = &m->tokenizer, *b = &models[1].tokenizer;
+        bool same_pieces = models[1].c.vocab_size == vocab && a->n_pieces == b->n_pieces;
+        for (size_t i = 0; same_pieces && i < a->n_pieces; i++)
+            same_pieces = a->pieces[i].length == b->pieces[i].length && !memcmp(a->pieces[i].text, b->pieces[i].text, a->pieces[i].length);
+        if (!same_pieces) die("%s: its vocabulary of %zu pieces is not %s's of %zu", o->against, b->n_pieces, m->path, a->n_pieces);
     }
     for (size_t k = 0; k < n_models; k++) {
         states[k] = new_state(&models[k], n_slots, span, CHUNK);
@@ -1682,8 +1701,10 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     if (o->json) {
         FILE *out = o->json;
         json_head(out, &states[0], o);
-        fprintf(out, ",\n  \"ppl\": %.9g,\n  \"ppl_error\": %.9g,\n  \"nll\": %.9g,\n  \"tokens\": %zu,\n  \"ctx\": %zu", ppl, ppl * error, mean, nlls.n, context);
-        if (o->against) fprintf(out, ",\n  \"kl\": %.9g,\n  \"kl_error\": %.9g,\n  \"kl_p99\": %.9g,\n  \"same_top\": %.9g", kl_mean, kl_error, kl_p99, same_top);
+        const struct { const char *name; double value; } numbers[] = {
+            {"ppl", ppl}, {"ppl_error", ppl * error}, {"nll", mean}, {"tokens", (double)nlls.n}, {"ctx", (double)context},
+            {"kl", kl_mean}, {"kl_error", kl_error}, {"kl_p99", kl_p99}, {"same_top", same_top}};
+        for (size_t i = 0; i < (o->against ? 9 : 5); i++) json_number(out, numbers[i].name, numbers[i].value);
         fprintf(out, "\n}\n");
         close_output(out, o->output);
     }
@@ -1828,9 +1849,10 @@ static Options read_options(int argc, char **argv) {
 
 #ifndef RUN_NO_MAIN
 int main(int argc, char **argv) {
+    for (int fd = 0; fd < 3; fd++)                  /* or the first file that is opened takes the place of a closed one */
+        if (fcntl(fd, F_GETFD) < 0 && (fd == STDOUT_FILENO || open("/dev/null", O_WRONLY) != fd)) die("standard output: %s", strerror(errno));
     Options o = read_options(argc, argv);
-    signal(SIGINT, on_interrupt);
-    signal(SIGTERM, on_interrupt);
+    catch_signals();
     Model m = load_model(o.path);
     if (o.output) o.json = open_output(o.output);
     bool ok = !strcmp(o.mode, "chat") ? chat_mode(&m, &o) : !strcmp(o.mode, "perplexity") ? perplexity_mode(&m, &o) : generate_mode(&m, &o);

@@ -23,7 +23,7 @@ SHARED = os.path.join(ROOT, "..", "shared")
 DEMO = os.path.join(ROOT, "demo", "tiny-mistral-q8.bin")        # trained; window 128, 2,048 pieces
 RUN = os.path.abspath(os.environ.get("RUN", os.path.join(ROOT, "run")))
 QUANTIZE = os.path.abspath(os.environ.get("QUANTIZE", os.path.join(ROOT, "quantize")))
-NAME = os.path.basename(RUN) if "RUN" in os.environ and "cuda" in os.environ["RUN"] else "run"
+NAME = "run_cuda" if os.path.basename(RUN).startswith("run_cuda") else "run"       # stands before every message
 BOS, EOS = 1, 2
 TIMEOUT = 120                                                   # of one program, against hanging: no test needs 10 s
 
@@ -35,7 +35,7 @@ FIELDS = set(NUMBERS) | set(COUNTS) | {"model", "backend", "dtype", "target_tok_
 SEQUENCE_FIELDS = {"prompt", "prompt_ids", "ids", "text", "finish"}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def programs():
     targets = [t for t, name in (("run", "RUN"), ("quantize", "QUANTIZE")) if name not in os.environ]
     if targets:
@@ -49,7 +49,7 @@ def tmp(tmp_path):
     assert left == [], "temporary files were left behind"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """Random models by type, of 300 pieces and a shape that is a multiple of nothing: {"f32": path, ...}"""
     directory = tmp_path_factory.mktemp("odd")
@@ -58,7 +58,7 @@ def odd(tmp_path_factory):
     return {t: str(directory / (t + ".bin")) for t in ("f32", "f16", "q8", "q4")}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def no_window(odd, tmp_path_factory):
     """The odd model without a sliding window: 3 layers, 2 key heads of 14."""
     data = bytearray(open(odd["f32"], "rb").read())
@@ -198,8 +198,6 @@ def test_help():
 
 
 def test_long_names_mean_the_same(tmp):
-    short = done(tmp, DEMO, *"-m generate -i Once -b 2 -n 7 -l 9 -t 0.7 -p 0.9 -s 5 -c 12 -j 1 -w 1 -r 2 -E -T 0.001".split(), "-P",
-                 status=0) if False else None
     args = {"mode": ("m", "generate"), "prompt": ("i", "Once"), "batch": ("b", "2"), "tokens": ("n", "7"), "prompt-tokens": ("l", "9"),
             "temperature": ("t", "0.7"), "top-p": ("p", "0.9"), "seed": ("s", "5"), "context": ("c", "12"), "threads": ("j", "1"),
             "warmup": ("w", "1"), "repeat": ("r", "2")}
@@ -247,12 +245,24 @@ def test_header_with_absurd_numbers(tmp, odd):
     cases = [(name, at, struct.pack("<I", v)) for name, at in u32.items() for v in (0, 3, 0x80000000, 0xffffffff) if (name, v) != ("chat_template", 0)
              and (name, v) != ("type", 3)]
     cases = [c for c in cases if data[c[1]:c[1] + 4] != c[2]]
-    cases += [(name, at, struct.pack("<Q", v)) for name, at in u64.items() for v in (0, 1, 1 << 32, 1 << 63, (1 << 64) - 64, (1 << 64) - 1)]
+    cases += [(name, at, struct.pack("<Q", v)) for name, at in u64.items() for v in (0, 1, 1 << 32, 1 << 63, (1 << 64) - 64, (1 << 64) - 1)
+              if (name, v) != ("offset", 0)]
     cases += [("norm_eps", 76, struct.pack("<f", v)) for v in (math.nan, math.inf, -1)]
     cases += [("rope_theta", 80, struct.pack("<d", v)) for v in (math.nan, math.inf, -1, 0)]
     for name, at, value in cases:
         bad.write_bytes(data[:at] + value + data[at + len(value):])
         one_line(run(bad, "-i", "x", "-n", 1), 1, "%s: " % bad)
+
+
+def test_tensors_out_of_order(tmp, odd):
+    """Their data lies in the table's order, after the tokenizer (FORMAT.md): not over the header, not one over the other."""
+    with open(odd["q8"], "rb") as f:
+        data = bytearray(f.read())
+    wo, first = 256 + 96 * 3 + 72, struct.unpack_from("<Q", data, 256 + 72)[0]
+    for offset in (0, 64, first):
+        struct.pack_into("<Q", data, wo, offset)
+        (tmp / "bad.bin").write_bytes(data)
+        one_line(run(tmp / "bad.bin", "-i", "x", "-n", 1), 1, "%s: " % (tmp / "bad.bin"), "layers.0.wo")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,6 +415,7 @@ def on_terminal(args, keys, wait_for, stop=None):
         assert byte, seen
         seen += byte
     if stop:
+        time.sleep(0.3)                                         # what is asked is waited for then
         p.send_signal(stop)
     else:
         os.write(master, keys)
@@ -612,10 +623,19 @@ def perplexity(tmp, model, *args, text=TEXT):
     status, out, err = run(model, "-m", "perplexity", "-f", tmp / "text.txt", "-q", "-o", tmp / "p.json", *args)
     assert (status, err) == (0, b"")
     d = strict_json((tmp / "p.json").read_bytes())
-    line = "ppl %.4f +- %.4f  nll %.6f  tokens %d  ctx %d" % (d["ppl"], d["ppl_error"], d["nll"], d["tokens"], d["ctx"])
+    number = r"(-?\d+\.%s)"
+    line = r"ppl %s \+- %s  nll %s  tokens (\d+)  ctx (\d+)" % (number % r"\d{4}", number % r"\d{4}", number % r"\d{6}")
+    names = ["ppl", "ppl_error", "nll", "tokens", "ctx"]
     if "--against" in args:
-        line += "  kl %.5f +- %.5f  kl_p99 %.4g  same_top %.1f%%" % (d["kl"], d["kl_error"], d["kl_p99"], 100 * d["same_top"])
-    assert out.decode() == line + "\n"
+        line += r"  kl %s \+- %s  kl_p99 ([-.e\d]+)  same_top %s%%" % (number % r"\d{5}", number % r"\d{5}", number % r"\d")
+        names += ["kl", "kl_error", "kl_p99", "same_top"]
+    fields = re.fullmatch(line + "\n", out.decode())
+    assert fields, out
+    for name, field in zip(names, fields.groups()):             # the line rounds, and JSON has 9 digits
+        decimals = len(field.partition(".")[2]) if name != "kl_p99" else 0
+        value = float(field) / (100 if name == "same_top" else 1)
+        slack = 1e-3 * value if name == "kl_p99" else 0.5 * 10.0 ** -decimals / (100 if name == "same_top" else 1) if decimals else 0
+        assert abs(value - d[name]) <= slack * 1.0001 + 1e-8 * abs(value), (name, field, d[name])
     wanted = {"ppl", "ppl_error", "nll", "tokens", "ctx"} | ({"kl", "kl_error", "kl_p99", "same_top"} if "--against" in args else set())
     assert wanted <= set(d) and "sequences" not in d and not {"kl", "kl_error", "kl_p99", "same_top"} & (set(d) - wanted)
     assert type(d["tokens"]) is int and type(d["ctx"]) is int and abs(math.log(d["ppl"]) - d["nll"]) <= 1e-7
@@ -860,9 +880,10 @@ def test_interrupt(tmp, batch):
 
 
 def test_second_interrupt_kills(tmp):
-    """A step of 1,024 sequences takes a while: the second signal comes before it ends."""
-    p = start(DEMO, "-i", "x", "-b", 1024, "-n", 64, "-l", 2, "-j", 1, "-o", tmp / "a.json")
+    """A step of 3,000 sequences takes a while: both signals come before it ends."""
+    p = start(DEMO, "-i", "x", "-b", 3000, "-n", 64, "-l", 2, "-j", 1, "-o", tmp / "a.json")
     os.read(p.stdout.fileno(), 1)
+    time.sleep(0.02)                                            # the next step has begun
     p.send_signal(signal.SIGINT)
     for _ in range(1000):                                       # until the first has arrived: its handler is gone then
         caught = re.search(r"SigCgt:\s*([0-9a-f]+)", open("/proc/%d/status" % p.pid).read())
@@ -884,10 +905,13 @@ def test_interrupt_while_prompts_are_read(tmp):
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=TIMEOUT)
     if p.returncode == 0:
+        most = 150000 * 20
         if (tmp / "a.json").exists():
             d = strict_json((tmp / "a.json").read_bytes())
-            assert d["generated_tokens"] == d["prompt_tokens"] == 0 and {s["finish"] for s in d["sequences"]} <= {"length", "eos", "context"}
-        assert not re.search(rb"[1-9]\d* tokens", err)
+            most = sum(len(s["prompt_ids"]) + len(s["ids"]) for s in d["sequences"])
+            assert d["generated_tokens"] == sum(len(s["ids"]) for s in d["sequences"]) and d["prompt_tokens"] <= most
+            assert {s["finish"] for s in d["sequences"]} <= {"length", "eos", "context"}
+        assert all(int(n) <= most for n in re.findall(rb"(\d+) tokens", err))
     else:
         assert p.returncode in (1, 128 + signal.SIGINT, -signal.SIGINT) and err.count(b"\n") <= 1 and not (tmp / "a.json").exists()
 
@@ -907,12 +931,12 @@ def test_interrupt_in_a_repeated_pass(tmp):
     n = 600
     whole, _ = done(tmp, DEMO, "-i", "Once", "-n", n, "-E", "-j", 1)
     p = start(DEMO, "-i", "Once", "-n", n, "-E", "-j", 1, "-r", 1000, "-o", tmp / "a.json")
-    time.sleep(3.3 * whole["total_seconds"])                    # in the fourth pass, about a third of it done
+    time.sleep(3.2 * whole["total_seconds"])                    # in the fourth pass, about a fourth of it done
     p.send_signal(signal.SIGINT)
     p.communicate(timeout=20)
     d = strict_json((tmp / "a.json").read_bytes())
     assert p.returncode == 0
-    assert 0.6 < d["decode_tok_s"] / (1000 / d["itl_ms_p50"]) < 1.5
+    assert d["decode_tok_s"] > 0.55 * min(whole["decode_tok_s"], 1000 / d["itl_ms_p50"])        # noise aside
 
 
 def test_interrupt_of_perplexity(tmp):
@@ -1174,7 +1198,7 @@ def test_quantize_what_is_no_checkpoint(tmp, odd):
     one_line(quantize("-", target, "q8", stdin=None, preexec_fn=lambda: os.close(0)), 1, "standard input: ", name="quantize")
     one_line(quantize("--random", "none", target, "q8"), 1, "--random none: ", "mistral-7b", name="quantize")
     assert target.read_bytes() == b"old"
-    assert quantize(odd["f16"], target, "q8")[0] == 0 and target.read_bytes() == open(odd["q8"], "rb").read()
+    assert quantize(odd["f32"], target, "q8")[0] == 0 and target.read_bytes() == open(odd["q8"], "rb").read()
 
 
 def test_quantize_of_quantized_is_refused(tmp, odd):
