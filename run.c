@@ -154,6 +154,7 @@ typedef struct {
     size_t   table_mask;
     int     *user_defined;              /* their ids, n_user_defined of them */
     size_t   n_user_defined;
+    bool     starts_user_defined[256];  /* whether one of them starts with this byte */
 } Tokenizer;
 
 typedef struct {
@@ -836,7 +837,10 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         p->length = length;
         p->type = type;
         at += length;
-        if (type == USER_DEFINED && length) t->user_defined[t->n_user_defined++] = (int)i;
+        if (type == USER_DEFINED && length) {
+            t->user_defined[t->n_user_defined++] = (int)i;
+            t->starts_user_defined[*(const unsigned char *)p->text] = true;
+        }
         if ((type == NORMAL || type == USER_DEFINED) && length && find_piece(t, p->text, length) < 0) {
             size_t h = hash(p->text, length) & t->table_mask;
             while (t->table[h] >= 0) h = (h + 1) & t->table_mask;
@@ -919,9 +923,9 @@ static int *encode(const Tokenizer *t, const char *text, size_t n, size_t *n_ids
     for (size_t i = 0; i < norm.length; i += s[n_symbols++].length) {
         Symbol symbol = {(uint32_t)i, (uint32_t)utf8_length(norm.text + i, norm.length - i), (uint32_t)n_symbols - 1,
                          (uint32_t)n_symbols + 1, -1, false};
-        for (size_t u = 0; u < t->n_user_defined; u++) {
+        for (size_t u = 0; u < t->n_user_defined && t->starts_user_defined[(unsigned char)norm.text[i]]; u++) {
             const Piece *p = &t->pieces[t->user_defined[u]];
-            if (p->text[0] == norm.text[i] && p->length <= norm.length - i && p->length >= symbol.length &&
+            if (p->length <= norm.length - i && p->length >= symbol.length &&
                 !memcmp(p->text, norm.text + i, p->length)) { symbol.length = p->length; symbol.frozen = true; }
         }
         s[n_symbols] = symbol;
