@@ -4,8 +4,8 @@
  *   ./quantize model-f16.bin model-q4.bin q4
  *   python3 export.py HF_DIR - | ./quantize - model-q4.bin q4
  *
- * Round to nearest with a scale and a zero for each group of neighbouring weights, the two chosen so that the group's
- * squared error is smallest. The checkpoint goes through in pieces of some panels, in the order of the file, so that a
+ * Round to nearest with a scale and a zero for each group of neighbouring weights, the two chosen by search so that the
+ * group's squared error is small. The checkpoint goes through in pieces of some panels, in the order of the file, so that a
  * pipe will do for the input and memory stays small whatever the model's size. */
 #ifndef TESTING
 #define RUN_NO_MAIN
@@ -110,21 +110,19 @@ static void quantize_group(unsigned char *block, int type, const float *w, size_
 /* One panel from an f32 or f16 matrix to a matrix of another type; returns whether all its weights were finite and, for
  * FP16, in range. */
 static bool convert_panel(unsigned char *out, const Matrix *to, const unsigned char *in, const Matrix *from) {
-    float w[MAX_GROUP * PANEL], sum = 0, largest = 0;
+    float w[MAX_GROUP * PANEL], limit = to->type == F32 ? 3.4028235e38f : 65519;       /* 65520 would round to infinity */
+    bool good = true;
     for (size_t g = 0; g < to->n_groups; g++) {
         size_t k = g * to->group, n = min_size(to->group, to->cols - k);
         unpack_group(w, from->type, in + k * PANEL * (from->type == F32 ? 4 : 2), n);
-        for (size_t i = 0; i < n * PANEL; i++) {
-            sum += w[i] * 0;                                        /* NaN if any weight is NaN or infinite */
-            largest = fabsf(w[i]) > largest ? fabsf(w[i]) : largest;
-        }
+        for (size_t i = 0; i < n * PANEL; i++) good &= fabsf(w[i]) <= limit;           /* false for NaN */
         if (to->type >= Q8) quantize_group(out + g * to->block_bytes, to->type, w, n, to->group);
         else for (size_t i = 0; i < n * PANEL; i++) {
             if (to->type == F16) ((uint16_t *)out)[k * PANEL + i] = float_to_half(w[i]);
             else ((float *)out)[k * PANEL + i] = w[i];
         }
     }
-    return sum == 0 && (to->type == F32 || largest <= 65504);
+    return good;
 }
 
 /* The group size a tensor gets when `group` is asked for: that one or the largest smaller one that divides cols. */
@@ -154,16 +152,17 @@ static void skip_to(Source *s, uint64_t offset, const char *what) {
     while (s->file && s->at < offset) read_exactly(s, nothing, min_size(sizeof nothing, offset - s->at), what);
 }
 
-/* Panels of random weights about N(0, 0.02^2) (norms: 1) in FP32: the sum of four bytes of a hash of tensor and place, so that
- * they are the same however many threads make them. */
-static void random_panel(float *out, size_t n, uint32_t tensor, uint64_t first, bool norm) {
-    for (size_t i = 0; i < n; i++) {
-        uint32_t h = (uint32_t)(first + i) * 0x9e3779b1u ^ (uint32_t)((first + i) >> 32) ^ tensor * 0x85ebca6bu;
+/* A panel of random weights about N(0, 0.02^2), of norms 1, in FP32, [cols][32], of which n_rows rows exist: the sum of
+ * four bytes of a hash of tensor and place, so that they are the same however many threads make them. */
+static void random_panel(float *out, size_t cols, size_t n_rows, uint32_t tensor, size_t panel) {
+    for (size_t i = 0; i < cols * PANEL; i++) {
+        uint64_t place = panel * cols * PANEL + i;
+        uint32_t h = (uint32_t)place * 0x9e3779b1u ^ (uint32_t)(place >> 32) ^ tensor * 0x85ebca6bu;
         h = (h ^ h >> 16) * 0x85ebca6bu;
         h = (h ^ h >> 13) * 0xc2b2ae35u;
         h ^= h >> 16;
         int sum = (int)((h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24));
-        out[i] = norm ? 1 : (float)(sum - 510) * (0.02f / 147.8f);
+        out[i] = i % PANEL >= n_rows ? 0 : cols == 1 ? 1 : (float)(sum - 510) * (0.02f / 147.8f);
     }
 }
 
@@ -230,7 +229,6 @@ static Header random_header(const char *shape) {
 static void convert(Source *source, const char *shape, const char *out_path, uint32_t type, uint32_t group) {
     Header in;
     Text tokenizer = {NULL, 0, 0};
-    bool quiet = !isatty(STDERR_FILENO);
     if (!source->file) {
         in = random_header(shape);
         tokenizer = random_tokenizer(in.vocab_size);
@@ -283,7 +281,7 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
 
     FILE *f = open_output(out_path);
     static const unsigned char zeros[64];
-    double start = now(), shown = 0;
+    double start = now();
     fwrite(&out, sizeof out, 1, f);
     fwrite(to, sizeof(Tensor), in.n_tensors, f);
     fwrite(zeros, 1, out.tokenizer_offset - sizeof out - table_bytes, f);
@@ -304,26 +302,23 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
             if (source->file) read_exactly(source, input, n * a.panel_bytes, from[i].name);
             #pragma omp parallel for schedule(dynamic) reduction(+:bad)
             for (size_t p = 0; p < n; p++) {
+                size_t row = (first + p) * PANEL;
                 if (!source->file)
-                    random_panel((float *)(input + p * a.panel_bytes), PANEL * a.cols, (uint32_t)i, (first + p) * PANEL * a.cols, a.cols == 1);
+                    random_panel((float *)(input + p * a.panel_bytes), a.cols, min_size(PANEL, a.rows - row), (uint32_t)i, first + p);
                 bad += !convert_panel(output + p * b.panel_bytes, &b, input + p * a.panel_bytes, &a);
             }
             if (bad) die("%s: %s has a weight that is infinite, not a number or too large for FP16", source->path, from[i].name);
             if (fwrite(output, b.panel_bytes, n, f) != n) die("%s: cannot be written: %s", out_path, strerror(errno));
             done += n * a.panel_bytes;
-            if (!quiet && (now() - shown > 0.2 || done == total)) {
-                shown = now();
-                fprintf(stderr, "\r%s %3.0f%%, %.0f MB/s, %.0f s left   ", TYPE_NAMES[type], 100.0 * (double)done / (double)total,
-                        (double)done / (shown - start) / 1e6, (shown - start) * (double)(total - done) / (double)done);
-            }
+            progress(true, TYPE_NAMES[type], (double)done, (double)total);
         }
         free(input);
         free(output);
     }
-    close_output(f, out_path);
+    close_output(f);
     double weights = 0;
     for (uint64_t i = 0; i < in.n_tensors; i++) weights += (double)to[i].rows * (double)to[i].cols;
-    fprintf(stderr, "%s%s: %.1f MB, %s, %.2f bits a weight, %.1f s\n", quiet ? "" : "\r", out_path, (double)out.file_size / 1e6, TYPE_NAMES[type],
+    fprintf(stderr, "%s: %.1f MB, %s, %.2f bits a weight, %.1f s\n", out_path, (double)out.file_size / 1e6, TYPE_NAMES[type],
             8.0 * (double)out.file_size / weights, now() - start);
     free(tokenizer.text);
     free(from);

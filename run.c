@@ -68,7 +68,10 @@ static void die(const char *format, ...) {
     exit(1);
 }
 
-/* Zeroed memory for n elements of `size` bytes, aligned to 64 (a cache line, the widest vector); dies if there is none. */
+static_assert(sizeof(size_t) == 8, "sizes are computed in 64 bits");
+
+/* Zeroed memory for n elements of `size` bytes, aligned to 64 (a cache line, the widest vector), and 64 bytes more, so that
+ * no size is 0; dies if there is none. */
 static void *allocate(size_t n, size_t size, const char *what) {
     size_t bytes;
     void *p = NULL;
@@ -76,6 +79,15 @@ static void *allocate(size_t n, size_t size, const char *what) {
         posix_memalign(&p, 64, bytes + 64) != 0)
         die("%s: no memory for %zu x %zu bytes", what, n, size);
     return memset(p, 0, bytes + 64);
+}
+
+/* Makes room for element n of a growing array of *room elements; returns where it lies now. Dies if there is no memory. */
+static void *grow(void *array, size_t n, size_t *room, size_t size) {
+    if (n < *room) return array;
+    *room = 2 * n + 64;
+    array = realloc(array, *room * size);
+    if (!array) die("no memory for %zu x %zu bytes", *room, size);
+    return array;
 }
 
 static double now(void) {               /* seconds */
@@ -117,8 +129,14 @@ typedef struct {
 } Tensor;
 static_assert(sizeof(Tensor) == 96, "the table's layout is the file's");
 
-/* A matrix as it lies in the file: panels of 32 rows; in a panel, blocks of `group` columns (f32, f16: of 128, which
- * are not marked in the data). */
+/* A matrix as it lies in the file, [rows, cols]:
+ *
+ *              group 0     group 1
+ *            +-----------+-----------+--
+ *   panel 0  | block     | block     |       32 rows; a block of q8 or q4: 32 scales, 32 zeros, 32 x group codes
+ *            +-----------+-----------+--
+ *   panel 1  | block     | block     |       f32 and f16 have neither scales nor groups; here they count as blocks of
+ *            +-----------+-----------+--     128 columns, which divides a long sum */
 typedef struct {
     int    type;
     size_t rows, cols;                  /* [output, input], without padding */
@@ -127,20 +145,23 @@ typedef struct {
     const unsigned char *data;          /* panel p, group g: data + p * panel_bytes + g * block_bytes */
 } Matrix;
 
-typedef struct {
-    const float *rms_att_weight;        /* [dim] */
-    Matrix       wqkv;                  /* [(n_heads + 2 n_kv_heads) head_dim, dim] */
-    Matrix       wo;                    /* [dim, n_heads head_dim] */
-    const float *rms_ffn_weight;        /* [dim] */
-    Matrix       w13;                   /* [2 hidden_dim, dim]: gate, then up */
-    Matrix       w2;                    /* [dim, hidden_dim] */
+typedef struct {                        /* six matrices, in the file's order */
+    Matrix rms_att_weight;              /* [dim, 1] */
+    Matrix wqkv;                        /* [(n_heads + 2 n_kv_heads) head_dim, dim] */
+    Matrix wo;                          /* [dim, n_heads head_dim] */
+    Matrix rms_ffn_weight;              /* [dim, 1] */
+    Matrix w13;                         /* [2 hidden_dim, dim]: gate, then up */
+    Matrix w2;                          /* [dim, hidden_dim] */
 } Layer;
+static_assert(sizeof(Layer) == 6 * sizeof(Matrix), "load_model() fills layers as arrays of matrices");
 
+/* The tokenizer of section 4, which also stands in the file. */
 typedef struct {
     const char *text;                   /* in the mapped file, not ended by a zero */
     uint32_t    length;
     uint32_t    type;                   /* enum below */
     float       score;
+    unsigned    byte;                   /* of a byte piece */
 } Piece;
 enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, BYTE = 6 };    /* SentencePiece's numbers */
 
@@ -162,7 +183,7 @@ typedef struct {
     Header       c;                     /* the hyperparameters */
     Matrix       token_embedding;       /* [vocab_size, dim] */
     Layer       *layers;                /* [n_layers] */
-    const float *rms_final_weight;      /* [dim] */
+    Matrix       rms_final_weight;      /* [dim, 1] */
     Matrix       wcls;                  /* [vocab_size, dim]; the embedding again where the two are tied */
     Tokenizer    tokenizer;
     const unsigned char *map;           /* the whole file, file_size bytes */
@@ -285,19 +306,10 @@ static Model load_model(const char *path) {
     for (uint64_t i = 0; i < c->n_tensors; i++) {
         Matrix w = check_tensor(path, c, &table[i], i, &end);
         w.data = m.map + table[i].offset;
-        const float *vector = (const float *)w.data;
-        Layer *layer = &m.layers[(i ? i - 1 : 0) / 6 % c->n_layers];
         if (i == 0) m.token_embedding = m.wcls = w;
-        else if (i == 6ull * c->n_layers + 1) m.rms_final_weight = vector;
-        else if (i == 6ull * c->n_layers + 2) m.wcls = w;
-        else switch ((i - 1) % 6) {
-            case 0: layer->rms_att_weight = vector; break;
-            case 1: layer->wqkv = w; break;
-            case 2: layer->wo = w; break;
-            case 3: layer->rms_ffn_weight = vector; break;
-            case 4: layer->w13 = w; break;
-            case 5: layer->w2 = w; break;
-        }
+        else if (i <= 6ull * c->n_layers) ((Matrix *)m.layers)[i - 1] = w;
+        else if (i == 6ull * c->n_layers + 1) m.rms_final_weight = w;
+        else m.wcls = w;
     }
     load_tokenizer(path, c, m.map + c->tokenizer_offset, &m.tokenizer);
     return m;
@@ -330,7 +342,7 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
     return out;
 }
 
-/* FP32 to FP16, to nearest, ties to even; beyond +-65504 it stays there. Adding and taking away a number 2^13 times as
+/* FP32 to FP16, to nearest, ties to even; beyond +-65504 it stays there (and so does NaN). Adding and taking away a number 2^13 times as
  * large leaves of the FP32 mantissa the 10 bits that FP16 keeps. */
 static inline uint16_t float_to_half(float x) {
     float a = fminf(fabsf(x), 65504.0f);
@@ -342,7 +354,8 @@ static inline uint16_t float_to_half(float x) {
 
 /* e^x to 2e-7, relative; clamped to where the result is a normal number. x = n ln 2 + r with |r| <= ln 2 / 2; n is found by
  * adding 1.5 * 2^23, which rounds to a whole number. Polynomial of expf in the Cephes library. Our own because a
- * compiler vectorises it, and because libm's may differ from one machine to the next. */
+ * compiler vectorises it, and because libm's differs from one machine to the next (as those of FP64 do too, but after rounding
+ * to FP32 that no longer shows: RoPE uses them). */
 static inline float fast_exp(float x) {
     x = x > 88.0f ? 88.0f : x;
     x = x < -87.0f ? -87.0f : x;
@@ -413,14 +426,14 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
         memcpy(out, block, n * PANEL * sizeof(float));
     } else if (type == F16) {
         halves_to_floats(out, (const uint16_t *)block, n * PANEL);
-    } else {                            /* a word holds a row's codes of four columns: for q4, of rows r and r + 16 */
-        const uint32_t *words = (const uint32_t *)(block + 4 * PANEL);
-        for (size_t k = 0; k < n; k++, words += k % 4 ? 0 : type == Q8 ? 32 : 16)
-            for (size_t r = 0; r < 16; r++) {
-                uint32_t low = words[r] >> 8 * (k % 4), high = type == Q8 ? words[r + 16] >> 8 * (k % 4) : low >> 4;
-                out[k * PANEL + r] = (float)(int32_t)(type == Q8 ? low & 255 : low & 15);
-                out[k * PANEL + r + 16] = (float)(int32_t)(type == Q8 ? high & 255 : high & 15);
-            }
+    } else for (size_t k = 0; k < n; k++) {
+        /* a word holds a row's codes of four columns; q4: of row r in the low halves of its bytes, of r + 16 in the high */
+        const uint32_t *words = (const uint32_t *)(block + 4 * PANEL) + (k / 4) * (type == Q8 ? 32 : 16);
+        for (size_t r = 0; r < 16; r++) {
+            uint32_t low = words[r] >> 8 * (k % 4), high = type == Q8 ? words[r + 16] >> 8 * (k % 4) : low >> 4;
+            out[k * PANEL + r] = (float)(int32_t)(low & (type == Q8 ? 255 : 15));
+            out[k * PANEL + r + 16] = (float)(int32_t)(high & (type == Q8 ? 255 : 15));
+        }
     }
 }
 
@@ -433,24 +446,20 @@ void tile(const size_t T, float *out, const float *w, const float *x, size_t str
     float sum[8][PANEL];
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) sum[t][r] = 0;
     for (size_t k = 0; k < n; k++)
+#ifndef __CUDACC__
         #pragma GCC unroll 8            /* or gcc -O3 exchanges the loops, and the sums go through memory */
+#endif
         for (size_t t = 0; t < T; t++)
             for (size_t r = 0; r < PANEL; r++) sum[t][r] = fmaf(w[k * PANEL + r], x[t * stride + k], sum[t][r]);
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] = sum[t][r];
 }
 
-/* The same for T from 1 to 8 that is not a constant. */
-static void any_tile(size_t T, float *out, const float *w, const float *x, size_t stride, size_t n) {
-    switch (T) {
-        case 1: tile(1, out, w, x, stride, n); break;
-        case 2: tile(2, out, w, x, stride, n); break;
-        case 3: tile(3, out, w, x, stride, n); break;
-        case 4: tile(4, out, w, x, stride, n); break;
-        case 5: tile(5, out, w, x, stride, n); break;
-        case 6: tile(6, out, w, x, stride, n); break;
-        case 7: tile(7, out, w, x, stride, n); break;
-        default: tile(8, out, w, x, stride, n); break;
-    }
+/* The same for any number of tokens. */
+static void tiles(size_t T, float *out, const float *w, const float *x, size_t stride, size_t n) {
+    for (; T >= 8; T -= 8, out += 8 * PANEL, x += 8 * stride) tile(8, out, w, x, stride, n);
+    if (T & 4) { tile(4, out, w, x, stride, n); out += 4 * PANEL; x += 4 * stride; }
+    if (T & 2) { tile(2, out, w, x, stride, n); out += 2 * PANEL; x += 2 * stride; }
+    if (T & 1) tile(1, out, w, x, stride, n);
 }
 
 /* Activations on their way into a product with quantized weights. */
@@ -463,39 +472,35 @@ typedef struct {
  * group: the group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. */
 static void panel_product(float *out, const Matrix *w, size_t panel, const float *x, const Activations *a, size_t n) {
     enum { BLOCK = 64 };                /* tokens for which a group is unpacked once */
-    float weights[MAX_GROUP * PANEL], tokens[8 * MAX_GROUP], group_sum[8 * PANEL], total[BLOCK * PANEL];
+    float weights[MAX_GROUP * PANEL], tokens[BLOCK * MAX_GROUP], group_sum[BLOCK * PANEL], total[BLOCK * PANEL];
     float scale[PANEL], zero[PANEL];
     size_t row = panel * PANEL, n_rows = min_size(PANEL, w->rows - row), cols = w->n_groups * w->group;
     for (size_t first = 0; first < n; first += BLOCK) {
-        size_t n_block = min_size(BLOCK, n - first);
+        size_t T = min_size(BLOCK, n - first);
         memset(total, 0, sizeof total);
         for (size_t g = 0; g < w->n_groups; g++) {
             const unsigned char *block = w->data + panel * w->panel_bytes + g * w->block_bytes;
             size_t k = g * w->group, n_k = w->type >= Q8 ? w->group : min_size(w->group, w->cols - k);
             unpack_group(weights, w->type, block, n_k);
-            for (size_t r = 0; r < PANEL && w->type >= Q8; r++) {
-                scale[r] = half_to_float(((const uint16_t *)block)[r]);
-                zero[r] = half_to_float(((const uint16_t *)block)[PANEL + r]);
+            if (w->type < Q8) {
+                tiles(T, group_sum, weights, x + first * w->cols + k, w->cols, n_k);
+                for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
+                continue;
             }
-            for (size_t b = 0; b < n_block; b += 8) {
-                size_t t0 = first + b, T = min_size(8, n_block - b);
-                if (w->type < Q8) {
-                    any_tile(T, group_sum, weights, x + t0 * w->cols + k, w->cols, n_k);
-                    for (size_t i = 0; i < T * PANEL; i++) total[b * PANEL + i] += group_sum[i];
-                    continue;
-                }
-                for (size_t t = 0; t < T; t++)
-                    for (size_t i = 0; i < n_k; i++) tokens[t * n_k + i] = a->q[(t0 + t) * cols + k + i];
-                any_tile(T, group_sum, weights, tokens, n_k, n_k);
-                for (size_t t = 0; t < T; t++) {
-                    float scale_x = a->scale[(t0 + t) * w->n_groups + g], sum_x = a->sum[(t0 + t) * w->n_groups + g];
-                    float *sum = &total[(b + t) * PANEL];
-                    for (size_t r = 0; r < PANEL; r++)
-                        sum[r] = fmaf(scale[r] * scale_x, fmaf(-zero[r], sum_x, group_sum[t * PANEL + r]), sum[r]);
+            for (size_t t = 0; t < T; t++)
+                for (size_t i = 0; i < n_k; i++) tokens[t * n_k + i] = a->q[(first + t) * cols + k + i];
+            tiles(T, group_sum, weights, tokens, n_k, n_k);
+            halves_to_floats(scale, (const uint16_t *)block, PANEL);
+            halves_to_floats(zero, (const uint16_t *)block + PANEL, PANEL);
+            for (size_t t = 0; t < T; t++) {
+                float scale_x = a->scale[(first + t) * w->n_groups + g], sum_x = a->sum[(first + t) * w->n_groups + g];
+                for (size_t r = 0; r < PANEL; r++) {
+                    float codes = fmaf(-zero[r], sum_x, group_sum[t * PANEL + r]);
+                    total[t * PANEL + r] = fmaf(scale[r] * scale_x, codes, total[t * PANEL + r]);
                 }
             }
         }
-        for (size_t t = 0; t < n_block; t++)
+        for (size_t t = 0; t < T; t++)
             memcpy(out + (first + t) * w->rows + row, &total[t * PANEL], n_rows * sizeof(float));
     }
 }
@@ -549,38 +554,36 @@ static void cache_store(Cache c, size_t pos, const float *key, const float *valu
 }
 
 /* Attention of one token at position pos: T <= 8 query heads that share a key head, over the positions from first to
- * pos. out, q: [T, head_dim]. Streams over blocks of 32 keys with a running maximum (Milakov and Gimelshein 2018,
- * algorithm 3; FlashAttention): where a block raises it, what was summed so far shrinks by e^(old - new). Blocks lie at
- * multiples of 32 positions, so that the order of addition does not depend on how the prompt was cut. */
+ * pos. out, q: [T, head_dim], the queries already divided by sqrt(head_dim). Streams over blocks of 32 keys with a
+ * running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention): where a block raises it, what was summed
+ * so far shrinks by e^(old - new). Blocks lie at multiples of 32 positions, so that the order of addition does not
+ * depend on how the prompt was cut; a block's slots that are not this token's to see, before j0 or from j1 on, may hold
+ * anything and are left out. */
 static void attention(float *out, const float *q, Cache c, size_t first, size_t pos, size_t T, size_t head_dim) {
     float room[2][PANEL * MAX_HEAD_DIM], scores[8 * PANEL], max[8], sum[8];
-    float scale = 1.0f / sqrtf((float)head_dim);
     for (size_t h = 0; h < T; h++) { max[h] = -INFINITY; sum[h] = 0; }
     memset(out, 0, T * head_dim * sizeof(float));
     for (size_t start = first / PANEL * PANEL; start <= pos; start += PANEL) {
         size_t at = start % c.ring * head_dim;
-        size_t j0 = first > start ? first - start : 0, j1 = min_size(PANEL, pos - start + 1);   /* keys j0 <= j < j1 */
+        size_t j0 = first > start ? first - start : 0, j1 = min_size(PANEL, pos - start + 1);
         const float *keys = (const float *)c.keys + at, *values = (const float *)c.values + at;
         if (c.half) {
             keys = halves_to_floats(room[0], (const uint16_t *)c.keys + at, PANEL * head_dim);
             values = halves_to_floats(room[1], (const uint16_t *)c.values + at, j1 * head_dim);
         }
-        any_tile(T, scores, keys, q, head_dim, head_dim);
+        tiles(T, scores, keys, q, head_dim, head_dim);
         for (size_t h = 0; h < T; h++) {
-            float *s = &scores[h * PANEL], *o = out + h * head_dim, new_max = max[h];
-            for (size_t j = j0; j < j1; j++) {
-                s[j] *= scale;
-                new_max = s[j] > new_max ? s[j] : new_max;
-            }
-            float shrink = fast_exp(max[h] - new_max);
+            float *s = &scores[h * PANEL], *o = out + h * head_dim, new_max = max[h], block_sum = 0;
+            for (size_t j = j0; j < j1; j++) new_max = s[j] > new_max ? s[j] : new_max;
+            float shrink = fast_exp(max[h] - new_max);          /* at the first block of 0: any number would do */
             max[h] = new_max;
-            sum[h] *= shrink;
             for (size_t d = 0; d < head_dim; d++) o[d] *= shrink;
-            for (size_t j = j0; j < j1; j++) s[j] = fast_exp(s[j] - new_max);
             for (size_t j = j0; j < j1; j++) {
-                sum[h] += s[j];
-                for (size_t d = 0; d < head_dim; d++) o[d] = fmaf(s[j], values[j * head_dim + d], o[d]);
+                float p = fast_exp(s[j] - new_max);
+                block_sum += p;
+                for (size_t d = 0; d < head_dim; d++) o[d] = fmaf(p, values[j * head_dim + d], o[d]);
             }
+            sum[h] = fmaf(sum[h], shrink, block_sum);
         }
     }
     for (size_t h = 0; h < T; h++)
@@ -611,7 +614,10 @@ typedef struct {
     Activations quantized;              /* room for the widest input of a product */
     Profile profile[N_OPERATIONS];
     double  clock;                      /* when the last operation ended */
+    double  bytes;                      /* of weights and caches, read so far */
 } State;
+
+enum { CHUNK = 256 };                   /* tokens of a forward: enough that reading the weights is a small part of it */
 
 /* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens. The ring holds the
  * window and the rest of a chunk: when a chunk's last token is stored, its first still finds its whole window. */
@@ -673,6 +679,7 @@ static void book(State *s, int operation, double operations, double bytes) {
     s->profile[operation].seconds += t - s->clock;
     s->profile[operation].operations += operations;
     s->profile[operation].bytes += bytes;
+    s->bytes += bytes;
     s->clock = t;
 }
 
@@ -681,22 +688,34 @@ static void product(State *s, int operation, float *out, const float *x, const M
     book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, (double)w->bytes);
 }
 
-/* One step of the model over n <= chunk tokens: token[i] stands at position pos[i] of the sequence in slot slot[i].
- * Prefill is n tokens of one sequence, decoding one token of each sequence; any mixture is fine, as long as a
- * sequence's tokens come in the order of their positions and none is left out. Token i sees what its sequence has
- * cached, and the tokens of this call before it. logits: [count of i with want[i], vocab_size]. */
-static void forward(State *s, size_t n, const int *token, const size_t *pos, const size_t *slot, const bool *want, float *logits) {
+/* out[i] = norm of x[i], for n tokens. out, x: [n, dim]. */
+static void norms(State *s, float *out, const float *x, const Matrix *weight, size_t n) {
+    const Header *c = &s->model->c;
+    #pragma omp parallel for schedule(static) if (n > 1)
+    for (size_t i = 0; i < n; i++)
+        rms_norm(out + i * c->dim, x + i * c->dim, (const float *)weight->data, c->dim, c->norm_eps);
+    book(s, NORM, 0, 0);
+}
+
+/* A token on its way into the model: at position pos of the sequence in slot `slot`; want: its logits are wanted. */
+typedef struct { int id; size_t pos, slot; bool want; } Token;
+
+/* One step of the model over n <= chunk tokens. Prefill is n tokens of one sequence, decoding one token of each sequence;
+ * any mixture is fine, as long as a sequence's tokens come in the order of their positions and none is left out. A token
+ * sees what its sequence has cached, and the tokens of this call before it. logits: [count of want, vocab_size]. */
+static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     const Model *m = s->model;
     const Header *c = &m->c;
     size_t dim = c->dim, head_dim = c->head_dim, q_dim = c->n_heads * head_dim, kv_dim = c->n_kv_heads * head_dim;
-    size_t qkv_dim = q_dim + 2 * kv_dim, group = c->n_heads / c->n_kv_heads, tiles = (group + 7) / 8;
+    size_t qkv_dim = q_dim + 2 * kv_dim, group = c->n_heads / c->n_kv_heads, tiles_each = (group + 7) / 8;
+    float query_scale = 1.0f / sqrtf((float)head_dim);
     s->clock = now();
 
     #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < n; i++) {
-        matrix_row(s->x + i * dim, &m->token_embedding, (size_t)token[i]);
+        matrix_row(s->x + i * dim, &m->token_embedding, (size_t)tokens[i].id);
         for (size_t j = 0; j < head_dim / 2; j++) {
-            double angle = (double)pos[i] * s->frequencies[j];
+            double angle = (double)tokens[i].pos * s->frequencies[j];
             s->rotations[i * head_dim + 2 * j] = (float)cos(angle);
             s->rotations[i * head_dim + 2 * j + 1] = (float)sin(angle);
         }
@@ -707,38 +726,36 @@ static void forward(State *s, size_t n, const int *token, const size_t *pos, con
         const Layer *w = &m->layers[l];
 
         /* attention: norm, queries, keys and values of all heads, their rotation */
-        #pragma omp parallel for schedule(static) if (n > 1)
-        for (size_t i = 0; i < n; i++) rms_norm(s->xb + i * dim, s->x + i * dim, w->rms_att_weight, dim, c->norm_eps);
-        book(s, NORM, 0, 0);
+        norms(s, s->xb, s->x, &w->rms_att_weight, n);
         product(s, WQKV, s->qkv, s->xb, &w->wqkv, n);
         #pragma omp parallel for schedule(static) if (n > 1)
         for (size_t i = 0; i < n; i++) {
             float *q = s->qkv + i * qkv_dim, *k = q + q_dim, *v = k + kv_dim;
             for (size_t h = 0; h < c->n_heads + c->n_kv_heads; h++)      /* the key heads follow the query heads */
                 rope(q + h * head_dim, s->rotations + i * head_dim, head_dim / 2);
+            for (size_t j = 0; j < q_dim; j++) q[j] *= query_scale;
             for (size_t h = 0; h < c->n_kv_heads; h++)
-                cache_store(slot_cache(s, l, slot[i], h), pos[i], k + h * head_dim, v + h * head_dim, head_dim);
+                cache_store(slot_cache(s, l, tokens[i].slot, h), tokens[i].pos, k + h * head_dim, v + h * head_dim, head_dim);
         }
         book(s, ROPE, 0, 0);
 
         /* each key head's query heads, up to 8 at once, of each token */
         #pragma omp parallel for schedule(dynamic)
-        for (size_t u = 0; u < n * c->n_kv_heads * tiles; u++) {
-            size_t i = u / (c->n_kv_heads * tiles), kv_head = u / tiles % c->n_kv_heads, h = kv_head * group + u % tiles * 8;
-            size_t first = c->window && pos[i] >= c->window ? pos[i] - c->window + 1 : 0;
-            attention(s->att + i * q_dim + h * head_dim, s->qkv + i * qkv_dim + h * head_dim, slot_cache(s, l, slot[i], kv_head),
-                      first, pos[i], min_size(8, (kv_head + 1) * group - h), head_dim);
+        for (size_t u = 0; u < n * c->n_kv_heads * tiles_each; u++) {
+            size_t i = u / (c->n_kv_heads * tiles_each), kv_head = u / tiles_each % c->n_kv_heads;
+            size_t h = kv_head * group + u % tiles_each * 8, n_heads = min_size(8, (kv_head + 1) * group - h);
+            size_t pos = tokens[i].pos, first = c->window && pos >= c->window ? pos - c->window + 1 : 0;
+            Cache cache = slot_cache(s, l, tokens[i].slot, kv_head);
+            attention(s->att + i * q_dim + h * head_dim, s->qkv + i * qkv_dim + h * head_dim, cache, first, pos, n_heads, head_dim);
         }
         double keys = 0;                /* read in this layer, all tokens together */
-        for (size_t i = 0; i < n; i++) keys += (double)(c->window ? min_size(pos[i] + 1, c->window) : pos[i] + 1);
+        for (size_t i = 0; i < n; i++) keys += (double)(c->window ? min_size(tokens[i].pos + 1, c->window) : tokens[i].pos + 1);
         book(s, ATTENTION, 4.0 * keys * (double)q_dim, 2.0 * keys * (double)(kv_dim * s->kv_size));
         product(s, WO, s->xb, s->att, &w->wo, n);
         for (size_t i = 0; i < n * dim; i++) s->x[i] += s->xb[i];
 
         /* feed-forward: norm, gate and up, SwiGLU, down */
-        #pragma omp parallel for schedule(static) if (n > 1)
-        for (size_t i = 0; i < n; i++) rms_norm(s->xb + i * dim, s->x + i * dim, w->rms_ffn_weight, dim, c->norm_eps);
-        book(s, NORM, 0, 0);
+        norms(s, s->xb, s->x, &w->rms_ffn_weight, n);
         product(s, W13, s->h13, s->xb, &w->w13, n);
         #pragma omp parallel for schedule(static) if (n > 1)
         for (size_t i = 0; i < n; i++) swiglu(s->h + i * c->hidden_dim, s->h13 + i * 2 * c->hidden_dim, c->hidden_dim);
@@ -747,10 +764,10 @@ static void forward(State *s, size_t n, const int *token, const size_t *pos, con
         for (size_t i = 0; i < n * dim; i++) s->x[i] += s->xb[i];
     }
 
-    size_t n_want = 0;
+    size_t n_want = 0;                  /* the wanted tokens move together, then the final norm and their logits */
     for (size_t i = 0; i < n; i++)
-        if (want[i]) rms_norm(s->xb + n_want++ * dim, s->x + i * dim, m->rms_final_weight, dim, c->norm_eps);
-    book(s, NORM, 0, 0);
+        if (tokens[i].want) memmove(s->x + n_want++ * dim, s->x + i * dim, dim * sizeof(float));
+    norms(s, s->xb, s->x, &m->rms_final_weight, n_want);
     if (n_want) product(s, CLASSIFIER, logits, s->xb, &m->wcls, n_want);
 }
 
@@ -764,11 +781,7 @@ static const char REPLACEMENT[] = "\xef\xbf\xbd";    /* U+FFFD, which stands for
 typedef struct { char *text; size_t length, room; } Text;
 
 static void append(Text *t, const char *bytes, size_t n) {
-    if (t->length + n + 1 > t->room) {
-        t->room = 2 * (t->length + n + 1);
-        t->text = (char *)realloc(t->text, t->room);
-        if (!t->text) die("no memory for a text of %zu bytes", t->room);
-    }
+    t->text = (char *)grow(t->text, t->length + n, &t->room, 1);
     if (n) memcpy(t->text + t->length, bytes, n);
     t->text[t->length += n] = 0;
 }
@@ -776,12 +789,27 @@ static void append(Text *t, const char *bytes, size_t n) {
 /* Bytes of the UTF-8 character at the start of s (n > 0 bytes), 0 if there is no valid one: RFC 3629, so no overlong
  * forms, no surrogates, nothing past U+10FFFF. */
 static size_t utf8_length(const char *s, size_t n) {
+    static const struct { unsigned char first, last, low, high, length; } FORMS[] = {      /* lead byte, second byte */
+        {0x00, 0x7f, 0x00, 0xff, 1}, {0xc2, 0xdf, 0x80, 0xbf, 2}, {0xe0, 0xe0, 0xa0, 0xbf, 3}, {0xe1, 0xec, 0x80, 0xbf, 3},
+        {0xed, 0xed, 0x80, 0x9f, 3}, {0xee, 0xef, 0x80, 0xbf, 3}, {0xf0, 0xf0, 0x90, 0xbf, 4}, {0xf1, 0xf3, 0x80, 0xbf, 4},
+        {0xf4, 0xf4, 0x80, 0x8f, 4}};
     const unsigned char *u = (const unsigned char *)s;
-    size_t length = u[0] < 0x80 ? 1 : u[0] >= 0xc2 && u[0] < 0xe0 ? 2 : u[0] >= 0xe0 && u[0] < 0xf0 ? 3 : u[0] >= 0xf0 && u[0] < 0xf5 ? 4 : 0;
-    if (length > n) return 0;
-    for (size_t i = 1; i < length; i++) if ((u[i] & 0xc0) != 0x80) return 0;
-    if ((u[0] == 0xe0 && u[1] < 0xa0) || (u[0] == 0xed && u[1] > 0x9f) || (u[0] == 0xf0 && u[1] < 0x90) || (u[0] == 0xf4 && u[1] > 0x8f)) return 0;
-    return length;
+    for (size_t f = 0; f < sizeof FORMS / sizeof *FORMS; f++) {
+        if (u[0] < FORMS[f].first || u[0] > FORMS[f].last) continue;
+        size_t length = FORMS[f].length;
+        if (length > n || (length > 1 && (u[1] < FORMS[f].low || u[1] > FORMS[f].high))) return 0;
+        for (size_t i = 2; i < length; i++) if ((u[i] & 0xc0) != 0x80) return 0;
+        return length;
+    }
+    return 0;
+}
+
+/* Appends any bytes as UTF-8: where no character starts, one byte becomes U+FFFD. */
+static void append_repaired(Text *t, const char *s, size_t n) {
+    for (size_t i = 0, length; i < n; i += length + !length) {
+        length = utf8_length(s + i, n - i);
+        append(t, length ? s + i : REPLACEMENT, length ? length : 3);
+    }
 }
 
 static size_t hash(const char *s, size_t n) {        /* FNV-1a */
@@ -826,7 +854,6 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
     for (size_t i = 0; i < t->n_pieces; i++) {
         Piece *p = &t->pieces[i];
         uint16_t type, length;
-        unsigned byte;
         if (end - at < 8) die("%s: tokenizer: cut in piece %zu", path, i);
         memcpy(&p->score, at, 4);
         memcpy(&type, at + 4, 2);
@@ -837,6 +864,7 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         p->length = length;
         p->type = type;
         at += length;
+        if (type < NORMAL || type > BYTE || type == 5) die("%s: tokenizer: piece %zu is of type %u", path, i, type);
         if (type == USER_DEFINED && length) {
             t->user_defined[t->n_user_defined++] = (int)i;
             t->starts_user_defined[*(const unsigned char *)p->text] = true;
@@ -848,10 +876,9 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         }
         if (type == BYTE) {
             char digits[8] = {0};
-            memcpy(digits, p->text, length < 7 ? length : 0);
-            if (sscanf(digits, "<0x%2X>", &byte) != 1) die("%s: tokenizer: byte piece %zu is not <0xHH>", path, i);
-            t->byte_ids[byte] = (int)i;
-            p->score = (float)byte;     /* decoding wants the byte; bytes have no use for a score */
+            memcpy(digits, p->text, length == 6 ? 6 : 0);
+            if (sscanf(digits, "<0x%2X>", &p->byte) != 1) die("%s: tokenizer: byte piece %zu is not <0xHH>", path, i);
+            t->byte_ids[p->byte] = (int)i;
         }
     }
 }
@@ -908,13 +935,11 @@ static int *encode(const Tokenizer *t, const char *text, size_t n, size_t *n_ids
     Text norm = {NULL, 0, 0};
     size_t n_symbols = 0, n_merges = 0;
     if (n > (1u << 30)) die("a text of %zu bytes is too long to encode", n);
-    append(&norm, "", 0);
-    if (n && t->dummy_prefix) append(&norm, SPACE, 3);
-    for (size_t i = 0, length; i < n; i += length) {
-        length = utf8_length(text + i, n - i);
-        if (text[i] == ' ') append(&norm, SPACE, 3);
-        else if (length) append(&norm, text + i, length);
-        else { append(&norm, REPLACEMENT, 3); length = 1; }
+    append(&norm, SPACE, n && t->dummy_prefix ? 3 : 0);
+    for (size_t i = 0, end; i < n; i = end) {
+        for (end = i; end < n && text[end] != ' ';) end++;
+        append_repaired(&norm, text + i, end - i);
+        for (; end < n && text[end] == ' '; end++) append(&norm, SPACE, 3);
     }
 
     /* one symbol for each character, or for the longest user-defined piece that starts there */
@@ -986,7 +1011,7 @@ static void decode(Decoder *d, const Tokenizer *t, int id) {
     if (id < 0 || (size_t)id >= t->n_pieces) return;
     const Piece *p = &t->pieces[id];
     if (p->type == BYTE) {
-        d->pending[d->n_pending++] = (char)(unsigned char)p->score;
+        d->pending[d->n_pending++] = (char)p->byte;
         d->started = true;
         decode_pending(d, false);
         return;
@@ -1016,15 +1041,15 @@ static double uniform(uint64_t *state) {
 
 /* The next id, drawn from softmax(logits / temperature) cut to the smallest set of most probable ids that holds top_p
  * of the mass (Holtzman et al. 2019); temperature 0 is the most probable id. logits: [n], overwritten.
- * Nothing is sorted: the smallest probability in the set is found digit by digit (10 bits of the FP32 number at a
- * time, whose bits order as its values do), summing the mass above each digit. */
+ * Nothing is sorted. Positive FP32 numbers order as their bits do, and those up to 1 have 30; the smallest probability
+ * in the set is found by 10 of them at a time, from the top, summing the mass above each digit. */
 static int sample(float *logits, size_t n, float temperature, float top_p, uint64_t *rng) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
-    if (temperature == 0) return (int)best;
+    if (temperature == 0 || top_p == 0) return (int)best;
 
     float *p = logits, max = logits[best], scale = 1.0f / temperature;
-    double total = 0, above = 0;        /* mass of all, and of what is known to be in the set */
+    double total = 0, above = 0;        /* mass of all ids, and of those that are known to be in the set */
     for (size_t i = 0; i < n; i++) p[i] = fast_exp((logits[i] - max) * scale);
     for (size_t i = 0; i < n; i++) total += p[i];
     double limit = top_p < 1 ? top_p * total : INFINITY;
@@ -1032,21 +1057,19 @@ static int sample(float *logits, size_t n, float temperature, float top_p, uint6
     for (int shift = 20; shift >= 0; shift -= 10) {
         double mass[1024] = {0};
         for (size_t i = 0; i < n; i++)
-            if ((as_bits(p[i]) >> shift) >> 10 == smallest) mass[as_bits(p[i]) >> shift & 1023] += p[i];
+            if (as_bits(p[i]) >> shift >> 10 == smallest) mass[as_bits(p[i]) >> shift & 1023] += p[i];
         uint32_t digit = 1023;
         while (digit && above + mass[digit] < limit) above += mass[digit--];
         smallest = smallest << 10 | digit;
     }
     /* of the ids that have just this probability as many as are needed, in the order of ids */
-    double each = as_float(smallest), equal = top_p < 1 && each > 0 ? ceil((limit - above) / each) : (double)n;
-    double r = 0, end = above + (top_p < 1 ? equal * each : 0);
-    end = top_p < 1 && end < total ? end : total;
-    r = uniform(rng) * end;
-    for (size_t i = 0; i < n; i++) {
+    double each = as_float(smallest), equal = top_p < 1 ? ceil((limit - above) / each) : (double)n;
+    double end = top_p < 1 ? fmin(fma(equal, each, above), total) : total, r = uniform(rng) * end, passed = 0;
+    for (size_t i = 0; i < n && passed <= r; i++) {
         uint32_t bits = as_bits(p[i]);
         if (bits < smallest || (bits == smallest && equal-- < 1)) continue;
-        best = i;                       /* the last of the set, should rounding carry r past the end */
-        if ((r -= p[i]) < 0) break;
+        passed += p[i];
+        best = i;                       /* the last of the set, should rounding leave r beyond it */
     }
     return (int)best;
 }
@@ -1054,13 +1077,12 @@ static int sample(float *logits, size_t n, float temperature, float top_p, uint6
 /* ------------------------------------------------------------------------------------------------------------------
  * 6. The batch                                                                                                      */
 
+/* What the command line says; section 9 has the meanings. */
 typedef struct {
     const char *path, *mode, *prompt, *file, *system, *output, *against, *chat_template;
-    size_t   batch, tokens, prompt_tokens, context, threads, warmup, repeat, skip;
-    float    temperature, top_p;
-    uint64_t seed;
-    double   target;
-    bool     ignore_eos, profile, quiet;
+    size_t   batch, tokens, prompt_tokens, seed, context, threads, warmup, repeat, skip;
+    double   temperature, top_p, target;
+    bool     ignore_eos, profile, quiet, help;
     FILE    *json;                      /* of -o, opened before the work begins */
 } Options;
 
@@ -1076,23 +1098,14 @@ typedef struct {
 } Sequence;
 
 static void push_id(Sequence *q, int id) {
-    if (q->n_ids == q->room) {
-        q->room = 2 * q->room + 64;
-        q->ids = (int *)realloc(q->ids, q->room * sizeof(int));
-        if (!q->ids) die("no memory for a sequence of %zu tokens", q->room);
-    }
+    q->ids = (int *)grow(q->ids, q->n_ids, &q->room, sizeof(int));
     q->ids[q->n_ids++] = id;
 }
 
-/* A growing list of times, for percentiles. */
 typedef struct { double *values; size_t n, room; } Samples;
 
 static void add_sample(Samples *s, double value) {
-    if (s->n == s->room) {
-        s->room = 2 * s->room + 64;
-        s->values = (double *)realloc(s->values, s->room * sizeof(double));
-        if (!s->values) die("no memory for %zu times", s->room);
-    }
+    s->values = (double *)grow(s->values, s->n, &s->room, sizeof(double));
     s->values[s->n++] = value;
 }
 
@@ -1101,18 +1114,24 @@ static int compare_doubles(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-static double percentile(Samples *s, double q) {     /* q in [0, 1], nearest rank; 0 if there are no samples */
+/* The sample that a share `part` of the samples does not exceed, nearest rank: 0 smallest, 0.5 median, 1 largest; 0 if
+ * there are no samples. */
+static double quantile(Samples *s, double part) {
     if (!s->n) return 0;
     qsort(s->values, s->n, sizeof(double), compare_doubles);
-    return s->values[(size_t)(q * (double)(s->n - 1) + 0.5)];
+    return s->values[(size_t)(part * (double)(s->n - 1) + 0.5)];
 }
 
-/* What one pass over all sequences took. */
+/* What one pass over all sequences took, and of all measured passes the times, in seconds. */
 typedef struct {
     size_t prompt_tokens, generated_tokens, decode_tokens;   /* decode_tokens: generated by steps that were no prefill */
     double prefill_seconds, decode_seconds, total_seconds, decode_bytes;
-    Samples ttft, itl;                  /* seconds from the start to a sequence's first token; between its tokens */
 } Pass;
+typedef struct {
+    Pass    pass;
+    Samples prefill, decode, total;     /* one of each pass */
+    Samples ttft, itl;                  /* from the start to a sequence's first token; between its tokens */
+} Statistics;
 
 static volatile sig_atomic_t interrupted;
 
@@ -1132,25 +1151,61 @@ static void catch_signals(void) {
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) sigaction(numbers[i], &action, NULL);
 }
 
-/* Called after each step with all sequences; prints what is new. */
-typedef struct Display Display;
-static void display(Display *d, const Sequence *sequences, size_t n);
+static void flush_stdout(void) {
+    if (fflush(stdout) != 0 && errno == EINTR) { clearerr(stdout); fflush(stdout); }        /* Ctrl-C */
+    if (ferror(stdout)) die("standard output: cannot be written: %s", strerror(errno));
+}
+
+/* Rewrites a line on the terminal, five times a second, and clears it at the end. `on`: whether anybody wants it. */
+static void progress(bool on, const char *what, double done, double all) {
+    static double start, shown;
+    double t = now();
+    if (!on || !isatty(STDERR_FILENO)) return;
+    if (!start) start = t;
+    if (done >= all) { fprintf(stderr, "\r%60s\r", ""); start = 0; return; }
+    if (t - shown < 0.2 || t == start) return;
+    shown = t;
+    fprintf(stderr, "\r%s: %.0f%%, %.0f s left    ", what, 100 * done / all, (t - start) * (all - done) / (done + 1));
+}
+
+/* Shows sequences as they grow: the first until it has ended, then the second, and so on. */
+typedef struct {
+    size_t  current, shown;             /* the sequence that is being printed; how many of its ids have been */
+    bool    answers;                    /* chat: without the prompt */
+    Decoder decoder;
+} Display;
+
+static void display(Display *d, const Tokenizer *t, const Sequence *sequences, size_t n) {
+    for (; d->current < n; d->current++, d->shown = 0) {
+        const Sequence *q = &sequences[d->current];
+        if (!d->shown && n > 1) printf("%s== %zu ==\n", d->current ? "\n" : "", d->current + 1);
+        if (!d->shown && d->answers) d->shown = q->n_prompt;
+        append(&d->decoder.text, "", 0);
+        while (d->shown < q->n_ids) decode(&d->decoder, t, q->ids[d->shown++]);
+        if (q->finish) decode_pending(&d->decoder, true);
+        fwrite(d->decoder.text.text, 1, d->decoder.text.length, stdout);
+        d->decoder.text.length = 0;
+        if (!q->finish) break;
+        putchar('\n');
+        d->decoder.started = false;
+    }
+    flush_stdout();
+}
 
 /* Runs sequences until each has finished: the loop of this program. A sequence takes a slot (a place in the KV cache)
  * and leaves it to the next one when it ends. A step feeds the model, of each slot, the ids it has not seen: one id of
- * a sequence that generates, many of a prompt. While a slot has prompt left, steps are of prompts only, so that the
- * other sequences wait a little and then go on together. The last id's logits give the next id. */
-static void generate(State *s, Sequence *sequences, size_t n_sequences, const Options *o, Pass *pass, Display *d) {
-    const Model *m = s->model;
-    const Tokenizer *t = &m->tokenizer;
-    size_t vocab = m->c.vocab_size, next = 0, n_running = 0;
-    Sequence **slots = (Sequence **)allocate(s->n_slots, sizeof *slots, m->path);
-    Sequence **wanted = (Sequence **)allocate(s->n_slots, sizeof *wanted, m->path);
-    int *token = (int *)allocate(s->chunk, sizeof *token, m->path);
-    size_t *pos = (size_t *)allocate(s->chunk, sizeof *pos, m->path), *slot = (size_t *)allocate(s->chunk, sizeof *slot, m->path);
-    bool *want = (bool *)allocate(s->chunk, sizeof *want, m->path);
-    float *logits = (float *)allocate(s->n_slots * vocab, sizeof *logits, m->path);
-    double start = now(), before = start;
+ * a sequence that generates, many of a prompt. While any slot has prompt left, only prompts are fed: a step is either
+ * prefill or decoding, and can be timed as such. The last id's logits give the next id. d: NULL to show nothing. */
+static void generate(State *s, Sequence *sequences, size_t n_sequences, const Options *o, Statistics *statistics, Display *d) {
+    const Tokenizer *t = &s->model->tokenizer;
+    size_t vocab = s->model->c.vocab_size, next = 0, n_running = 0;
+    Sequence **slots = (Sequence **)allocate(s->n_slots, sizeof *slots, "slots");
+    Sequence **wanted = (Sequence **)allocate(s->n_slots, sizeof *wanted, "slots");      /* whose logits come back */
+    Token *tokens = (Token *)allocate(s->chunk, sizeof *tokens, "tokens");
+    float *logits = (float *)allocate(s->n_slots * vocab, sizeof *logits, "logits");
+    Pass *pass = &statistics->pass;
+    double start = now(), before = start, all = 0, done = 0;
+    for (size_t i = 0; i < n_sequences; i++) all += (double)(sequences[i].limit - sequences[i].n_fed);
 
     while (!interrupted) {
         bool prefill = false;
@@ -1164,186 +1219,134 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
             Sequence *q = slots[i];
             if (!q || (prefill && q->n_fed >= q->n_prompt)) continue;
             for (; q->n_fed < q->n_ids && n < s->chunk; n++) {
-                token[n] = q->ids[q->n_fed];
-                pos[n] = q->n_fed++;
-                slot[n] = i;
-                want[n] = q->n_fed == q->n_ids && q->n_ids < q->limit;
-                if (want[n]) wanted[n_want++] = q;
+                Token token = {q->ids[q->n_fed], q->n_fed, i, q->n_fed + 1 == q->n_ids && q->n_ids < q->limit};
+                tokens[n] = token;
+                q->n_fed++;
+                if (token.want) wanted[n_want++] = q;
             }
         }
-        double bytes = 0;
-        for (int i = 0; i < N_OPERATIONS; i++) bytes -= s->profile[i].bytes;
-        forward(s, n, token, pos, slot, want, logits);
-        for (int i = 0; i < N_OPERATIONS; i++) bytes += s->profile[i].bytes;
-
+        double bytes = s->bytes;
+        forward(s, tokens, n, logits);
         #pragma omp parallel for schedule(dynamic)
-        for (size_t i = 0; i < n_want; i++)         /* token[] has served and takes the new ids */
-            token[i] = sample(logits + i * vocab, vocab, o->temperature, o->top_p, &wanted[i]->rng);
+        for (size_t i = 0; i < n_want; i++)         /* tokens[] has served and takes the new ids */
+            tokens[i].id = sample(logits + i * vocab, vocab, (float)o->temperature, (float)o->top_p, &wanted[i]->rng);
         book(s, SAMPLING, 0, 0);
 
         double after = now();
         for (size_t i = 0; i < n_want; i++) {
             Sequence *q = wanted[i];
-            int id = token[i];
-            push_id(q, id);
-            add_sample(q->n_ids == q->n_prompt + 1 ? &pass->ttft : &pass->itl,
-                       after - (q->n_ids == q->n_prompt + 1 ? start : q->last));
+            int id = tokens[i].id;
+            bool first = q->n_ids == q->n_prompt;
+            add_sample(first ? &statistics->ttft : &statistics->itl, after - (first ? start : q->last));
             q->last = after;
+            push_id(q, id);
             if (!o->ignore_eos && id >= 0 && (id == t->eos[0] || id == t->eos[1] || id == t->eos[2])) q->finish = "eos";
         }
+        done += (double)n;
         for (size_t i = 0; i < s->n_slots; i++) {
             Sequence *q = slots[i];
             if (!q) continue;
             if (!q->finish && q->n_ids >= q->limit && q->n_fed >= q->n_prompt)
                 q->finish = q->n_ids - q->n_prompt >= o->tokens ? "length" : "context";
-            if (q->finish) { slots[i] = NULL; n_running--; }
+            if (q->finish) { slots[i] = NULL; n_running--; done += (double)(q->limit - q->n_fed); }
         }
         pass->generated_tokens += n_want;
         if (prefill) { pass->prompt_tokens += n; pass->prefill_seconds += after - before; }
-        else { pass->decode_tokens += n_want; pass->decode_seconds += after - before; pass->decode_bytes += bytes; }
+        else { pass->decode_tokens += n_want; pass->decode_seconds += after - before; pass->decode_bytes += s->bytes - bytes; }
         before = after;
-        if (d) display(d, sequences, n_sequences);
+        if (d) display(d, t, sequences, n_sequences);
+        progress(!o->quiet && !isatty(STDOUT_FILENO), "generating", done, all);
     }
+    pass->total_seconds += now() - start;
     for (size_t i = 0; i < n_sequences; i++) if (!sequences[i].finish) sequences[i].finish = "length";   /* Ctrl-C */
-    pass->total_seconds = now() - start;
-    if (d) display(d, sequences, n_sequences);
-    void *all[] = {slots, wanted, token, pos, slot, want, logits};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    if (d) display(d, t, sequences, n_sequences);
+    free(slots);
+    free(wanted);
+    free(tokens);
+    free(logits);
+}
+
+static void end_pass(Statistics *s) {
+    add_sample(&s->prefill, s->pass.prefill_seconds);
+    add_sample(&s->decode, s->pass.decode_seconds);
+    add_sample(&s->total, s->pass.total_seconds);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
  * 7. Reports                                                                                                        */
 
-static void flush_stdout(void) {
-    if (fflush(stdout) != 0 && errno == EINTR) { clearerr(stdout); fflush(stdout); }        /* Ctrl-C */
-    if (ferror(stdout)) die("standard output: cannot be written: %s", strerror(errno));
-}
+static char final_path[4096];           /* what `temporary` becomes */
 
-/* Prints the first sequence as it grows, the second when the first has ended, and so on: text to stdout. */
-struct Display {
-    const Tokenizer *tokenizer;
-    size_t  current, shown;             /* sequence that is being printed; how many of its ids have been */
-    bool    answers;                    /* chat: without the prompt */
-    Decoder decoder;
-    double  start, last;                /* for the progress line */
-    const Options *options;
-};
-
-static void display(Display *d, const Sequence *sequences, size_t n) {
-    size_t done = 0, all = 0, finished = 0;
-    for (; d->current < n; d->current++) {
-        const Sequence *q = &sequences[d->current];
-        if (!d->shown && n > 1) printf("%s== %zu ==\n", d->current ? "\n" : "", d->current + 1);
-        if (!d->shown && d->answers) d->shown = q->n_prompt;
-        while (d->shown < q->n_ids) decode(&d->decoder, d->tokenizer, q->ids[d->shown++]);
-        if (q->finish) decode_pending(&d->decoder, true);
-        fwrite(d->decoder.text.text, 1, d->decoder.text.length, stdout);
-        d->decoder.text.length = 0;
-        if (!q->finish) break;
-        putchar('\n');
-        d->decoder.started = false;
-        d->shown = 0;
-    }
-    flush_stdout();
-    if (d->options->quiet || !isatty(STDERR_FILENO) || isatty(STDOUT_FILENO) || now() - d->last < 0.2) return;
-    d->last = now();
-    for (size_t i = 0; i < n; i++) {
-        done += sequences[i].finish ? sequences[i].limit : sequences[i].n_fed;
-        all += sequences[i].limit;
-        finished += sequences[i].finish != NULL;
-    }
-    fprintf(stderr, "\r%zu of %zu sequences, %.0f%%, %.0f s left   ", finished, n, 100.0 * (double)done / (double)all,
-            (d->last - d->start) * (double)(all - done) / (double)(done + 1));
-    if (finished == n) fprintf(stderr, "\r%60s\r", "");
-}
-
-/* Opens a file for writing under a temporary name beside `path`; close_output() gives it its name, so that a file of that
- * name is always whole. What is no file (a pipe, /dev/stdout) is written as it is. Both die on errors. */
+/* Opens a file for writing under a temporary name; close_output() gives it its name, so that a file of that name is
+ * always whole. What is no file (a pipe, /dev/stdout) is written as it is. Both die on errors. */
 static FILE *open_output(const char *path) {
     struct stat st;
-    bool exists = stat(path, &st) == 0;
-    char *target = exists ? realpath(path, NULL) : NULL;        /* a link's target is replaced, not the link */
-    if (!exists || S_ISREG(st.st_mode))
-        if (snprintf(temporary, sizeof temporary, "%s.tmp.%d", target ? target : path, (int)getpid()) >= (int)sizeof temporary)
-            temporary[0] = 0;
-    free(target);
-    FILE *f = path[0] ? fopen(temporary[0] ? temporary : path, "wb") : NULL;
+    bool exists = stat(path, &st) == 0, plain = path[0] && (!exists || S_ISREG(st.st_mode));
+    char *real = exists ? realpath(path, NULL) : NULL;          /* a link's target is replaced, not the link */
+    int n = snprintf(final_path, sizeof final_path, "%s", real ? real : path);
+    if (n > (int)sizeof final_path - 32) die("%s: the name is too long", path);
+    free(real);
+    FILE *f = NULL;
+    if (plain) snprintf(temporary, sizeof temporary, "%.4000s.tmp.%d", final_path, (int)getpid());
+    if (path[0]) f = fopen(plain ? temporary : path, "wb");
     if (!f) { temporary[0] = 0; die("%s: cannot be written: %s", path, strerror(errno)); }
     return f;
 }
 
-static void close_output(FILE *f, const char *path) {
-    char target[sizeof temporary];
+static void close_output(FILE *f) {
     errno = 0;
     bool bad = ferror(f);
-    if (fclose(f) != 0 || bad) die("%s: cannot be written: %s", path, strerror(errno ? errno : ENOSPC));
-    if (!temporary[0]) return;
-    strcpy(target, temporary);
-    *strrchr(target, '.') = 0;          /* .tmp.PID */
-    *strrchr(target, '.') = 0;
-    if (rename(temporary, target) != 0) die("%s: cannot be written: %s", path, strerror(errno));
+    if (fclose(f) != 0 || bad) die("%s: cannot be written: %s", final_path, strerror(errno ? errno : ENOSPC));
+    if (temporary[0] && rename(temporary, final_path) != 0) die("%s: cannot be written: %s", final_path, strerror(errno));
     temporary[0] = 0;
 }
 
-static void json_string(FILE *f, const char *s, size_t n) {     /* s is valid UTF-8 */
+static void json_string(FILE *f, const char *bytes, size_t n) {
+    Text t = {NULL, 0, 0};
+    append(&t, "", 0);
+    append_repaired(&t, bytes, n);
     fputc('"', f);
-    for (size_t i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)s[i];
+    for (size_t i = 0; i < t.length; i++) {
+        unsigned char c = (unsigned char)t.text[i];
         if (c == '"' || c == '\\') fprintf(f, "\\%c", c);
         else if (c < 0x20 || c == 0x7f) fprintf(f, "\\u%04x", c);
         else fputc(c, f);
     }
     fputc('"', f);
-}
-
-/* The text that ids[from .. to) add to that of the ids before them, as JSON: prompt and answer put together are the
- * text of all ids. */
-static void json_text(FILE *f, const Tokenizer *t, const int *ids, size_t from, size_t to) {
-    Decoder d;
-    memset(&d, 0, sizeof d);
-    append(&d.text, "", 0);
-    for (size_t i = 0; i < to; i++) {
-        if (i == from) d.text.length = 0;
-        decode(&d, t, ids[i]);
-    }
-    if (from == to) d.text.length = 0;
-    decode_pending(&d, true);
-    json_string(f, d.text.text, d.text.length);
-    free(d.text.text);
+    free(t.text);
 }
 
 static void json_number(FILE *f, const char *name, double value) {
     fprintf(f, ",\n  \"%s\": ", name);
-    if (isfinite(value)) fprintf(f, value == floor(value) ? "%.0f" : "%.9g", value);
+    if (isfinite(value)) fprintf(f, value == floor(value) && value < 1e15 ? "%.0f" : "%.9g", value);
     else fprintf(f, "null");
 }
 
-static void json_ids(FILE *f, const int *ids, size_t from, size_t to) {
-    fputc('[', f);
+/* `"name": "text", "name_ids": [ids]` of ids[from .. to): the text that they add to that of the ids before them, so that
+ * prompt and answer put together are the text of all. */
+static void json_ids(FILE *f, const Tokenizer *t, const char *text_name, const char *ids_name, const int *ids, size_t from, size_t to) {
+    Decoder d;
+    memset(&d, 0, sizeof d);
+    append(&d.text, "", 0);
+    for (size_t i = 0; i < to; i++) {
+        if (i == from) { decode_pending(&d, true); d.text.length = 0; }
+        decode(&d, t, ids[i]);
+    }
+    decode_pending(&d, true);
+    fprintf(f, "\"%s\": ", text_name);
+    json_string(f, d.text.text, from < to ? d.text.length : 0);
+    free(d.text.text);
+    fprintf(f, ", \"%s\": [", ids_name);
     for (size_t i = from; i < to; i++) fprintf(f, "%s%d", i > from ? ", " : "", ids[i]);
     fputc(']', f);
 }
 
 static void json_head(FILE *f, const State *s, const Options *o) {
+    const Header *c = &s->model->c;
     fprintf(f, "{\n  \"model\": ");
-    size_t n = strlen(s->model->c.name);
-    Text name = {NULL, 0, 0};           /* the header may hold any bytes */
-    append(&name, "", 0);
-    for (size_t i = 0, length; i < n; i += length + !length) {
-        length = utf8_length(s->model->c.name + i, n - i);
-        append(&name, length ? s->model->c.name + i : REPLACEMENT, length ? length : 3);
-    }
-    json_string(f, name.text, name.length);
-    free(name.text);
-    fprintf(f, ",\n  \"backend\": \"cpu\",\n  \"dtype\": \"%s\",\n  \"threads\": %zu", TYPE_NAMES[s->model->layers[0].wqkv.type], o->threads);
-}
-
-static double median_of(const Pass *passes, size_t n, size_t offset, double q) {
-    Samples values = {NULL, 0, 0};
-    for (size_t i = 0; i < n; i++) add_sample(&values, *(const double *)((const char *)&passes[i] + offset));
-    double value = percentile(&values, q);
-    free(values.values);
-    return value;
+    json_string(f, c->name, strlen(c->name));
+    fprintf(f, ",\n  \"backend\": \"cpu\",\n  \"dtype\": \"%s\"", TYPE_NAMES[s->model->layers[0].wqkv.type]);
+    json_number(f, "threads", (double)o->threads);
 }
 
 /* Prints the table of -P: where the time of all measured passes went. */
@@ -1354,137 +1357,93 @@ static void report_profile(const State *s) {
     for (int i = 0; i < N_OPERATIONS; i++) {
         const Profile *p = &s->profile[i];
         fprintf(stderr, "%-18s %10.4f %6.1f%%", OPERATION_NAMES[i], p->seconds, total > 0 ? 100 * p->seconds / total : 0);
-        if (p->operations > 0 && p->seconds > 0) fprintf(stderr, " %9.1f %8.2f", p->operations / p->seconds / 1e9, p->bytes / p->seconds / 1e9);
+        if (p->operations > 0 && p->seconds > 0)
+            fprintf(stderr, " %9.1f %8.2f", p->operations / p->seconds / 1e9, p->bytes / p->seconds / 1e9);
         fputc('\n', stderr);
     }
 }
 
 /* Prints the statistics of the measured passes to stderr and, with -o, as JSON. Returns whether the target is met. */
-static bool report(const State *s, const Sequence *sequences, size_t n_sequences, Pass *passes, size_t n_passes, const Options *o) {
+static bool report(const State *s, const Sequence *sequences, size_t n_sequences, Statistics *st, const Options *o) {
     const Model *m = s->model;
-    const Tokenizer *t = &m->tokenizer;
-    const Pass *last = &passes[n_passes - 1];
+    const Pass *p = &st->pass;
     struct rusage usage;
-    Samples ttft = {NULL, 0, 0}, itl = {NULL, 0, 0};
-    for (size_t i = 0; i < n_passes; i++) {
-        for (size_t j = 0; j < passes[i].ttft.n; j++) add_sample(&ttft, passes[i].ttft.values[j]);
-        for (size_t j = 0; j < passes[i].itl.n; j++) add_sample(&itl, passes[i].itl.values[j]);
-    }
     getrusage(RUSAGE_SELF, &usage);
-    double prefill = median_of(passes, n_passes, offsetof(Pass, prefill_seconds), 0.5);
-    double decode_s = median_of(passes, n_passes, offsetof(Pass, decode_seconds), 0.5);
-    double total = median_of(passes, n_passes, offsetof(Pass, total_seconds), 0.5);
-    double total_min = median_of(passes, n_passes, offsetof(Pass, total_seconds), 0);
-    double total_max = median_of(passes, n_passes, offsetof(Pass, total_seconds), 1);
-    double prefill_tok_s = prefill > 0 ? (double)last->prompt_tokens / prefill : 0;
-    double decode_tok_s = decode_s > 0 ? (double)last->decode_tokens / decode_s : 0;
-    double total_tok_s = total > 0 ? (double)(last->prompt_tokens + last->generated_tokens) / total : 0;
-    double bandwidth = decode_s > 0 ? last->decode_bytes / decode_s / 1e9 : 0;
-    double ttft_ms = 1e3 * percentile(&ttft, 0.5), itl_50 = 1e3 * percentile(&itl, 0.5), itl_95 = 1e3 * percentile(&itl, 0.95);
-    double peak = (double)usage.ru_maxrss * 1024;
-    bool pass = o->target <= 0 || total_tok_s >= o->target;
-    free(ttft.values);
-    free(itl.values);
+#ifdef __APPLE__
+    double peak = (double)usage.ru_maxrss;              /* bytes */
+#else
+    double peak = (double)usage.ru_maxrss * 1024;       /* KiB */
+#endif
+    double prefill = quantile(&st->prefill, 0.5), decoding = quantile(&st->decode, 0.5), total = quantile(&st->total, 0.5);
+    double prefill_tok_s = prefill > 0 ? (double)p->prompt_tokens / prefill : 0;
+    double decode_tok_s = decoding > 0 ? (double)p->decode_tokens / decoding : 0;
+    double total_tok_s = total > 0 ? (double)(p->prompt_tokens + p->generated_tokens) / total : 0;
+    double bandwidth = p->decode_seconds > 0 ? p->decode_bytes / p->decode_seconds / 1e9 : 0;
+    double ttft = 1e3 * quantile(&st->ttft, 0.5), itl_50 = 1e3 * quantile(&st->itl, 0.5), itl_95 = 1e3 * quantile(&st->itl, 0.95);
+    bool met = o->target < 0 || total_tok_s >= o->target;
 
     if (!o->quiet) {
         const Matrix *w = &m->layers[0].wqkv;
         fprintf(stderr, "\nmodel    %s, %s", m->c.name, TYPE_NAMES[w->type]);
         if (w->type >= Q8) fprintf(stderr, " in groups of %zu", w->group);
-        fprintf(stderr, "; cpu, %zu thread%s; batch %zu, seed %llu\n", o->threads, o->threads == 1 ? "" : "s", s->n_slots, (unsigned long long)o->seed);
-        fprintf(stderr, "prefill  %zu tokens in %.3f s: %.1f tok/s, the first token of a sequence after %.1f ms\n", last->prompt_tokens, prefill, prefill_tok_s, ttft_ms);
+        fprintf(stderr, "; cpu, %zu thread%s; batch %zu, seed %zu\n", o->threads, o->threads == 1 ? "" : "s", s->n_slots, o->seed);
+        fprintf(stderr, "prefill  %zu tokens in %.3f s: %.1f tok/s, the first token of a sequence after %.1f ms\n",
+                p->prompt_tokens, prefill, prefill_tok_s, ttft);
         fprintf(stderr, "decode   %zu tokens in %.3f s: %.1f tok/s, %.1f ms between tokens (95%% under %.1f), reading %.1f GB/s\n",
-                last->decode_tokens, decode_s, decode_tok_s, itl_50, itl_95, bandwidth);
-        fprintf(stderr, "total    %zu tokens in %.3f s: %.1f tok/s in and out", last->prompt_tokens + last->generated_tokens, total, total_tok_s);
-        if (n_passes > 1) fprintf(stderr, " (median of %zu passes, %.3f to %.3f s)", n_passes, total_min, total_max);
-        fprintf(stderr, "\nmemory   weights %.1f MB, KV cache %.1f MB, peak %.1f MB\n", (double)m->c.file_size / 1e6, (double)s->kv_bytes / 1e6, peak / 1e6);
+                p->decode_tokens, decoding, decode_tok_s, itl_50, itl_95, bandwidth);
+        fprintf(stderr, "total    %zu tokens in %.3f s: %.1f tok/s in and out",
+                p->prompt_tokens + p->generated_tokens, total, total_tok_s);
+        if (st->total.n > 1)
+            fprintf(stderr, " (median of %zu passes, %.3f to %.3f s)", st->total.n, quantile(&st->total, 0), quantile(&st->total, 1));
+        fprintf(stderr, "\nmemory   weights %.1f MB, KV cache %.1f MB, peak %.1f MB\n",
+                (double)m->c.file_size / 1e6, (double)s->kv_bytes / 1e6, peak / 1e6);
     }
-    if (o->target > 0) fprintf(stderr, "%s: %.1f tok/s, target %.1f\n", pass ? "PASS" : "FAIL", total_tok_s, o->target);
+    if (o->target >= 0) fprintf(stderr, "%s: %.1f tok/s, target %.1f\n", met ? "PASS" : "FAIL", total_tok_s, o->target);
     if (o->profile) report_profile(s);
-    if (!o->json) return pass;
+    if (!o->json) return met;
 
     FILE *f = o->json;
-    json_head(f, s, o);
-    fprintf(f, ",\n  \"batch\": %zu,\n  \"seed\": %llu,\n  \"prompt_tokens\": %zu,\n  \"generated_tokens\": %zu", s->n_slots,
-            (unsigned long long)o->seed, last->prompt_tokens, last->generated_tokens);
     const struct { const char *name; double value; } numbers[] = {
-        {"prefill_seconds", prefill}, {"decode_seconds", decode_s}, {"total_seconds", total}, {"total_seconds_min", total_min},
-        {"total_seconds_max", total_max}, {"prefill_tok_s", prefill_tok_s}, {"decode_tok_s", decode_tok_s},
-        {"total_tok_s", total_tok_s}, {"ttft_ms", ttft_ms}, {"itl_ms_p50", itl_50}, {"itl_ms_p95", itl_95},
-        {"bandwidth_gb_s", bandwidth}};
+        {"batch", (double)s->n_slots}, {"prompt_tokens", (double)p->prompt_tokens},
+        {"generated_tokens", (double)p->generated_tokens}, {"prefill_seconds", prefill}, {"decode_seconds", decoding},
+        {"total_seconds", total}, {"total_seconds_min", quantile(&st->total, 0)}, {"total_seconds_max", quantile(&st->total, 1)},
+        {"prefill_tok_s", prefill_tok_s}, {"decode_tok_s", decode_tok_s}, {"total_tok_s", total_tok_s}, {"ttft_ms", ttft},
+        {"itl_ms_p50", itl_50}, {"itl_ms_p95", itl_95}, {"weights_bytes", (double)m->c.file_size},
+        {"kv_bytes", (double)s->kv_bytes}, {"peak_bytes", peak}, {"bandwidth_gb_s", bandwidth},
+        {"target_tok_s", o->target >= 0 ? o->target : NAN}};
+    json_head(f, s, o);
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) json_number(f, numbers[i].name, numbers[i].value);
-    fprintf(f, ",\n  \"weights_bytes\": %llu,\n  \"kv_bytes\": %zu,\n  \"peak_bytes\": %.0f,\n  \"target_tok_s\": ", (unsigned long long)m->c.file_size, s->kv_bytes, peak);
-    if (o->target > 0) fprintf(f, "%.9g,\n  \"pass\": %s", o->target, pass ? "true" : "false");
-    else fprintf(f, "null,\n  \"pass\": null");
-    fprintf(f, ",\n  \"sequences\": [");
+    fprintf(f, ",\n  \"seed\": %zu,\n  \"pass\": %s,\n  \"sequences\": [", o->seed, o->target < 0 ? "null" : met ? "true" : "false");
     for (size_t i = 0; i < n_sequences; i++) {
         const Sequence *q = &sequences[i];
-        fprintf(f, "%s\n    {\"prompt\": ", i ? "," : "");
-        json_text(f, t, q->ids, 0, q->n_prompt);
-        fprintf(f, ", \"prompt_ids\": ");
-        json_ids(f, q->ids, 0, q->n_prompt);
-        fprintf(f, ", \"ids\": ");
-        json_ids(f, q->ids, q->n_prompt, q->n_ids);
-        fprintf(f, ", \"text\": ");
-        json_text(f, t, q->ids, q->n_prompt, q->n_ids);
+        fprintf(f, "%s\n    {", i ? "," : "");
+        json_ids(f, &m->tokenizer, "prompt", "prompt_ids", q->ids, 0, q->n_prompt);
+        fprintf(f, ", ");
+        json_ids(f, &m->tokenizer, "text", "ids", q->ids, q->n_prompt, q->n_ids);
         fprintf(f, ", \"finish\": \"%s\"}", q->finish);
     }
     fprintf(f, "\n  ]\n}\n");
-    close_output(f, o->output);
-    return pass;
+    close_output(f);
+    return met;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
  * 8. The modes                                                                                                      */
 
-/* Reads a stream to its end into `t`; dies on errors. `path` is for the message. */
-static void read_all(FILE *f, const char *path, Text *t) {
+/* Reads a file to its end; dies on errors. */
+static Text read_stream(FILE *f, const char *path) {
+    Text t = {NULL, 0, 0};
     char buffer[65536];
     size_t n;
-    append(t, "", 0);
-    while ((n = fread(buffer, 1, sizeof buffer, f)) > 0) append(t, buffer, n);
-    if (ferror(f)) die("%s: cannot be read: %s", path, strerror(errno));
-}
-
-static Text read_file(const char *path) {
-    Text t = {NULL, 0, 0};
-    FILE *f = fopen(path, "rb");
     if (!f) die("%s: %s", path, strerror(errno));
-    read_all(f, path, &t);
-    fclose(f);
+    append(&t, "", 0);
+    while ((n = fread(buffer, 1, sizeof buffer, f)) > 0) append(&t, buffer, n);
+    if (ferror(f)) die("%s: cannot be read: %s", path, strerror(errno));
+    if (f != stdin) fclose(f);
     return t;
 }
 
-static void push_text(Sequence *q, const Tokenizer *t, const char *text, size_t n) {
-    size_t n_ids;
-    int *ids = encode(t, text, n, &n_ids);
-    for (size_t i = 0; i < n_ids; i++) push_id(q, ids[i]);
-    free(ids);
-}
-
-/* BOS and the prompt's ids; with -l repeated or cut to so many. */
-static Sequence new_sequence(const Model *m, const char *prompt, size_t n, const Options *o, size_t index) {
-    Sequence q;
-    memset(&q, 0, sizeof q);
-    if (m->tokenizer.bos >= 0) push_id(&q, m->tokenizer.bos);
-    push_text(&q, &m->tokenizer, prompt, n);
-    if (!q.n_ids) die("prompt %zu: is empty, and the model has no token that begins a sequence", index + 1);
-    if (o->prompt_tokens) {
-        /* BOS stands once; what is repeated is the text. An empty text repeats BOS. */
-        size_t from = q.n_ids > 1 && q.ids[0] == m->tokenizer.bos, period = q.n_ids - from;
-        while (q.n_ids < o->prompt_tokens) push_id(&q, q.ids[from + (q.n_ids - from) % period]);
-        q.n_ids = o->prompt_tokens;
-    }
-    q.n_prompt = q.n_ids;
-    return q;
-}
-
-static void start_sequence(Sequence *q, const Options *o, size_t index, size_t context) {
-    q->n_ids = q->n_prompt;
-    q->n_fed = 0;
-    q->limit = min_size(q->n_prompt + o->tokens, context);
-    q->rng = o->seed + index;
-    q->finish = NULL;
-}
+static Text read_file(const char *path) { return read_stream(fopen(path, "rb"), path); }
 
 /* The next line of a stream without its end, false at the end of the stream. `line` is reused. */
 static bool read_line(FILE *f, Text *line) {
@@ -1495,22 +1454,56 @@ static bool read_line(FILE *f, Text *line) {
     return n >= 0;
 }
 
+static void push_text(Sequence *q, const Tokenizer *t, const char *text, size_t n) {
+    size_t n_ids;
+    int *ids = encode(t, text, n, &n_ids);
+    for (size_t i = 0; i < n_ids; i++) push_id(q, ids[i]);
+    free(ids);
+}
+
+/* BOS and the prompt's ids; with -l repeated or cut to so many. */
+static Sequence new_sequence(const Tokenizer *t, const Text *prompt, const Options *o, size_t index) {
+    Sequence q;
+    memset(&q, 0, sizeof q);
+    if (t->bos >= 0) push_id(&q, t->bos);
+    push_text(&q, t, prompt->text, prompt->length);
+    if (!q.n_ids) die("prompt %zu: is empty, and the model has no token that begins a sequence", index + 1);
+    if (o->prompt_tokens) {
+        /* BOS stands once; what is repeated is the text. An empty text repeats BOS. */
+        size_t from = q.n_ids > 1 && q.ids[0] == t->bos, period = q.n_ids - from;
+        while (q.n_ids < o->prompt_tokens) push_id(&q, q.ids[from + (q.n_ids - from) % period]);
+        q.n_ids = o->prompt_tokens;
+    }
+    q.n_prompt = q.n_ids;
+    q.rng = o->seed + index;
+    return q;
+}
+
+/* Back to the prompt, with the sequence's own stream of random numbers. */
+static void start_sequence(Sequence *q, const Options *o, size_t index, size_t context) {
+    q->n_ids = q->n_prompt;
+    q->n_fed = 0;
+    q->limit = min_size(q->n_prompt + o->tokens, context);
+    q->rng = o->seed + index;
+    q->finish = NULL;
+}
+
 /* The prompts: of -i, -b times; or the lines of -f; or what is typed, or what comes through a pipe, -b times. */
-static Sequence *read_prompts(const Model *m, const Options *o, size_t *n) {
+static Sequence *read_prompts(const Tokenizer *t, const Options *o, size_t *n) {
     Text text = {NULL, 0, 0};
     Sequence *sequences = NULL;
+    size_t room = 0;
     FILE *f = o->file ? fopen(o->file, "rb") : NULL;
     if (o->file && !f) die("%s: %s", o->file, strerror(errno));
-    if (!o->file && o->prompt) append(&text, o->prompt, strlen(o->prompt));
-    else if (!o->file && isatty(STDIN_FILENO)) { fputs("prompt: ", stderr); read_line(stdin, &text); }
-    else if (!o->file) {
-        read_all(stdin, "standard input", &text);
+    if (o->prompt) append(&text, o->prompt, strlen(o->prompt));
+    else if (!f && isatty(STDIN_FILENO)) { fputs("prompt: ", stderr); read_line(stdin, &text); }
+    else if (!f) {
+        text = read_stream(stdin, "standard input");
         if (text.length && text.text[text.length - 1] == '\n') text.length--;
     }
     for (*n = 0; f ? read_line(f, &text) : *n < o->batch; ++*n) {
-        if (!(*n & (*n - 1))) sequences = (Sequence *)realloc(sequences, (2 * *n + 1) * sizeof *sequences);   /* 0, 1, 2, 4, ... */
-        if (!sequences) die("no memory for %zu prompts", *n);
-        sequences[*n] = new_sequence(m, text.text, text.length, o, *n);
+        sequences = (Sequence *)grow(sequences, *n, &room, sizeof *sequences);
+        sequences[*n] = new_sequence(t, &text, o, *n);
     }
     if (f && ferror(f)) die("%s: cannot be read: %s", o->file, strerror(errno));
     if (!*n) die("%s: holds no prompt", o->file);
@@ -1519,36 +1512,45 @@ static Sequence *read_prompts(const Model *m, const Options *o, size_t *n) {
     return sequences;
 }
 
-enum { CHUNK = 256 };                   /* tokens of a forward: enough that reading the weights is a small part of it */
+static void free_statistics(Statistics *s) {
+    Samples *all[] = {&s->prefill, &s->decode, &s->total, &s->ttft, &s->itl};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]->values);
+}
 
 static bool generate_mode(const Model *m, const Options *o) {
-    size_t n, need = 0;
-    Sequence *sequences = read_prompts(m, o, &n);
+    size_t n, need = 0, done = 0;
+    Sequence *sequences = read_prompts(&m->tokenizer, o, &n);
+    Statistics statistics;
+    Display d;
+    memset(&statistics, 0, sizeof statistics);
+    memset(&d, 0, sizeof d);
     for (size_t i = 0; i < n; i++) {
         if (o->context && sequences[i].n_prompt > o->context)
-            die("prompt %zu: %zu tokens do not fit in a context of %zu: raise -c or shorten it", i + 1, sequences[i].n_prompt, o->context);
+            die("prompt %zu: %zu tokens do not fit in a context of %zu: raise -c or shorten it",
+                i + 1, sequences[i].n_prompt, o->context);
         if (sequences[i].n_prompt + o->tokens > need) need = sequences[i].n_prompt + o->tokens;
     }
-    size_t context = o->context ? min_size(o->context, need) : need, slots = min_size(o->batch, n);
-    State s = new_state(m, slots, context, slots > CHUNK ? slots : (size_t)CHUNK);
-    Pass *passes = (Pass *)allocate(o->warmup + o->repeat, sizeof *passes, m->path);
-    Display d = {&m->tokenizer, 0, 0, false, {{NULL, 0, 0}, {0}, 0, false}, now(), 0, o};
-    size_t done = 0, all = o->warmup + o->repeat;
+    size_t context = o->context ? min_size(o->context, need) : need, n_slots = min_size(o->batch, n);
+    State s = new_state(m, n_slots, context, n_slots > CHUNK ? n_slots : (size_t)CHUNK);
     do {
-        if (done == o->warmup) memset(s.profile, 0, sizeof s.profile);
+        Pass before = statistics.pass;
+        if (done == o->warmup) {
+            memset(s.profile, 0, sizeof s.profile);
+            statistics.ttft.n = statistics.itl.n = 0;
+        }
+        memset(&statistics.pass, 0, sizeof statistics.pass);
         for (size_t i = 0; i < n; i++) start_sequence(&sequences[i], o, i, context);
-        generate(&s, sequences, n, o, &passes[done], done + 1 == all ? &d : NULL);
-    } while (++done < all && !interrupted);
-    size_t first = min_size(o->warmup, done - 1);
-    if (interrupted && done - first > 1) done--;    /* the pass that was cut, unless it is all there is */
-    bool pass = report(&s, sequences, n, passes + first, done - first, o);
+        generate(&s, sequences, n, o, &statistics, done ? NULL : &d);
+        if (interrupted && statistics.total.n) statistics.pass = before;    /* a pass that was cut is not counted, */
+        else if (interrupted || done >= o->warmup) end_pass(&statistics);   /* unless it is all there is */
+    } while (++done < o->warmup + o->repeat && !interrupted);
+    bool met = report(&s, sequences, n, &statistics, o);
     for (size_t i = 0; i < n; i++) free(sequences[i].ids);
-    for (size_t i = 0; i < all; i++) { free(passes[i].ttft.values); free(passes[i].itl.values); }
-    free(d.decoder.text.text);
-    free(passes);
     free(sequences);
+    free(d.decoder.text.text);
+    free_statistics(&statistics);
     free_state(&s);
-    return pass;
+    return met;
 }
 
 /* A conversation in Mistral's instruction format, one forward of new tokens after the other.
@@ -1557,53 +1559,52 @@ static bool generate_mode(const Model *m, const Options *o) {
  * The system prompt and an empty line stand before the first question. */
 static bool chat_mode(const Model *m, const Options *o) {
     const Tokenizer *t = &m->tokenizer;
-    uint32_t kind = o->chat_template ? (uint32_t)(o->chat_template[1] - '0') : m->c.chat_template;
+    bool v1 = o->chat_template ? !strcmp(o->chat_template, "v1") : m->c.chat_template == 1;
     int begin = find_control(t, "[INST]"), end = find_control(t, "[/INST]");
-    if (!kind) die("%s: a base model, without a chat template: use -m generate, or --chat-template v1 or v3 to force one", m->path);
-    if (kind > 1 && (begin < 0 || end < 0)) die("%s: the tokenizer has no control tokens [INST] and [/INST]: use --chat-template v1", m->path);
+    if (!o->chat_template && !m->c.chat_template)
+        die("%s: a base model, without a chat template: use -m generate, or --chat-template v1 or v3 to force one", m->path);
+    if (!v1 && (begin < 0 || end < 0))
+        die("%s: the tokenizer has no control tokens [INST] and [/INST]: use --chat-template v1", m->path);
     size_t context = o->context ? o->context : m->c.window || !m->c.max_positions ? (size_t)1 << 24 : m->c.max_positions;
     State s = new_state(m, 1, context, CHUNK);
-    Sequence q;
-    Pass pass;
-    Text line = {NULL, 0, 0};
+    Text line = {NULL, 0, 0}, no_text = {NULL, 0, 0};
+    Sequence q = new_sequence(t, &no_text, o, 0);
+    Statistics statistics;
     bool fits = true;
-    memset(&q, 0, sizeof q);
-    memset(&pass, 0, sizeof pass);
-    q.rng = o->seed;
+    memset(&statistics, 0, sizeof statistics);
     q.finish = "length";
     for (bool first = true; !interrupted; first = false) {
         Text text = {NULL, 0, 0};
+        Display d;
+        memset(&d, 0, sizeof d);
+        d.answers = true;
         if (isatty(STDIN_FILENO)) fputs("> ", stderr);
         if (!read_line(stdin, &line)) break;
-        if (first && t->bos >= 0) push_id(&q, t->bos);
         if (!first && t->eos[0] >= 0 && strcmp(q.finish, "eos")) push_id(&q, t->eos[0]);    /* an answer that was cut */
-        if (kind == 1) append(&text, "[INST] ", 7);
+        if (v1) append(&text, "[INST] ", 7);
         else push_id(&q, begin);
         if (first && o->system) { append(&text, o->system, strlen(o->system)); append(&text, "\n\n", 2); }
         append(&text, line.text, line.length);
-        if (kind == 1) append(&text, " [/INST]", 8);
+        if (v1) append(&text, " [/INST]", 8);
         push_text(&q, t, text.text, text.length);
-        if (kind > 1) push_id(&q, end);
+        if (!v1) push_id(&q, end);
         free(text.text);
         q.n_prompt = q.n_ids;
         fits = q.n_ids < context;
         if (!fits) break;
         q.limit = min_size(q.n_ids + o->tokens, context);
         q.finish = NULL;
-        Display d = {t, 0, 0, true, {{NULL, 0, 0}, {0}, 0, false}, now(), 0, o};
-        double seconds = pass.total_seconds;
-        generate(&s, &q, 1, o, &pass, &d);
-        pass.total_seconds += seconds;
+        generate(&s, &q, 1, o, &statistics, &d);
         free(d.decoder.text.text);
     }
+    end_pass(&statistics);
     if (!fits) fprintf(stderr, "%s: the conversation no longer fits in a context of %zu positions: raise -c\n", program, context);
-    bool ok = report(&s, &q, 1, &pass, 1, o) && fits;
-    free(pass.ttft.values);
-    free(pass.itl.values);
+    bool met = report(&s, &q, 1, &statistics, o);
     free(line.text);
     free(q.ids);
+    free_statistics(&statistics);
     free_state(&s);
-    return ok;
+    return met && fits;
 }
 
 /* log(sum(e^logits)), in FP64. */
@@ -1614,6 +1615,21 @@ static double log_sum_exp(const float *logits, size_t n) {
     return max + log(sum);
 }
 
+/* The Kullback-Leibler divergence of softmax(p) from softmax(q), in nats; *same: whether both find the same id most
+ * probable. p, q: logits [n], log_p: log_sum_exp of p. */
+static double divergence(const float *p, double log_p, const float *q, size_t n, bool *same) {
+    double log_q = log_sum_exp(q, n), sum = 0;
+    size_t top_p = 0, top_q = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += exp(q[i] - log_q) * ((q[i] - log_q) - (p[i] - log_p));
+        if (p[i] > p[top_p]) top_p = i;
+        if (q[i] > q[top_q]) top_q = i;
+    }
+    *same = top_p == top_q;
+    return sum;
+}
+
+/* The mean of the samples and its standard error. */
 static void mean_and_error(const Samples *s, double *mean, double *error) {
     double sum = 0, squares = 0;
     for (size_t i = 0; i < s->n; i++) sum += s->values[i];
@@ -1622,95 +1638,83 @@ static void mean_and_error(const Samples *s, double *mean, double *error) {
     *error = s->n > 1 ? sqrt(squares / (double)(s->n - 1) / (double)s->n) : 0;
 }
 
+static void check_same_pieces(const Model *a, const Model *b) {
+    const Tokenizer *x = &a->tokenizer, *y = &b->tokenizer;
+    bool same = a->c.vocab_size == b->c.vocab_size && x->n_pieces == y->n_pieces;
+    for (size_t i = 0; same && i < x->n_pieces; i++)
+        same = x->pieces[i].length == y->pieces[i].length && !memcmp(x->pieces[i].text, y->pieces[i].text, x->pieces[i].length);
+    if (!same) die("%s: its vocabulary of %zu pieces is not %s's of %zu", b->path, y->n_pieces, a->path, x->n_pieces);
+}
+
 /* Perplexity of a text: it is encoded whole, without BOS, and cut in windows of context - 1 ids; each is a sequence of
  * its own that starts with BOS, and every id of it, from --skip on, is scored. The windows run as one stream: id f
  * stands in window f / span and is predicted at position f % span, from BOS or the id before it. --against: the same
- * through a second model, and the Kullback-Leibler divergence of this model's distributions from those. */
+ * through a second model, and the divergence of this model's distributions from that one's. */
 static bool perplexity_mode(const Model *m, const Options *o) {
     Text text = read_file(o->file);
-    size_t n_ids, context = o->context ? o->context : 512, span = context - 1, vocab = m->c.vocab_size;
+    size_t n_ids, context = o->context ? o->context : 512, vocab = m->c.vocab_size, n_same = 0;
     int *ids = encode(&m->tokenizer, text.text, text.length, &n_ids);
     if (m->tokenizer.bos < 0) die("%s: the tokenizer has no BOS, which perplexity needs", m->path);
     if (!n_ids) die("%s: the text is empty", o->file);
-    span = min_size(span, n_ids);
+    size_t span = min_size(context - 1, n_ids), n_slots = min_size(CHUNK / span + 2, (n_ids + span - 1) / span);
     if (o->skip >= span) die("%s: --skip %zu leaves nothing to score", o->file, o->skip);
 
     Model models[2];
     State states[2];
     float *logits[2];
-    size_t n_models = o->against ? 2 : 1, n_slots = min_size(CHUNK / span + 2, (n_ids + span - 1) / span);
+    size_t n_models = o->against ? 2 : 1;
     models[0] = *m;
     if (o->against) {
         models[1] = load_model(o->against);
-        const Tokenizer *a = &m->tokenizer, *b = &models[1].tokenizer;
-        bool same_pieces = models[1].c.vocab_size == vocab && a->n_pieces == b->n_pieces;
-        for (size_t i = 0; same_pieces && i < a->n_pieces; i++)
-            same_pieces = a->pieces[i].length == b->pieces[i].length && !memcmp(a->pieces[i].text, b->pieces[i].text, a->pieces[i].length);
-        if (!same_pieces) die("%s: its vocabulary of %zu pieces is not %s's of %zu", o->against, b->n_pieces, m->path, a->n_pieces);
+        check_same_pieces(m, &models[1]);
     }
     for (size_t k = 0; k < n_models; k++) {
         states[k] = new_state(&models[k], n_slots, span, CHUNK);
-        logits[k] = (float *)allocate(CHUNK * vocab, sizeof(float), m->path);
+        logits[k] = (float *)allocate(CHUNK * vocab, sizeof(float), "logits");
     }
-    int token[CHUNK], target[CHUNK];
-    size_t pos[CHUNK], slot[CHUNK], n_same = 0;
-    bool want[CHUNK], same[CHUNK];
-    double nll[CHUNK], kl[CHUNK], start = now(), last = start;
+    Token tokens[CHUNK];
+    int target[CHUNK];
+    bool same[CHUNK];
+    double nll[CHUNK], kl[CHUNK];
     Samples nlls = {NULL, 0, 0}, kls = {NULL, 0, 0};
     for (size_t f = 0; f < n_ids && !interrupted; f += CHUNK) {
         size_t n = min_size(CHUNK, n_ids - f), n_want = 0;
         for (size_t i = 0; i < n; i++) {
-            pos[i] = (f + i) % span;
-            slot[i] = (f + i) / span % n_slots;
-            token[i] = pos[i] ? ids[f + i - 1] : m->tokenizer.bos;
-            want[i] = pos[i] >= o->skip;
-            if (want[i]) target[n_want++] = ids[f + i];
+            size_t pos = (f + i) % span;
+            Token token = {pos ? ids[f + i - 1] : m->tokenizer.bos, pos, (f + i) / span % n_slots, pos >= o->skip};
+            tokens[i] = token;
+            if (token.want) target[n_want++] = ids[f + i];
         }
-        for (size_t k = 0; k < n_models; k++) forward(&states[k], n, token, pos, slot, want, logits[k]);
+        for (size_t k = 0; k < n_models; k++) forward(&states[k], tokens, n, logits[k]);
         #pragma omp parallel for schedule(static)
         for (size_t i = 0; i < n_want; i++) {
-            const float *p = logits[0] + i * vocab, *q = logits[n_models - 1] + i * vocab;
-            double log_p = log_sum_exp(p, vocab), log_q = n_models > 1 ? log_sum_exp(q, vocab) : 0;
-            size_t top_p = 0, top_q = 0;
+            const float *p = logits[0] + i * vocab;
+            double log_p = log_sum_exp(p, vocab);
             nll[i] = log_p - p[target[i]];
-            kl[i] = 0;
-            for (size_t v = 0; v < vocab && n_models > 1; v++) {
-                kl[i] += exp(q[v] - log_q) * ((q[v] - log_q) - (p[v] - log_p));
-                if (p[v] > p[top_p]) top_p = v;
-                if (q[v] > q[top_q]) top_q = v;
-            }
-            same[i] = top_p == top_q;
+            if (o->against) kl[i] = divergence(p, log_p, logits[1] + i * vocab, vocab, &same[i]);
         }
         for (size_t i = 0; i < n_want; i++) {
             add_sample(&nlls, nll[i]);
-            add_sample(&kls, kl[i]);
-            n_same += same[i];
+            if (o->against) { add_sample(&kls, kl[i]); n_same += same[i]; }
         }
-        if (!o->quiet && isatty(STDERR_FILENO) && (now() - last > 0.5 || f + n == n_ids)) {
-            last = now();
-            if (f + n < n_ids) fprintf(stderr, "\r%zu of %zu tokens, %.0f s left   ", f + n, n_ids, (last - start) * (double)(n_ids - f - n) / (double)(f + n));
-            else fprintf(stderr, "\r%50s\r", "");
-        }
+        progress(!o->quiet, "scoring", (double)(f + n), (double)n_ids);
     }
     if (interrupted) die("interrupted after %zu of %zu tokens", nlls.n, n_ids);
-    double mean, error, kl_mean, kl_error;
+    double mean, error, kl_mean = 0, kl_error = 0, same_top = (double)n_same / (double)nlls.n, kl_p99 = 0;
     mean_and_error(&nlls, &mean, &error);
-    mean_and_error(&kls, &kl_mean, &kl_error);
-    double same_top = (double)n_same / (double)nlls.n, kl_p99 = percentile(&kls, 0.99), ppl = exp(mean);
-    printf("ppl %.4f +- %.4f  nll %.6f  tokens %zu  ctx %zu", ppl, ppl * error, mean, nlls.n, context);
+    if (o->against) { mean_and_error(&kls, &kl_mean, &kl_error); kl_p99 = quantile(&kls, 0.99); }
+    printf("ppl %.4f +- %.4f  nll %.6f  tokens %zu  ctx %zu", exp(mean), exp(mean) * error, mean, nlls.n, context);
     if (o->against) printf("  kl %.5f +- %.5f  kl_p99 %.4g  same_top %.1f%%", kl_mean, kl_error, kl_p99, 100 * same_top);
     putchar('\n');
-    if (!o->quiet) fprintf(stderr, "%.1f tok/s\n", (double)n_ids / (now() - start));
     if (o->profile) report_profile(&states[0]);
     if (o->json) {
-        FILE *out = o->json;
-        json_head(out, &states[0], o);
         const struct { const char *name; double value; } numbers[] = {
-            {"ppl", ppl}, {"ppl_error", ppl * error}, {"nll", mean}, {"tokens", (double)nlls.n}, {"ctx", (double)context},
-            {"kl", kl_mean}, {"kl_error", kl_error}, {"kl_p99", kl_p99}, {"same_top", same_top}};
-        for (size_t i = 0; i < (o->against ? 9 : 5); i++) json_number(out, numbers[i].name, numbers[i].value);
-        fprintf(out, "\n}\n");
-        close_output(out, o->output);
+            {"ppl", exp(mean)}, {"ppl_error", exp(mean) * error}, {"nll", mean}, {"tokens", (double)nlls.n},
+            {"ctx", (double)context}, {"kl", kl_mean}, {"kl_error", kl_error}, {"kl_p99", kl_p99}, {"same_top", same_top}};
+        json_head(o->json, &states[0], o);
+        for (size_t i = 0; i < (o->against ? 9 : 5); i++) json_number(o->json, numbers[i].name, numbers[i].value);
+        fprintf(o->json, "\n}\n");
+        close_output(o->json);
     }
     for (size_t k = 0; k < n_models; k++) { free_state(&states[k]); free(logits[k]); }
     if (o->against) free_model(&models[1]);
@@ -1724,31 +1728,40 @@ static bool perplexity_mode(const Model *m, const Options *o) {
 /* ------------------------------------------------------------------------------------------------------------------
  * 9. The command line                                                                                               */
 
-static const char HELP[] =
-    "usage: %s MODEL.bin [options]        runs a batch of prompts through a Mistral model\n"
-    "  -m, --mode MODE        generate (default), chat, perplexity\n"
-    "  -i, --prompt TEXT      without -i a terminal is asked, a pipe is read to its end\n"
-    "  -f, --file FILE        generate: one prompt a line; perplexity: the text\n"
-    "  -b, --batch N          sequences at once (1); a prompt of -i is replicated N times\n"
-    "  -n, --tokens N         new tokens a sequence (128)\n"
-    "  -l, --prompt-tokens N  repeat or cut each prompt to exactly N tokens\n"
-    "  -t, --temperature X    0 is greedy (0.8)\n"
-    "  -p, --top-p X          sample from the most probable X of the mass (0.95)\n"
-    "  -s, --seed N           sequence i draws from the stream of seed N + i (42)\n"
-    "  -c, --context N        positions a sequence (as needed; perplexity: 512)\n"
-    "  -j, --threads N        (the cores)\n"
-    "  -w, --warmup N         passes before the measured one (0)\n"
-    "  -r, --repeat N         measured passes, the median is reported (1)\n"
-    "  -E, --ignore-eos       generate -n tokens whatever comes\n"
-    "  -y, --system TEXT      chat: system prompt\n"
-    "      --chat-template v1|v3   chat: instead of the checkpoint's own\n"
-    "      --skip N           perplexity: leave the first N positions of a window unscored (0)\n"
-    "      --against REF.bin  perplexity: and divergence from this model\n"
-    "  -T, --target X         tokens a second, in and out, to pass; prints PASS or FAIL\n"
-    "  -P, --profile          time by operation\n"
-    "  -o, --output FILE      statistics and sequences as JSON\n"
-    "  -q, --quiet            text only, no statistics\n"
-    "  -h, --help\n";
+enum { FLAG, TEXT, WHOLE, REAL };       /* what an option takes, and the type of its field: bool, char *, size_t, double */
+typedef struct {
+    int letter;                         /* 0: has a long name only */
+    const char *name, *value, *help, *modes;     /* modes: first letters of those it means something in */
+    int kind;
+    size_t field;                       /* where in Options */
+    uint64_t low, high;                 /* of numbers */
+} Option;
+#define FIELD(name) offsetof(Options, name)
+static const Option OPTIONS[] = {
+    {'m', "mode", "MODE", "generate (default), chat, perplexity", "gcp", TEXT, FIELD(mode), 0, 0},
+    {'i', "prompt", "TEXT", "without -i a terminal is asked, a pipe is read to its end", "g", TEXT, FIELD(prompt), 0, 0},
+    {'f', "file", "FILE", "generate: one prompt a line; perplexity: the text", "gp", TEXT, FIELD(file), 0, 0},
+    {'b', "batch", "N", "sequences at once (1); a prompt of -i is replicated N times", "gp", WHOLE, FIELD(batch), 1, 65536},
+    {'n', "tokens", "N", "new tokens a sequence (128)", "gcp", WHOLE, FIELD(tokens), 0, 1 << 30},
+    {'l', "prompt-tokens", "N", "repeat or cut each prompt to exactly N tokens", "gp", WHOLE, FIELD(prompt_tokens), 1, 1 << 30},
+    {'t', "temperature", "X", "0 is greedy (0.8)", "gcp", REAL, FIELD(temperature), 0, 1000},
+    {'p', "top-p", "X", "sample from the most probable X of the mass (0.95)", "gcp", REAL, FIELD(top_p), 0, 1},
+    {'s', "seed", "N", "sequence i draws from the stream of seed N + i (42)", "gcp", WHOLE, FIELD(seed), 0, UINT64_MAX},
+    {'c', "context", "N", "positions a sequence (as needed; perplexity: 512)", "gcp", WHOLE, FIELD(context), 2, 1 << 30},
+    {'j', "threads", "N", "(the cores)", "gcp", WHOLE, FIELD(threads), 1, 4096},
+    {'w', "warmup", "N", "passes before the measured one (0)", "gcp", WHOLE, FIELD(warmup), 0, 1000000},
+    {'r', "repeat", "N", "measured passes, the median is reported (1)", "gcp", WHOLE, FIELD(repeat), 1, 1000000},
+    {'E', "ignore-eos", "", "generate -n tokens whatever comes", "gcp", FLAG, FIELD(ignore_eos), 0, 0},
+    {'y', "system", "TEXT", "chat: system prompt", "c", TEXT, FIELD(system), 0, 0},
+    {0, "chat-template", "v1|v3", "chat: instead of the checkpoint's own", "c", TEXT, FIELD(chat_template), 0, 0},
+    {0, "skip", "N", "perplexity: leave the first N positions of a window unscored", "p", WHOLE, FIELD(skip), 0, 1 << 30},
+    {0, "against", "REF.bin", "perplexity: and divergence from this model", "p", TEXT, FIELD(against), 0, 0},
+    {'T', "target", "X", "tokens a second, in and out, to pass; prints PASS or FAIL", "gc", REAL, FIELD(target), 0, 1ull << 40},
+    {'P', "profile", "", "time by operation", "gcp", FLAG, FIELD(profile), 0, 0},
+    {'o', "output", "FILE", "statistics and sequences as JSON", "gcp", TEXT, FIELD(output), 0, 0},
+    {'q', "quiet", "", "text only, no statistics", "gcp", FLAG, FIELD(quiet), 0, 0},
+    {'h', "help", "", "", "gcp", FLAG, FIELD(help), 0, 0}};
+enum { N_OPTIONS = sizeof OPTIONS / sizeof *OPTIONS };
 
 __attribute__((noreturn, format(printf, 1, 2)))
 static void usage(const char *format, ...) {        /* wrong usage: one line, exit status 2 */
@@ -1761,14 +1774,7 @@ static void usage(const char *format, ...) {        /* wrong usage: one line, ex
     exit(2);
 }
 
-/* The number an option was given; wrong usage unless it is one between low and high. */
-static double real_argument(const char *name, const char *text, double low, double high) {
-    char *end;
-    double value = strtod(text, &end);
-    if (end == text || *end || !(value >= low && value <= high)) usage("%s %s: not a number from %g to %g", name, text, low, high);
-    return value;
-}
-
+/* The number that option `name` was given as text; wrong usage unless it is one from low to high. */
 static uint64_t whole_argument(const char *name, const char *text, uint64_t low, uint64_t high) {
     char *end;
     errno = 0;
@@ -1778,91 +1784,107 @@ static uint64_t whole_argument(const char *name, const char *text, uint64_t low,
     return value;
 }
 
+static double real_argument(const char *name, const char *text, uint64_t low, uint64_t high) {
+    char *end;
+    double value = strtod(text, &end);
+    if (end == text || *text == ' ' || *end || !(value >= (double)low && value <= (double)high))
+        usage("%s %s: not a number from %llu to %llu", name, text, (unsigned long long)low, (unsigned long long)high);
+    return value;
+}
+
+static void print_help(void) {
+    printf("usage: %s MODEL.bin [options]        runs a batch of prompts through a Mistral model\n", program);
+    for (size_t i = 0; i < N_OPTIONS; i++) {
+        const Option *p = &OPTIONS[i];
+        char name[64];
+        snprintf(name, sizeof name, "--%s %s", p->name, p->value);
+        if (p->letter) printf("  -%c, %-22s %s\n", p->letter, name, p->help);
+        else printf("      %-22s %s\n", name, p->help);
+    }
+    flush_stdout();
+    exit(0);
+}
+
+/* -b, or --skip where there is no letter. */
+static const char *option_name(const Option *p) {
+    static char name[64];
+    if (p->letter) snprintf(name, sizeof name, "-%c", p->letter);
+    else snprintf(name, sizeof name, "--%s", p->name);
+    return name;
+}
+
 static Options read_options(int argc, char **argv) {
     Options o;
+    struct option names[N_OPTIONS + 1];
+    char letters[2 * N_OPTIONS + 2] = ":";
+    const Option *given[N_OPTIONS] = {NULL};
+    int found;
     memset(&o, 0, sizeof o);
+    memset(names, 0, sizeof names);
     o.mode = "generate";
     o.batch = o.repeat = 1;
     o.tokens = 128;
-    o.temperature = 0.8f;
-    o.top_p = 0.95f;
+    o.temperature = 0.8;
+    o.top_p = 0.95;
     o.seed = 42;
-    enum { SKIP = 256, AGAINST, TEMPLATE };
-    static const struct option table[] = {
-        {"mode", 1, 0, 'm'}, {"prompt", 1, 0, 'i'}, {"file", 1, 0, 'f'}, {"batch", 1, 0, 'b'}, {"tokens", 1, 0, 'n'},
-        {"prompt-tokens", 1, 0, 'l'}, {"temperature", 1, 0, 't'}, {"top-p", 1, 0, 'p'}, {"seed", 1, 0, 's'},
-        {"context", 1, 0, 'c'}, {"threads", 1, 0, 'j'}, {"warmup", 1, 0, 'w'}, {"repeat", 1, 0, 'r'},
-        {"ignore-eos", 0, 0, 'E'}, {"system", 1, 0, 'y'}, {"target", 1, 0, 'T'}, {"profile", 0, 0, 'P'},
-        {"output", 1, 0, 'o'}, {"quiet", 0, 0, 'q'}, {"help", 0, 0, 'h'}, {"skip", 1, 0, SKIP},
-        {"against", 1, 0, AGAINST}, {"chat-template", 1, 0, TEMPLATE}, {0, 0, 0, 0}};
-    const size_t many = (size_t)1 << 30;
-    int option;
-    opterr = 0;
-    while ((option = getopt_long(argc, argv, ":m:i:f:b:n:l:t:p:s:c:j:w:r:Ey:T:Po:qh", table, NULL)) != -1) {
-        switch (option) {
-            case 'm': o.mode = optarg; break;
-            case 'i': o.prompt = optarg; break;
-            case 'f': o.file = optarg; break;
-            case 'b': o.batch = whole_argument("-b", optarg, 1, 65536); break;
-            case 'n': o.tokens = whole_argument("-n", optarg, 0, many); break;
-            case 'l': o.prompt_tokens = whole_argument("-l", optarg, 1, many); break;
-            case 't': o.temperature = (float)real_argument("-t", optarg, 0, 1000); break;
-            case 'p': o.top_p = (float)real_argument("-p", optarg, 0, 1); break;
-            case 's': o.seed = whole_argument("-s", optarg, 0, UINT64_MAX); break;
-            case 'c': o.context = whole_argument("-c", optarg, 2, many); break;
-            case 'j': o.threads = whole_argument("-j", optarg, 1, 4096); break;
-            case 'w': o.warmup = whole_argument("-w", optarg, 0, 1000000); break;
-            case 'r': o.repeat = whole_argument("-r", optarg, 1, 1000000); break;
-            case 'E': o.ignore_eos = true; break;
-            case 'y': o.system = optarg; break;
-            case 'T': o.target = real_argument("-T", optarg, 1e-6, 1e12); break;
-            case 'P': o.profile = true; break;
-            case 'o': o.output = optarg; break;
-            case 'q': o.quiet = true; break;
-            case 'h': printf(HELP, program); flush_stdout(); exit(0);
-            case SKIP: o.skip = whole_argument("--skip", optarg, 0, many); break;
-            case AGAINST: o.against = optarg; break;
-            case TEMPLATE: o.chat_template = optarg; break;
-            case ':': usage("%s: needs a value", argv[optind - 1]);
-            default:
-                if (optopt > 0 && optopt < 256 && strncmp(argv[optind - 1], "--", 2)) usage("-%c: unknown option", optopt);
-                usage("%s: unknown option, or one that takes no value", argv[optind - 1]);
-        }
+    o.target = -1;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        names[i].name = OPTIONS[i].name;
+        names[i].has_arg = OPTIONS[i].kind != FLAG;
+        names[i].val = 256 + i;
+        if (OPTIONS[i].letter) sprintf(letters + strlen(letters), "%c%s", OPTIONS[i].letter, OPTIONS[i].kind != FLAG ? ":" : "");
     }
-    if (optind + 1 != argc) usage(optind == argc ? "which MODEL.bin?" : "%s: one MODEL.bin only", optind == argc ? "" : argv[optind + 1]);
+    opterr = 0;
+    while ((found = getopt_long(argc, argv, letters, names, NULL)) != -1) {
+        const char *argument = argv[optind - 1];
+        if (found == ':') usage("%s: needs a value", argument);
+        if (found == '?' && optopt > 0 && optopt < 256 && strncmp(argument, "--", 2)) usage("-%c: unknown option", optopt);
+        if (found == '?') usage("%s: unknown option, or one that takes no value", argument);
+        size_t i = 0;
+        while (found < 256 ? OPTIONS[i].letter != found : (int)i + 256 != found) i++;
+        const Option *p = given[i] = &OPTIONS[i];
+        char *field = (char *)&o + p->field;
+        if (p->kind == FLAG) *(bool *)field = true;
+        if (p->kind == TEXT) *(const char **)field = optarg;
+        if (p->kind == WHOLE) *(size_t *)field = whole_argument(option_name(p), optarg, p->low, p->high);
+        if (p->kind == REAL) *(double *)field = real_argument(option_name(p), optarg, p->low, p->high);
+    }
+    if (o.help) print_help();
+    if (optind == argc) usage("which MODEL.bin?");
+    if (optind + 1 < argc) usage("%s: one MODEL.bin only", argv[optind + 1]);
     o.path = argv[optind];
     if (strcmp(o.mode, "generate") && strcmp(o.mode, "chat") && strcmp(o.mode, "perplexity"))
         usage("-m %s: not generate, chat or perplexity", o.mode);
-    bool chat = !strcmp(o.mode, "chat"), perplexity = !strcmp(o.mode, "perplexity");
-    if (perplexity && !o.file) usage("-m perplexity: needs -f FILE");
-    if (perplexity && (o.prompt || o.target > 0)) usage("-m perplexity: without -i and -T");
-    if (!perplexity && (o.skip || o.against)) usage("--skip, --against: need -m perplexity");
-    if (chat && (o.file || o.prompt || o.prompt_tokens || o.batch > 1)) usage("-m chat: one conversation, without -i, -f, -l or -b");
-    if (!chat && (o.system || o.chat_template)) usage("-y, --chat-template: need -m chat");
-    if (o.chat_template && strcmp(o.chat_template, "v1") && strcmp(o.chat_template, "v3")) usage("--chat-template %s: not v1 or v3", o.chat_template);
+    for (size_t i = 0; i < N_OPTIONS; i++)
+        if (given[i] && !strchr(given[i]->modes, o.mode[0]))
+            usage("%s: means nothing in -m %s, only in -m %s", option_name(given[i]), o.mode, given[i]->modes[0] == 'g' ? "generate" : given[i]->modes[0] == 'c' ? "chat" : "perplexity");
+    if (o.mode[0] == 'p' && !o.file) usage("-m perplexity: needs -f FILE");
+    if (o.chat_template && strcmp(o.chat_template, "v1") && strcmp(o.chat_template, "v3"))
+        usage("--chat-template %s: not v1 or v3", o.chat_template);
     if (o.file && o.prompt) usage("-i and -f: one of them");
 #ifdef _OPENMP
     if (!o.threads) o.threads = (size_t)omp_get_max_threads();
     omp_set_num_threads((int)o.threads);
 #else
-    if (o.threads > 1) usage("-j %zu: built without OpenMP, this program runs one thread", o.threads);
-    o.threads = 1;
+    o.threads = 1;                      /* built without OpenMP */
 #endif
     return o;
 }
 
 #ifndef RUN_NO_MAIN
 int main(int argc, char **argv) {
-    for (int fd = 0; fd < 3; fd++)                  /* or the first file that is opened takes the place of a closed one */
-        if (fcntl(fd, F_GETFD) < 0 && (fd == STDOUT_FILENO || open("/dev/null", O_WRONLY) != fd)) die("standard output: %s", strerror(errno));
+    /* where the shell closed a standard stream, the first file to be opened would take its place */
+    if (fcntl(STDIN_FILENO, F_GETFD) < 0) open("/dev/null", O_WRONLY);
+    if (fcntl(STDOUT_FILENO, F_GETFD) < 0) die("standard output: %s", strerror(errno));
+    if (fcntl(STDERR_FILENO, F_GETFD) < 0) open("/dev/null", O_WRONLY);
     Options o = read_options(argc, argv);
     catch_signals();
     Model m = load_model(o.path);
     if (o.output) o.json = open_output(o.output);
-    bool ok = !strcmp(o.mode, "chat") ? chat_mode(&m, &o) : !strcmp(o.mode, "perplexity") ? perplexity_mode(&m, &o) : generate_mode(&m, &o);
+    bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);
     flush_stdout();
-    return ok ? 0 : 1;
+    return met ? 0 : 1;
 }
 #endif
 #endif

@@ -239,7 +239,7 @@ static void reference_forward(const Model *m, const int *ids, size_t n, double *
     for (size_t l = 0; l < c->n_layers; l++) {
         const Layer *w = &m->layers[l];
         for (size_t t = 0; t < n; t++) {
-            norm64(xb, x[t], w->rms_att_weight, c->dim, c->norm_eps);
+            norm64(xb, x[t], (const float *)w->rms_att_weight.data, c->dim, c->norm_eps);
             product64(qkv[t], &w->wqkv, xb);
             for (size_t head = 0; head < c->n_heads + c->n_kv_heads; head++)
                 for (size_t i = 0; i < hd / 2; i++) {
@@ -265,7 +265,7 @@ static void reference_forward(const Model *m, const int *ids, size_t n, double *
             }
             product64(xb, &w->wo, att);
             for (size_t i = 0; i < c->dim; i++) x[t][i] += xb[i];
-            norm64(xb, x[t], w->rms_ffn_weight, c->dim, c->norm_eps);
+            norm64(xb, x[t], (const float *)w->rms_ffn_weight.data, c->dim, c->norm_eps);
             product64(h13, &w->w13, xb);
             for (size_t i = 0; i < c->hidden_dim; i++) h[i] = h13[i] / (1 + exp(-h13[i])) * h13[c->hidden_dim + i];
             product64(xb, &w->w2, h);
@@ -273,7 +273,7 @@ static void reference_forward(const Model *m, const int *ids, size_t n, double *
         }
     }
     for (size_t t = 0; t < n; t++) {
-        norm64(xb, x[t], m->rms_final_weight, c->dim, c->norm_eps);
+        norm64(xb, x[t], (const float *)m->rms_final_weight.data, c->dim, c->norm_eps);
         product64(logits + t * c->vocab_size, &m->wcls, xb);
     }
 }
@@ -286,21 +286,19 @@ static void chunked_forward(const Model *m, const int *ids, size_t n, size_t chu
     State s = new_state(m, n_slots, n + 8, room);
     float *got = (float *)allocate(room * vocab, sizeof(float), "test");
     while (done < n) {
-        int token[MOST];
-        size_t pos[MOST], where[MOST], count = 0, first = 0, n_own = 0;
-        bool want[MOST];
+        Token tokens[MOST];
+        size_t count = 0, n_own = 0;
         for (size_t i = 0; i < n_slots; i++) {
             size_t n_feed = i == slot ? min_size(chunk, n - done) : random_below(4);
-            if (i == slot) { first = count; n_own = n_feed; }
-            for (size_t j = 0; j < n_feed && (i == slot || fed[i] < n); j++, count++) {
-                token[count] = i == slot ? ids[fed[i]] : (int)random_below(vocab);
-                pos[count] = fed[i]++;
-                where[count] = i;
-                want[count] = i == slot;
+            for (size_t j = 0; j < n_feed && fed[i] < n; j++, count++) {
+                tokens[count].id = i == slot ? ids[fed[i]] : (int)random_below(vocab);
+                tokens[count].pos = fed[i]++;
+                tokens[count].slot = i;
+                tokens[count].want = i == slot;
+                n_own += i == slot;
             }
         }
-        (void)first;
-        forward(&s, count, token, pos, where, want, got);
+        forward(&s, tokens, count, got);
         memcpy(logits + done * vocab, got, n_own * vocab * sizeof(float));
         done += n_own;
     }
@@ -415,17 +413,16 @@ static Sequence *run_batch(const Model *m, size_t n, size_t first, size_t slots,
     Options o = test_options(slots, tokens);
     Sequence *sequences = (Sequence *)allocate(n, sizeof *sequences, "test");
     State s = new_state(m, slots, min_size(context, longest + tokens), slots > 40 ? slots : 40);
-    Pass pass;
-    memset(&pass, 0, sizeof pass);
+    Statistics statistics;
+    memset(&statistics, 0, sizeof statistics);
     for (size_t i = 0; i < n; i++) {
         size_t index = first + i, length = 1 + index * 7919 % longest;
         for (size_t j = 0; j < length; j++) push_id(&sequences[i], (int)((index * 31 + j * 17) % 300));
         sequences[i].n_prompt = length;
         start_sequence(&sequences[i], &o, index, context);
     }
-    generate(&s, sequences, n, &o, &pass, NULL);
-    free(pass.ttft.values);
-    free(pass.itl.values);
+    generate(&s, sequences, n, &o, &statistics, NULL);
+    free_statistics(&statistics);
     free_state(&s);
     return sequences;
 }
@@ -484,11 +481,10 @@ static int try_model(const char *path) {
         if (!freopen("/dev/null", "w", stderr)) _exit(99);
         Model m = load_model(path);
         State s = new_state(&m, 1, 8, 4);
-        int token[2] = {1, 2};
-        size_t pos[2] = {0, 1}, slot[2] = {0, 0}, n_ids;
-        bool want[2] = {false, true};
+        Token tokens[2] = {{1, 0, 0, false}, {2, 1, 0, true}};
+        size_t n_ids;
         float *logits = (float *)allocate(m.c.vocab_size, sizeof(float), "test");
-        if (m.c.vocab_size > 2) forward(&s, 2, token, pos, slot, want, logits);
+        if (m.c.vocab_size > 2) forward(&s, tokens, 2, logits);
         int *ids = encode(&m.tokenizer, "some text\xff to <s> encode", 24, &n_ids);
         Decoder d;
         memset(&d, 0, sizeof d);

@@ -462,6 +462,13 @@ def test_file_of_prompts_that_is_none(tmp):
     assert len(sequences(tmp, DEMO, "-f", tmp / "random", "-n", 1, "-b", 8)) == n > 5
 
 
+def test_file_of_no_prompts(tmp):
+    (tmp / "p.txt").write_bytes(b"")
+    one_line(run(DEMO, "-f", tmp / "p.txt"), 1, "%s: " % (tmp / "p.txt"))
+    (tmp / "p.txt").write_bytes(b"\n")
+    assert [s["prompt_ids"] for s in sequences(tmp, DEMO, "-f", tmp / "p.txt", "-n", 1)] == [[BOS]]
+
+
 def test_many_lines(tmp, odd):
     (tmp / "p.txt").write_bytes(b"a\n" * 20000)
     d, out = done(tmp, odd["q8"], "-f", tmp / "p.txt", "-n", 1, "-b", 512, "-t", 0)
@@ -478,6 +485,15 @@ def test_prompt_tokens_exactly(tmp, n):
     (tmp / "p.txt").write_text("Once upon a time\n\nThe\n")
     assert [len(s["prompt_ids"]) for s in sequences(tmp, DEMO, "-f", tmp / "p.txt", "-l", n, "-n", 1)] == [n] * 3
     assert sequences(tmp, DEMO, "-i", "", "-l", n, "-n", 1)[0]["prompt_ids"] == [BOS] * n
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_prompt_cut_in_a_character(tmp, n):
+    """A character of three byte pieces, of which -l leaves some: what is printed is still prompt and text."""
+    assert len(ids_of(tmp, DEMO, "\u4e2d")) == 5                # BOS, the space before the text, three bytes
+    d, out = done(tmp, DEMO, "-i", "\u4e2d", "-l", n, "-n", 3, "-t", 0)
+    s = d["sequences"][0]
+    assert s["prompt"] == ["", "\ufffd", "\ufffd\ufffd", "\u4e2d"][n - 2] and out == s["prompt"] + s["text"] + "\n"
 
 
 def test_no_tokens(tmp):
@@ -948,6 +964,40 @@ def test_interrupt_of_perplexity(tmp):
     assert p.returncode in (1, 128 + signal.SIGINT, -signal.SIGINT) and out == b"" and err.count(b"\n") <= 1 and not (tmp / "a.json").exists()
 
 
+def test_terminated(tmp):
+    """SIGTERM and SIGHUP leave no half-written file."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        p = start(DEMO, "-i", "Once upon", "-n", 1000000, "-E", "-o", tmp / "a.json")
+        os.read(p.stdout.fileno(), 1)
+        p.send_signal(number)
+        p.communicate(timeout=20)
+        assert p.returncode in (0, 1, 128 + number, -number)
+        if (tmp / "a.json").exists():
+            check_json(strict_json((tmp / "a.json").read_bytes()), DEMO, 1)
+            (tmp / "a.json").unlink()
+        assert os.listdir(tmp) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=lambda s: s.name)
+def test_ignored_signals_stay_ignored(tmp, odd, number):
+    """nohup ignores SIGHUP, a script that starts a program with & SIGINT: neither ends it."""
+    ignore = lambda: signal.signal(number, signal.SIG_IGN)
+    p = start(DEMO, "-i", "Once upon", "-n", 500, "-E", "-q", "-o", tmp / "a.json", preexec_fn=ignore)
+    os.read(p.stdout.fileno(), 1)
+    p.send_signal(number)
+    p.communicate(timeout=TIMEOUT)
+    assert p.returncode == 0 and strict_json((tmp / "a.json").read_bytes())["generated_tokens"] == 500
+    with open(odd["f32"], "rb") as f:
+        data = f.read()
+    p = subprocess.Popen([QUANTIZE, "-", str(tmp / "m.bin"), "q8"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV, preexec_fn=ignore)
+    p.stdin.write(data[:len(data) // 2])
+    p.stdin.flush()
+    time.sleep(0.1)
+    p.send_signal(number)
+    p.communicate(data[len(data) // 2:], timeout=TIMEOUT)
+    assert p.returncode == 0 and (tmp / "m.bin").read_bytes() == open(odd["q8"], "rb").read()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Output that cannot be written
 
@@ -987,6 +1037,24 @@ def test_output_that_cannot_be(tmp, where, why):
     out = where and tmp / where
     one_line(run(DEMO, "-i", "Once", "-n", 2, "-o", out), 1, "%s: " % out, why or "", stdout=b"")
     assert sorted(os.listdir(tmp)) == ["directory", "file"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_output_over_the_model(tmp, odd, link):
+    """A slip of the fingers (-o model.bin) does not cost the model; nor the text that was read."""
+    with open(odd["q8"], "rb") as f:
+        data = f.read()
+    (tmp / "m.bin").write_bytes(data)
+    (tmp / "t").write_text(TEXT)
+    out = tmp / "m.bin"
+    if link:
+        out = tmp / "link"
+        out.symlink_to("m.bin")
+    for args in (["-i", "x", "-n", 1], ["-m", "perplexity", "-f", tmp / "t"]):
+        one_line(run(tmp / "m.bin", *args, "-q", "-o", out), 1, "%s: " % out)
+        assert (tmp / "m.bin").read_bytes() == data
+    one_line(run(odd["q8"], "-m", "perplexity", "-f", tmp / "t", "-q", "-o", tmp / "t"), 1, "%s: " % (tmp / "t"))
+    assert (tmp / "t").read_text() == TEXT
 
 
 def test_output_to_a_fifo(tmp):
