@@ -116,6 +116,11 @@ def read_config(config):
         raise Bad(f"config.json: num_attention_heads is {c.n_heads}, not a multiple of num_key_value_heads {c.n_kv_heads}")
     if c.head_dim % 2:
         raise Bad(f"config.json: head_dim is {c.head_dim} (RoPE rotates pairs: an even number is needed)")
+    for key, value, limit in (("hidden_size", c.dim, 2**20), ("intermediate_size", c.hidden_dim, 2**24), ("head_dim", c.head_dim, 512),
+                              ("num_hidden_layers", c.n_layers, 2**16), ("num_attention_heads", c.n_heads, 2**16),
+                              ("vocab_size", c.vocab_size, 2**24), ("rms_norm_eps", c.norm_eps, 1)):
+        if value > limit:
+            raise Bad(f"config.json: {key} is {value} (at most {limit} is supported)")
 
     kinds = config.get("layer_types")
     if kinds is not None:

@@ -1148,7 +1148,11 @@ static void catch_signals(void) {
     struct sigaction action;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;      /* no SA_RESTART: a question that waits for its answer ends too */
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) sigaction(numbers[i], &action, NULL);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        struct sigaction before;
+        sigaction(numbers[i], NULL, &before);
+        if (before.sa_handler != SIG_IGN) sigaction(numbers[i], &action, NULL);     /* nohup's stay ignored */
+    }
 }
 
 static void flush_stdout(void) {
@@ -1675,7 +1679,7 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     Token tokens[CHUNK];
     int target[CHUNK];
     bool same[CHUNK];
-    double nll[CHUNK], kl[CHUNK];
+    double nll[CHUNK], kl[CHUNK], start = now();
     Samples nlls = {NULL, 0, 0}, kls = {NULL, 0, 0};
     for (size_t f = 0; f < n_ids && !interrupted; f += CHUNK) {
         size_t n = min_size(CHUNK, n_ids - f), n_want = 0;
@@ -1706,6 +1710,7 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     printf("ppl %.4f +- %.4f  nll %.6f  tokens %zu  ctx %zu", exp(mean), exp(mean) * error, mean, nlls.n, context);
     if (o->against) printf("  kl %.5f +- %.5f  kl_p99 %.4g  same_top %.1f%%", kl_mean, kl_error, kl_p99, 100 * same_top);
     putchar('\n');
+    if (!o->quiet) fprintf(stderr, "%.1f tok/s\n", (double)n_ids / (now() - start));
     if (o->profile) report_profile(&states[0]);
     if (o->json) {
         const struct { const char *name; double value; } numbers[] = {
@@ -1880,6 +1885,12 @@ int main(int argc, char **argv) {
     Options o = read_options(argc, argv);
     catch_signals();
     Model m = load_model(o.path);
+    const char *inputs[] = {o.path, o.file, o.against};
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
+        struct stat in, out;
+        if (o.output && inputs[i] && !stat(inputs[i], &in) && !stat(o.output, &out) && in.st_ino == out.st_ino && in.st_dev == out.st_dev)
+            die("%s: is read as well, and would be lost: give -o another name", o.output);
+    }
     if (o.output) o.json = open_output(o.output);
     bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);
