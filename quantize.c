@@ -315,6 +315,7 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
         free(input);
         free(output);
     }
+    if (source->file && fgetc(source->file) != EOF) die("%s: goes on after its end", source->path);
     close_output(f);
     double weights = 0;
     for (uint64_t i = 0; i < in.n_tensors; i++) weights += (double)to[i].rows * (double)to[i].cols;

@@ -176,6 +176,7 @@ typedef struct {
     int     *user_defined;              /* their ids, n_user_defined of them */
     size_t   n_user_defined;
     bool     starts_user_defined[256];  /* whether one of them starts with this byte */
+    bool     by_words;                  /* no piece has a space after another character: words can be merged one by one */
 } Tokenizer;
 
 typedef struct {
@@ -844,6 +845,7 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         if ((int32_t)head[3 + i] < (i ? -1 : 0) || (int32_t)head[3 + i] >= (int32_t)c->vocab_size)
             die("%s: tokenizer: special id %d is not in the vocabulary of %u", path, (int)head[3 + i], c->vocab_size);
 
+    t->by_words = true;
     for (t->table_mask = 1; t->table_mask < 2 * t->n_pieces; t->table_mask *= 2) {}
     t->pieces = (Piece *)allocate(t->n_pieces, sizeof(Piece), path);
     t->table = (int *)allocate(t->table_mask, sizeof(int), path);
@@ -869,6 +871,8 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
             t->user_defined[t->n_user_defined++] = (int)i;
             t->starts_user_defined[*(const unsigned char *)p->text] = true;
         }
+        for (size_t j = 1; j + 3 <= length; j++)
+            if (!memcmp(p->text + j, SPACE, 3) && (j < 3 || memcmp(p->text + j - 3, SPACE, 3))) t->by_words = false;
         if ((type == NORMAL || type == USER_DEFINED) && length && find_piece(t, p->text, length) < 0) {
             size_t h = hash(p->text, length) & t->table_mask;
             while (t->table[h] >= 0) h = (h + 1) & t->table_mask;
@@ -956,17 +960,22 @@ static int *encode(const Tokenizer *t, const char *text, size_t n, size_t *n_ids
         s[n_symbols] = symbol;
     }
     if (n_symbols) s[n_symbols - 1].next = NONE;    /* the first's previous is 0 - 1 = NONE */
-    for (uint32_t i = 1; i < n_symbols; i++) push_merge(t, norm.text, s, i - 1, i, heap, &n_merges);
-    while (n_merges) {
-        Merge m = heap_pop(heap, &n_merges);
-        Symbol *left = &s[m.left], *right = &s[m.right];
-        if (!left->length || !right->length || left->length + right->length != m.length) continue;   /* one is gone */
-        left->length += right->length;
-        left->next = right->next;
-        right->length = 0;
-        if (left->next != NONE) s[left->next].previous = m.left;
-        push_merge(t, norm.text, s, left->previous, m.left, heap, &n_merges);
-        push_merge(t, norm.text, s, m.left, left->next, heap, &n_merges);
+    for (uint32_t first = 0, end; first < n_symbols; first = end) {
+        for (end = first + 1; end < n_symbols; end++) {         /* a word ends before a space that no space precedes */
+            if (t->by_words && !memcmp(norm.text + s[end].start, SPACE, 3) && memcmp(norm.text + s[end - 1].start, SPACE, 3)) break;
+            push_merge(t, norm.text, s, end - 1, end, heap, &n_merges);
+        }
+        while (n_merges) {
+            Merge m = heap_pop(heap, &n_merges);
+            Symbol *left = &s[m.left], *right = &s[m.right];
+            if (!left->length || !right->length || left->length + right->length != m.length) continue;   /* one is gone */
+            left->length += right->length;
+            left->next = right->next;
+            right->length = 0;
+            if (left->next != NONE) s[left->next].previous = m.left;
+            push_merge(t, norm.text, s, left->previous, m.left, heap, &n_merges);
+            push_merge(t, norm.text, s, m.left, left->next, heap, &n_merges);
+        }
     }
 
     int *ids = (int *)allocate(norm.length, sizeof(int), "tokenizer");
@@ -1137,7 +1146,7 @@ static volatile sig_atomic_t interrupted;
 
 /* Ctrl-C and the like: the generation ends after this step. The second one ends the program, which leaves no file. */
 static void on_signal(int number) {
-    if (!interrupted) { interrupted = 1; return; }
+    if (!interrupted) { interrupted = number; return; }
     if (temporary[0]) unlink(temporary);
     signal(number, SIG_DFL);
     raise(number);
@@ -1524,6 +1533,7 @@ static void free_statistics(Statistics *s) {
 static bool generate_mode(const Model *m, const Options *o) {
     size_t n, need = 0, done = 0;
     Sequence *sequences = read_prompts(&m->tokenizer, o, &n);
+    Sequence *whole = (Sequence *)allocate(n, sizeof *whole, "prompts");      /* as the last pass left them */
     Statistics statistics;
     Display d;
     memset(&statistics, 0, sizeof statistics);
@@ -1545,12 +1555,18 @@ static bool generate_mode(const Model *m, const Options *o) {
         memset(&statistics.pass, 0, sizeof statistics.pass);
         for (size_t i = 0; i < n; i++) start_sequence(&sequences[i], o, i, context);
         generate(&s, sequences, n, o, &statistics, done ? NULL : &d);
-        if (interrupted && statistics.total.n) statistics.pass = before;    /* a pass that was cut is not counted, */
-        else if (interrupted || done >= o->warmup) end_pass(&statistics);   /* unless it is all there is */
+        if (interrupted && statistics.total.n) {    /* a pass that was cut does not count, unless it is all there is */
+            statistics.pass = before;
+            memcpy(sequences, whole, n * sizeof *whole);
+        } else if (interrupted || done >= o->warmup) {
+            end_pass(&statistics);
+            memcpy(whole, sequences, n * sizeof *whole);
+        }
     } while (++done < o->warmup + o->repeat && !interrupted);
     bool met = report(&s, sequences, n, &statistics, o);
     for (size_t i = 0; i < n; i++) free(sequences[i].ids);
     free(sequences);
+    free(whole);
     free(d.decoder.text.text);
     free_statistics(&statistics);
     free_state(&s);
@@ -1879,10 +1895,11 @@ static Options read_options(int argc, char **argv) {
 #ifndef RUN_NO_MAIN
 int main(int argc, char **argv) {
 #ifdef _OPENMP
-    /* libgomp's threads wait for one another spinning, up to some 20 ms: as soon as another program wants a core, that keeps
-     * from running whom they wait for (measured: 7 tok/s instead of 1,300). How they wait is read from the environment
-     * before main begins, hence a second start. OMP_WAIT_POLICY=active has them spin on a machine that is free. */
-    if (!getenv("OMP_WAIT_POLICY") && !setenv("OMP_WAIT_POLICY", "passive", 1)) execv("/proc/self/exe", argv);
+    /* gcc's threads wait for one another spinning, up to some 20 ms: as soon as another program wants a core, that keeps
+     * from running whom they wait for (SPEED.md: 7 tok/s instead of 750). How long is read from the environment before
+     * main begins, hence a second start, with about 0.1 ms. */
+    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "1000", 1))
+        execv("/proc/self/exe", argv);
 #endif
     /* where the shell closed a standard stream, the first file to be opened would take its place */
     if (fcntl(STDIN_FILENO, F_GETFD) < 0) open("/dev/null", O_WRONLY);
@@ -1901,7 +1918,7 @@ int main(int argc, char **argv) {
     bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);
     flush_stdout();
-    return met ? 0 : 1;
+    return met && (!interrupted || interrupted == SIGINT) ? 0 : 1;      /* Ctrl-C is the user's wish, SIGTERM is not */
 }
 #endif
 #endif
