@@ -3,7 +3,7 @@
 # make test       everything that can be tested here; sets up what the Python tests need under build/
 CC      = cc
 CFLAGS  = -O3 -march=native -Wall -Wextra
-OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp || echo -Wno-unknown-pragmas)
 SANITIZE = -g -O2 -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
 
 all: run quantize
