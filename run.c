@@ -400,25 +400,21 @@ static void swiglu(float *h, const float *gate_up, size_t hidden_dim) {
         h[i] = gate_up[i] / (1.0f + fast_exp(-gate_up[i])) * gate_up[hidden_dim + i];
 }
 
-/* Activations rounded to int8 by groups: x[i] is about scale[i / group] * q[i]. x: [cols]; q: [n_groups * group], zero
- * past cols; scale, sum: [n_groups]; sum is that of the group's q, which the weights' zero is multiplied with. */
-static void quantize_activations(int8_t *q, float *scale, float *sum, const float *x, size_t cols, size_t group) {
-    for (size_t g = 0; g * group < cols; g++, x += group, q += group) {
-        size_t n = min_size(group, cols - g * group);
-        float max[16] = {0}, largest = 0;
-        for (size_t i = 0; i < n; i++) max[i % 16] = fabsf(x[i]) > max[i % 16] ? fabsf(x[i]) : max[i % 16];
-        for (size_t j = 0; j < 16; j++) largest = max[j] > largest ? max[j] : largest;
-        float inverse = largest > 0 ? 127.0f / largest : 0;
-        int32_t total = 0;
-        for (size_t i = 0; i < n; i++) {        /* rounded to nearest by adding 1.5 * 2^23, see fast_exp */
-            int32_t whole = (int32_t)(as_bits(fmaf(x[i], inverse, 12582912.0f)) - 0x4b400000u);
-            q[i] = (int8_t)whole;
-            total += q[i];
-        }
-        memset(q + n, 0, group - n);
-        scale[g] = largest / 127.0f;
-        sum[g] = (float)total;
+/* n activations rounded to int8: x[i] is about *scale * q[i]; *sum is that of the q, which the weights' zero is multiplied
+ * with. x: [n]; q: [group], zero from n on. */
+static void quantize_activations(int8_t *q, float *scale, float *sum, const float *x, size_t n, size_t group) {
+    float max[16] = {0}, largest = 0;
+    for (size_t i = 0; i < n; i++) max[i % 16] = fabsf(x[i]) > max[i % 16] ? fabsf(x[i]) : max[i % 16];
+    for (size_t j = 0; j < 16; j++) largest = max[j] > largest ? max[j] : largest;
+    float inverse = largest > 0 ? 127.0f / largest : 0;
+    int32_t total = 0;
+    for (size_t i = 0; i < n; i++) {            /* rounded to nearest by adding 1.5 * 2^23, see fast_exp */
+        q[i] = (int8_t)(int32_t)(as_bits(fmaf(x[i], inverse, 12582912.0f)) - 0x4b400000u);
+        total += q[i];
     }
+    memset(q + n, 0, group - n);
+    *scale = largest / 127.0f;
+    *sum = (float)total;
 }
 
 /* One group of one panel as FP32, out: [n][32]: the weights themselves for f32 and f16, the codes for q8 and q4. */
@@ -463,38 +459,104 @@ static void tiles(size_t T, float *out, const float *w, const float *x, size_t s
     if (T & 1) tile(1, out, w, x, stride, n);
 }
 
-/* Activations on their way into a product with quantized weights. */
+/* Activations on their way into a product with quantized weights. A group's tokens lie side by side: with rows a power of
+ * two apart, as a token's whole input would have them, most would fall on the same few lines of the first-level cache. */
 typedef struct {
-    int8_t *q;                          /* [n, n_groups * group] */
-    float  *scale, *sum;                /* [n, n_groups] */
+    int8_t *q;                          /* [n_groups, n, group] */
+    float  *scale, *sum;                /* [n_groups, n] */
 } Activations;
+
+/* out[t][r] = sum over k of code[r][k] * q[t][k], over one group of one panel: whole numbers, as FP32. out: [T][32], T <= 64;
+ * block: of a q8 or q4 matrix; q: T rows of int8, `stride` apart. */
+__attribute__((unused))
+static void code_sums_plain(size_t T, float *out, int type, const unsigned char *block, const int8_t *q, size_t stride, size_t n) {
+    float codes[MAX_GROUP * PANEL], x[64 * MAX_GROUP];
+    unpack_group(codes, type, block, n);
+    for (size_t t = 0; t < T; t++)
+        for (size_t k = 0; k < n; k++) x[t * n + k] = q[t * stride + k];
+    tiles(T, out, codes, x, n, n);
+}
+
+/* ---- The same with integer instructions: skip on a first reading. Sums of whole numbers are exact, so all versions give
+ * the same bits (test_all.c compares them). */
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+
+/* sum += four products of unsigned codes and signed activations, in each of 16 places. This is _mm512_dpbusd_epi32, but
+ * with that gcc 12 moves every sum to another register and back around it, which costs a quarter of the speed. */
+static inline __m512i add_products(__m512i sum, __m512i codes, __m512i activations) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
+    return sum;
+}
+
+/* A register of codes holds four columns of 16 rows; the four activations that meet them are the same for all rows. T and
+ * type are constants where this is inlined. */
+static inline __attribute__((always_inline))
+void code_tile(const size_t T, const int type, float *out, const unsigned char *block, const int8_t *q, size_t stride, size_t n) {
+    const __m512i *codes = (const __m512i *)(block + 4 * PANEL), mask = _mm512_set1_epi8(15);
+    __m512i low[8], high[8];            /* sums of rows 0 to 15 and 16 to 31 */
+    #pragma GCC unroll 8
+    for (size_t t = 0; t < T; t++) low[t] = high[t] = _mm512_setzero_si512();
+    for (size_t k = 0; k < n; k += 4) {
+        __m512i a = *codes++, b = type == Q8 ? *codes++ : _mm512_and_si512(_mm512_srli_epi16(a, 4), mask);
+        if (type == Q4) a = _mm512_and_si512(a, mask);
+        #pragma GCC unroll 8
+        for (size_t t = 0; t < T; t++) {
+            int32_t four;
+            memcpy(&four, q + t * stride + k, 4);
+            low[t] = add_products(low[t], a, _mm512_set1_epi32(four));
+            high[t] = add_products(high[t], b, _mm512_set1_epi32(four));
+        }
+    }
+    #pragma GCC unroll 8
+    for (size_t t = 0; t < T; t++) {
+        _mm512_storeu_ps(out + t * PANEL, _mm512_cvtepi32_ps(low[t]));
+        _mm512_storeu_ps(out + t * PANEL + 16, _mm512_cvtepi32_ps(high[t]));
+    }
+}
+
+static inline __attribute__((always_inline))
+void code_tiles(const int type, size_t T, float *out, const unsigned char *block, const int8_t *q, size_t stride, size_t n) {
+    for (; T >= 8; T -= 8, out += 8 * PANEL, q += 8 * stride) code_tile(8, type, out, block, q, stride, n);
+    if (T & 4) { code_tile(4, type, out, block, q, stride, n); out += 4 * PANEL; q += 4 * stride; }
+    if (T & 2) { code_tile(2, type, out, block, q, stride, n); out += 2 * PANEL; q += 2 * stride; }
+    if (T & 1) code_tile(1, type, out, block, q, stride, n);
+}
+
+static void code_sums(size_t T, float *out, int type, const unsigned char *block, const int8_t *q, size_t stride, size_t n) {
+    if (type == Q8) code_tiles(Q8, T, out, block, q, stride, n);
+    else code_tiles(Q4, T, out, block, q, stride, n);
+}
+#else
+#define code_sums code_sums_plain
+#endif
+/* ---- end of what may be skipped */
 
 /* The product of one panel with n tokens, out[t][row] = sum over k of w[row][k] * x[t][k]; out: [n, rows]. Group by
  * group: the group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. */
 static void panel_product(float *out, const Matrix *w, size_t panel, const float *x, const Activations *a, size_t n) {
     enum { BLOCK = 64 };                /* tokens for which a group is unpacked once */
-    float weights[MAX_GROUP * PANEL], tokens[BLOCK * MAX_GROUP], group_sum[BLOCK * PANEL], total[BLOCK * PANEL];
+    float weights[MAX_GROUP * PANEL], group_sum[BLOCK * PANEL], total[BLOCK * PANEL];
     float scale[PANEL], zero[PANEL];
-    size_t row = panel * PANEL, n_rows = min_size(PANEL, w->rows - row), cols = w->n_groups * w->group;
+    size_t row = panel * PANEL, n_rows = min_size(PANEL, w->rows - row);
     for (size_t first = 0; first < n; first += BLOCK) {
         size_t T = min_size(BLOCK, n - first);
         memset(total, 0, sizeof total);
         for (size_t g = 0; g < w->n_groups; g++) {
             const unsigned char *block = w->data + panel * w->panel_bytes + g * w->block_bytes;
-            size_t k = g * w->group, n_k = w->type >= Q8 ? w->group : min_size(w->group, w->cols - k);
-            unpack_group(weights, w->type, block, n_k);
             if (w->type < Q8) {
+                size_t k = g * w->group, n_k = min_size(w->group, w->cols - k);
+                unpack_group(weights, w->type, block, n_k);
                 tiles(T, group_sum, weights, x + first * w->cols + k, w->cols, n_k);
                 for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
                 continue;
             }
-            for (size_t t = 0; t < T; t++)
-                for (size_t i = 0; i < n_k; i++) tokens[t * n_k + i] = a->q[(first + t) * cols + k + i];
-            tiles(T, group_sum, weights, tokens, n_k, n_k);
+            for (size_t i = 0; i < w->block_bytes; i += 64) __builtin_prefetch(block + w->block_bytes + i);      /* the next */
+            code_sums(T, group_sum, w->type, block, a->q + (g * n + first) * w->group, w->group, w->group);
             halves_to_floats(scale, (const uint16_t *)block, PANEL);
             halves_to_floats(zero, (const uint16_t *)block + PANEL, PANEL);
             for (size_t t = 0; t < T; t++) {
-                float scale_x = a->scale[(first + t) * w->n_groups + g], sum_x = a->sum[(first + t) * w->n_groups + g];
+                float scale_x = a->scale[g * n + first + t], sum_x = a->sum[g * n + first + t];
                 for (size_t r = 0; r < PANEL; r++) {
                     float codes = fmaf(-zero[r], sum_x, group_sum[t * PANEL + r]);
                     total[t * PANEL + r] = fmaf(scale[r] * scale_x, codes, total[t * PANEL + r]);
@@ -511,8 +573,10 @@ static void matmul(float *out, const float *x, const Matrix *w, Activations *a, 
     if (w->type >= Q8) {
         #pragma omp parallel for schedule(static) if (n > 1)
         for (size_t t = 0; t < n; t++)
-            quantize_activations(a->q + t * w->n_groups * w->group, a->scale + t * w->n_groups, a->sum + t * w->n_groups,
-                                 x + t * w->cols, w->cols, w->group);
+            for (size_t g = 0; g < w->n_groups; g++) {
+                size_t at = g * n + t, k = g * w->group;
+                quantize_activations(a->q + at * w->group, a->scale + at, a->sum + at, x + t * w->cols + k, min_size(w->group, w->cols - k), w->group);
+            }
     }
     #pragma omp parallel for schedule(static)
     for (size_t panel = 0; panel < w->n_panels; panel++) panel_product(out, w, panel, x, a, n);

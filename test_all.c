@@ -102,22 +102,46 @@ static void test_norm_rope_swiglu(void) {
 }
 
 static void test_activations(void) {
-    float x[200], scale[7], sum[7];
-    int8_t q[256];
-    for (int round = 0; round < 100; round++) {
-        size_t cols = 1 + random_below(200), group = (size_t)32 << random_below(3);
-        for (size_t i = 0; i < cols; i++) x[i] = round == 0 ? 0 : random_float() * (i % 50 == 0 ? 30 : 1);
+    float x[128], scale, sum;
+    int8_t q[128];
+    for (int turn = 0; turn < 300; turn++) {
+        size_t group = (size_t)32 << random_below(3), n = 1 + random_below(group);
+        float total = 0;
+        for (size_t i = 0; i < n; i++) x[i] = turn == 0 ? 0 : random_float() * (i % 50 == 0 ? 30 : 1);
         memset(q, 99, sizeof q);
-        quantize_activations(q, scale, sum, x, cols, group);
-        for (size_t g = 0; g * group < cols; g++) {
-            float total = 0;
-            for (size_t i = g * group; i < (g + 1) * group; i++) {
-                total += q[i];
-                if (i < cols) CHECK(fabsf(x[i] - scale[g] * q[i]) <= 0.5001f * scale[g], "%zu: %g is %d times %g", i, x[i], q[i], scale[g]);
-                else CHECK(q[i] == 0, "padding %zu is %d", i, q[i]);
-            }
-            CHECK(total == sum[g], "%g, not %g", sum[g], total);
+        quantize_activations(q, &scale, &sum, x, n, group);
+        for (size_t i = 0; i < group; i++) {
+            total += q[i];
+            if (i < n) CHECK(fabsf(x[i] - scale * q[i]) <= 0.5001f * scale, "%zu: %g is %d times %g", i, x[i], q[i], scale);
+            else CHECK(q[i] == 0, "padding %zu is %d", i, q[i]);
         }
+        CHECK(total == sum, "%g, not %g", sum, total);
+    }
+}
+
+/* The version of code_sums for this machine against the plain one and against a sum by the definition of the format. */
+static void test_code_sums(void) {
+    static unsigned char block[128 + 128 * 32] __attribute__((aligned(64)));
+    int8_t q[64 * 144];
+    float fast[64 * PANEL], plain[64 * PANEL];
+    for (int turn = 0; turn < 200; turn++) {
+        int type = turn % 2 ? Q4 : Q8;
+        size_t n = (size_t)32 << random_below(3), T = 1 + random_below(64), stride = n + 16 * random_below(2);
+        for (size_t i = 0; i < sizeof block; i++) block[i] = (unsigned char)(turn < 2 ? 255 : random_below(256));
+        for (size_t i = 0; i < sizeof q; i++) q[i] = (int8_t)(turn < 2 ? -127 : (int)random_below(255) - 127);
+        code_sums(T, fast, type, block, q, stride, n);
+        code_sums_plain(T, plain, type, block, q, stride, n);
+        for (size_t t = 0; t < T; t++)
+            for (size_t r = 0; r < PANEL; r++) {
+                long sum = 0;
+                for (size_t k = 0; k < n; k++) {
+                    const unsigned char *four = block + 128 + k / 4 * (type == Q8 ? 128 : 64);
+                    int code = type == Q8 ? four[4 * r + k % 4] : r < 16 ? four[4 * r + k % 4] & 15 : four[4 * (r - 16) + k % 4] >> 4;
+                    sum += code * q[t * stride + k];
+                }
+                CHECK(plain[t * PANEL + r] == (float)sum, "plain %s, %zu: %g, not %ld", TYPE_NAMES[type], n, plain[t * PANEL + r], sum);
+                CHECK(fast[t * PANEL + r] == (float)sum, "fast %s, %zu: %g, not %ld", TYPE_NAMES[type], n, fast[t * PANEL + r], sum);
+            }
     }
 }
 
@@ -166,7 +190,7 @@ static void test_matrices(void) {
                 for (size_t r = 0; r < rows; r++) {
                     double expect = 0, size = 0;
                     for (size_t k = 0; k < cols; k++) {
-                        double xk = m.type < Q8 ? x[t * cols + k] : (double)a.scale[t * m.n_groups + k / m.group] * a.q[t * padded + k];
+                        double xk = m.type < Q8 ? x[t * cols + k] : (double)a.scale[k / m.group * n + t] * a.q[(k / m.group * n + t) * m.group + k % m.group];
                         expect += xk * row[r * cols + k];
                         size += fabs(xk * row[r * cols + k]);
                     }
@@ -629,7 +653,7 @@ static int tokenize(const char *path) {
 int main(int argc, char **argv) {
     static const struct { const char *name; void (*run)(void); } TESTS[] = {
         {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations},
-        {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
+        {"code_sums", test_code_sums},        {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
         {"sampler", test_sampler}, {"batch", test_batch}, {"decode", test_decode}, {"damaged_files", test_damaged_files}};
     int passed = 0, failed = 0;
     program = "test_all";
