@@ -50,6 +50,12 @@
 #include <omp.h>
 #endif
 
+#ifdef __CUDACC__                       /* nvcc does not know it */
+#define UNROLL
+#else
+#define UNROLL _Pragma("GCC unroll 8")  /* before a loop of up to 8 turns: so that its arrays can be registers */
+#endif
+
 static const char *program = "run";     /* stands before every message */
 static char temporary[4096];            /* a file being written, removed if the program fails; "" = none */
 
@@ -443,9 +449,7 @@ void tile(const size_t T, float *out, const float *w, const float *x, size_t str
     float sum[8][PANEL];
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) sum[t][r] = 0;
     for (size_t k = 0; k < n; k++)
-#ifndef __CUDACC__
-        #pragma GCC unroll 8            /* or gcc -O3 exchanges the loops, and the sums go through memory */
-#endif
+        UNROLL                          /* or gcc -O3 exchanges the loops, and the sums go through memory */
         for (size_t t = 0; t < T; t++)
             for (size_t r = 0; r < PANEL; r++) sum[t][r] = fmaf(w[k * PANEL + r], x[t * stride + k], sum[t][r]);
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] = sum[t][r];
@@ -495,12 +499,12 @@ static inline __attribute__((always_inline))
 void code_tile(const size_t T, const int type, float *out, const unsigned char *block, const int8_t *q, size_t stride, size_t n) {
     const __m512i *codes = (const __m512i *)(block + 4 * PANEL), mask = _mm512_set1_epi8(15);
     __m512i low[8], high[8];            /* sums of rows 0 to 15 and 16 to 31 */
-    #pragma GCC unroll 8
+    UNROLL
     for (size_t t = 0; t < T; t++) low[t] = high[t] = _mm512_setzero_si512();
     for (size_t k = 0; k < n; k += 4) {
         __m512i a = *codes++, b = type == Q8 ? *codes++ : _mm512_and_si512(_mm512_srli_epi16(a, 4), mask);
         if (type == Q4) a = _mm512_and_si512(a, mask);
-        #pragma GCC unroll 8
+        UNROLL
         for (size_t t = 0; t < T; t++) {
             int32_t four;
             memcpy(&four, q + t * stride + k, 4);
@@ -508,7 +512,7 @@ void code_tile(const size_t T, const int type, float *out, const unsigned char *
             high[t] = add_products(high[t], b, _mm512_set1_epi32(four));
         }
     }
-    #pragma GCC unroll 8
+    UNROLL
     for (size_t t = 0; t < T; t++) {
         _mm512_storeu_ps(out + t * PANEL, _mm512_cvtepi32_ps(low[t]));
         _mm512_storeu_ps(out + t * PANEL + 16, _mm512_cvtepi32_ps(high[t]));
