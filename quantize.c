@@ -333,14 +333,14 @@ static const char QUANTIZE_HELP[] =
     "makes a checkpoint of another type from an FP32 or FP16 one, or one of random weights\n"
     "  TYPE                 f16; q8, q4: 8 or 4 bits a weight, a scale and a zero for each group\n"
     "  SHAPE                mistral-7b, mistral-nemo: for benchmarks\n"
-    "  -g, --group N        weights of a group: 32, 64 or 128 (128)\n"
+    "  -g, --group N        weights of a group: 32, 64 or 128 (q8: 64, q4: 128)\n"
     "  -j, --threads N      (the cores)\n"
     "  -h, --help\n";
 
 int main(int argc, char **argv) {
     static const struct option table[] = {{"group", 1, 0, 'g'}, {"threads", 1, 0, 'j'}, {"random", 1, 0, 'r'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
     const char *shape = NULL;
-    uint32_t group = 128, type = 0;
+    uint32_t group = 0, type = 0;
     int option;
     program = "quantize";
     opterr = 0;
@@ -363,9 +363,11 @@ int main(int argc, char **argv) {
     }
     int n = argc - optind, wanted = shape ? 2 : 3;
     if (n != wanted) usage(shape ? "needs OUT.bin and a type" : "needs IN.bin, OUT.bin and a type");
-    if (group != 32 && group != 64 && group != 128) usage("-g %u: not 32, 64 or 128", group);
+    if (group && group != 32 && group != 64 && group != 128) usage("-g %u: not 32, 64 or 128", group);
     for (uint32_t t = F32; t <= Q4; t++) if (!strcmp(argv[argc - 1], TYPE_NAMES[t])) type = t;
     if (!type || (type == F32 && !shape)) usage("%s: not a type: f16, q8 or q4", argv[argc - 1]);
+
+    if (!group) group = type == Q8 ? 64 : 128;      /* 8 bits are asked for where quality comes first */
 
     Source source = {shape ? "random weights" : argv[optind], NULL, 0};
     if (!shape && !strcmp(source.path, "-")) {
