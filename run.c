@@ -686,10 +686,10 @@ typedef struct {
     double  bytes;                      /* of weights and caches, read so far */
 } State;
 
-enum { CHUNK = 256 };                   /* tokens of a forward: enough that reading the weights is a small part of it */
+enum { CHUNK = 256 };   /* most tokens of one sequence in a forward: enough that reading the weights is a small part of it */
 
-/* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens. The ring holds the
- * window and the rest of a chunk: when a chunk's last token is stored, its first still finds its whole window. */
+/* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens, CHUNK of one sequence. The
+ * ring holds the window and the rest of that: when a sequence's last token is stored, its first still finds its window. */
 static State new_state(const Model *m, size_t n_slots, size_t context, size_t chunk) {
     const Header *c = &m->c;
     State s;
@@ -697,7 +697,7 @@ static State new_state(const Model *m, size_t n_slots, size_t context, size_t ch
     s.model = m;
     s.n_slots = n_slots;
     s.chunk = chunk;
-    s.ring = round_up(c->window ? min_size(context, (size_t)c->window + chunk - 1) : context, PANEL);
+    s.ring = round_up(c->window ? min_size(context, (size_t)c->window + min_size(chunk, CHUNK) - 1) : context, PANEL);
     s.kv_size = m->layers[0].wqkv.type == F32 ? sizeof(float) : sizeof(uint16_t);
     size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim, half_bytes;
     size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
@@ -1299,7 +1299,7 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
         for (size_t i = 0; i < s->n_slots; i++) {
             Sequence *q = slots[i];
             if (!q || (prefill && q->n_fed >= q->n_prompt)) continue;
-            for (; q->n_fed < q->n_ids && n < s->chunk; n++) {
+            for (size_t fed = 0; q->n_fed < q->n_ids && n < s->chunk && fed < CHUNK; n++, fed++) {
                 Token token = {q->ids[q->n_fed], q->n_fed, i, q->n_fed + 1 == q->n_ids && q->n_ids < q->limit};
                 tokens[n] = token;
                 q->n_fed++;
