@@ -49,6 +49,12 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#endif
 
 #ifdef __CUDACC__                       /* nvcc does not know it */
 #define UNROLL
@@ -110,7 +116,7 @@ static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 enum { F32 = 1, F16 = 2, Q8 = 3, Q4 = 4 };
 static const char *const TYPE_NAMES[] = {"?", "f32", "f16", "q8", "q4"};
-enum { PANEL = 32, MAX_GROUP = 128, MAX_HEAD_DIM = 512 };
+enum { PANEL = 32, MAX_GROUP = 128, BLOCK = 64, MAX_HEAD_DIM = 512 };
 
 typedef struct {
     char     magic[8];                  /* "mistralc" */
@@ -345,7 +351,18 @@ static inline float half_to_float(uint16_t h) {
 }
 
 static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = half_to_float(in[i]);
+    size_t i = 0;
+#if defined(__AVX512F__)                /* where there is an instruction for it; the same numbers */
+    for (; i + 16 <= n; i += 16) {
+        __builtin_prefetch(in + i + 2048, 0, 2);
+        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(in + i))));
+    }
+#elif defined(__F16C__)
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + i))));
+#elif defined(__ARM_FP16_FORMAT_IEEE) && defined(__aarch64__)
+    for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(in + i))));
+#endif
+    for (; i < n; i++) out[i] = half_to_float(in[i]);
     return out;
 }
 
@@ -409,35 +426,52 @@ static void swiglu(float *h, const float *gate_up, size_t hidden_dim) {
 /* n activations rounded to int8: x[i] is about *scale * q[i]; *sum is that of the q, which the weights' zero is multiplied
  * with. x: [n]; q: [group], zero from n on. */
 static void quantize_activations(int8_t *q, float *scale, float *sum, const float *x, size_t n, size_t group) {
-    float max[16] = {0}, largest = 0;
-    for (size_t i = 0; i < n; i++) max[i % 16] = fabsf(x[i]) > max[i % 16] ? fabsf(x[i]) : max[i % 16];
-    for (size_t j = 0; j < 16; j++) largest = max[j] > largest ? max[j] : largest;
-    float inverse = largest > 0 ? 127.0f / largest : 0;
+    uint32_t max = 0;                           /* floats without their sign order as their bits do */
     int32_t total = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t magnitude = as_bits(x[i]) & 0x7fffffff;
+        max = magnitude > max ? magnitude : max;
+    }
+    float largest = as_float(max), inverse = largest > 0 ? 127.0f / largest : 0;
     for (size_t i = 0; i < n; i++) {            /* rounded to nearest by adding 1.5 * 2^23, see fast_exp */
-        q[i] = (int8_t)(int32_t)(as_bits(fmaf(x[i], inverse, 12582912.0f)) - 0x4b400000u);
-        total += q[i];
+        int32_t rounded = (int32_t)(as_bits(fmaf(x[i], inverse, 12582912.0f)) - 0x4b400000u);
+        q[i] = (int8_t)rounded;
+        total += rounded;
     }
     memset(q + n, 0, group - n);
     *scale = largest / 127.0f;
     *sum = (float)total;
 }
 
-/* One group of one panel as FP32, out: [n][32]: the weights themselves for f32 and f16, the codes for q8 and q4. */
-static void unpack_group(float *out, int type, const unsigned char *block, size_t n) {
-    if (type == F32) {
-        memcpy(out, block, n * PANEL * sizeof(float));
-    } else if (type == F16) {
-        halves_to_floats(out, (const uint16_t *)block, n * PANEL);
-    } else for (size_t k = 0; k < n; k++) {
-        /* a word holds a row's codes of four columns; q4: of row r in the low halves of its bytes, of r + 16 in the high */
-        const uint32_t *words = (const uint32_t *)(block + 4 * PANEL) + (k / 4) * (type == Q8 ? 32 : 16);
-        for (size_t r = 0; r < 16; r++) {
-            uint32_t low = words[r] >> 8 * (k % 4), high = type == Q8 ? words[r + 16] >> 8 * (k % 4) : low >> 4;
-            out[k * PANEL + r] = (float)(int32_t)(low & (type == Q8 ? 255 : 15));
-            out[k * PANEL + r + 16] = (float)(int32_t)(high & (type == Q8 ? 255 : 15));
+/* The codes of one group of one panel as bytes, [n / 4][32 rows][4 columns]: q8 has them so, q4 two in a byte, of row r in
+ * the low half and of row r + 16 in the high one. Returns where they are, which may be `room`. */
+static const uint8_t *unpack_codes(uint8_t *room, int type, const uint8_t *packed, size_t n) {
+    uint8_t *out = room;
+    if (type == Q8) return packed;
+    for (size_t k = 0; k < n; k += 4, packed += 2 * PANEL, out += 4 * PANEL) {
+        __builtin_prefetch(packed + 4096, 0, 2);
+        for (size_t i = 0; i < 2 * PANEL; i++) {
+            out[i] = packed[i] & 15;
+            out[2 * PANEL + i] = packed[i] >> 4;
         }
     }
+    return room;
+}
+
+/* Codes as unpack_codes() leaves them to FP32, [n][32]. */
+static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
+    const uint32_t *words = (const uint32_t *)codes;    /* a row's four columns: what a compiler vectorises */
+    for (size_t k = 0; k < n; k++)
+        for (size_t r = 0; r < PANEL; r++)
+            out[k * PANEL + r] = (float)(int32_t)(words[k / 4 * PANEL + r] >> 8 * (k % 4) & 255);
+}
+
+/* One group of one panel as FP32, out: [n][32]: the weights themselves for f32 and f16, the codes for q8 and q4. */
+static void unpack_group(float *out, int type, const unsigned char *block, size_t n) {
+    uint8_t room[MAX_GROUP * PANEL];
+    if (type == F32) memcpy(out, block, n * PANEL * sizeof(float));
+    else if (type == F16) halves_to_floats(out, (const uint16_t *)block, n * PANEL);
+    else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
 }
 
 /* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k: a tile of T tokens by 32 rows. w: [n][32];
@@ -447,9 +481,10 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
 static inline __attribute__((always_inline))
 void tile(const size_t T, float *out, const float *w, const float *x, size_t stride, size_t n) {
     float sum[8][PANEL];
+    UNROLL                              /* or gcc -O3 exchanges the loops, and the sums go through memory */
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) sum[t][r] = 0;
     for (size_t k = 0; k < n; k++)
-        UNROLL                          /* or gcc -O3 exchanges the loops, and the sums go through memory */
+        UNROLL
         for (size_t t = 0; t < T; t++)
             for (size_t r = 0; r < PANEL; r++) sum[t][r] = fmaf(w[k * PANEL + r], x[t * stride + k], sum[t][r]);
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] = sum[t][r];
@@ -463,127 +498,189 @@ static void tiles(size_t T, float *out, const float *w, const float *x, size_t s
     if (T & 1) tile(1, out, w, x, stride, n);
 }
 
-/* Activations on their way into a product with quantized weights. A group's tokens lie side by side: with rows a power of
- * two apart, as a token's whole input would have them, most would fall on the same few lines of the first-level cache. */
+/* Activations on their way into a product, as they are or, for quantized weights, rounded. A group's tokens lie side by
+ * side: with rows a power of two apart, as a token's whole input would have them, they would share few lines of the
+ * first-level cache. */
 typedef struct {
-    int8_t *q;                          /* [n_groups, n, group] */
+    float  *x;                          /* [n_groups, n, group] */
+    int8_t *q;                          /* [n_groups, n, group], in the same memory */
     float  *scale, *sum;                /* [n_groups, n] */
 } Activations;
 
-/* out[t][r] = sum over k of code[r][k] * q[t][k], over one group of one panel: whole numbers, as FP32. out: [T][32], T <= 64;
- * block: of a q8 or q4 matrix; q: T rows of int8, `stride` apart. */
+/* A group's part of a product: total[t][r] += scale[r] * a.scale[t] * (sum over k of code[r][k] * a.q[t][k] - zero[r] *
+ * a.sum[t]). The sum over k is of whole numbers, and exact. total: [T][32], T <= 64; codes: as in the file, or of
+ * unpack_codes() and then for `type` Q8; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple of 32. */
 __attribute__((unused))
-static void code_sums_plain(size_t T, float *out, int type, const unsigned char *block, const int8_t *q, size_t stride, size_t n) {
-    float codes[MAX_GROUP * PANEL], x[64 * MAX_GROUP];
-    unpack_group(codes, type, block, n);
+static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n) {
+    float w[MAX_GROUP * PANEL], x[BLOCK * MAX_GROUP], sum[BLOCK * PANEL];
+    uint8_t room[MAX_GROUP * PANEL];
+    codes_to_floats(w, unpack_codes(room, type, codes, n), n);
+    for (size_t i = 0; i < T * n; i++) x[i] = a.q[i];
+    tiles(T, sum, w, x, n, n);
     for (size_t t = 0; t < T; t++)
-        for (size_t k = 0; k < n; k++) x[t * n + k] = q[t * stride + k];
-    tiles(T, out, codes, x, n, n);
+        for (size_t r = 0; r < PANEL; r++) {
+            float of_codes = fmaf(-scale[PANEL + r], a.sum[t], sum[t * PANEL + r]);
+            total[t * PANEL + r] = fmaf(scale[r] * a.scale[t], of_codes, total[t * PANEL + r]);
+        }
 }
 
 /* ---- The same with integer instructions: skip on a first reading. Sums of whole numbers are exact, so all versions give
- * the same bits (test_all.c compares them). */
+ * the same bits (test_all.c compares them). What an instruction set brings, for WIDTH rows side by side:
+ *   dot(type, sum, codes, x)    sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
+ *                               activations; codes are up to 255, or 15 where type is Q4
+ *   multiply_add(a, b, c)       a * b + c, rounded once */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
+enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, BIAS = 0, UNPACK = 16 };
+#elif defined(__AVX2__) && defined(__FMA__)
+enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, BIAS = 0, UNPACK = 1000 };
+#elif defined(__ARM_FEATURE_DOTPROD)
+enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, BIAS = 128, UNPACK = 16 };  /* its factors are both signed */
+#else
+enum { UNPACK = 1000 };
+#define group_product group_product_plain
+#endif
+#ifndef group_product
+typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-/* sum += four products of unsigned codes and signed activations, in each of 16 places. This is _mm512_dpbusd_epi32, but
- * with that gcc 12 moves every sum to another register and back around it, which costs a quarter of the speed. */
-static inline __m512i add_products(__m512i sum, __m512i codes, __m512i activations) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
+    /* _mm512_dpbusd_epi32, but with that gcc 12 moves every sum to another register and back: a quarter of the speed */
+    (void)type;
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
     return sum;
 }
-
-/* A register of codes holds four columns of 16 rows; the four activations that meet them are the same for all rows. T and
- * type are constants where this is inlined. */
-static inline __attribute__((always_inline))
-void code_tile(const size_t T, const int type, float *out, const unsigned char *block, const int8_t *q, size_t stride, size_t n) {
-    const __m512i *codes = (const __m512i *)(block + 4 * PANEL), mask = _mm512_set1_epi8(15);
-    __m512i low[8], high[8];            /* sums of rows 0 to 15 and 16 to 31 */
-    UNROLL
-    for (size_t t = 0; t < T; t++) low[t] = high[t] = _mm512_setzero_si512();
-    for (size_t k = 0; k < n; k += 4) {
-        __m512i a = *codes++, b = type == Q8 ? *codes++ : _mm512_and_si512(_mm512_srli_epi16(a, 4), mask);
-        if (type == Q4) a = _mm512_and_si512(a, mask);
-        UNROLL
-        for (size_t t = 0; t < T; t++) {
-            int32_t four;
-            memcpy(&four, q + t * stride + k, 4);
-            low[t] = add_products(low[t], a, _mm512_set1_epi32(four));
-            high[t] = add_products(high[t], b, _mm512_set1_epi32(four));
-        }
-    }
-    UNROLL
-    for (size_t t = 0; t < T; t++) {
-        _mm512_storeu_ps(out + t * PANEL, _mm512_cvtepi32_ps(low[t]));
-        _mm512_storeu_ps(out + t * PANEL + 16, _mm512_cvtepi32_ps(high[t]));
-    }
-}
-
-static inline __attribute__((always_inline))
-void code_tiles(const int type, size_t T, float *out, const unsigned char *block, const int8_t *q, size_t stride, size_t n) {
-    for (; T >= 8; T -= 8, out += 8 * PANEL, q += 8 * stride) code_tile(8, type, out, block, q, stride, n);
-    if (T & 4) { code_tile(4, type, out, block, q, stride, n); out += 4 * PANEL; q += 4 * stride; }
-    if (T & 2) { code_tile(2, type, out, block, q, stride, n); out += 2 * PANEL; q += 2 * stride; }
-    if (T & 1) code_tile(1, type, out, block, q, stride, n);
-}
-
-static void code_sums(size_t T, float *out, int type, const unsigned char *block, const int8_t *q, size_t stride, size_t n) {
-    if (type == Q8) code_tiles(Q8, T, out, block, q, stride, n);
-    else code_tiles(Q4, T, out, block, q, stride, n);
+#elif defined(__AVX2__)
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
+    __m256i c = (__m256i)codes, a = (__m256i)x;
+#if defined(__AVXVNNI__)
+    (void)type;
+    return (Lanes)_mm256_dpbusd_avx_epi32((__m256i)sum, c, a);
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    (void)type;
+    return (Lanes)_mm256_dpbusd_epi32((__m256i)sum, c, a);
+#else
+    if (type == Q4) return sum + (Lanes)_mm256_madd_epi16(_mm256_maddubs_epi16(c, a), _mm256_set1_epi16(1));
+    /* two products of larger codes may exceed the 16 bits that maddubs has for their sum: even and odd columns as 16 bits */
+    return sum + (Lanes)_mm256_madd_epi16(_mm256_and_si256(c, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8)) +
+           (Lanes)_mm256_madd_epi16(_mm256_srli_epi16(c, 8), _mm256_srai_epi16(a, 8));
+#endif
 }
 #else
-#define code_sums code_sums_plain
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
+    (void)type;
+    return (Lanes)vdotq_s32((int32x4_t)sum, (int8x16_t)(codes ^ (Lanes)vdupq_n_u8(BIAS)), (int8x16_t)x);
+}
+#endif
+
+#define INLINE static inline __attribute__((always_inline))    /* so that arguments which are constants choose the code */
+
+/* The codes of columns k to k + 3 of the rows from `row` on. Those of the next page but one are asked for meanwhile: the
+ * processor's own prefetching ends with a page. */
+INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool prefetch) {
+    const uint8_t *at = type == Q8 ? codes + k * PANEL + 4 * row : codes + k / 2 * PANEL + 4 * (row % 16);
+    if (prefetch) __builtin_prefetch(at + 4096, 0, 2);
+    if (type == Q8) return *(const Lanes *)at;
+    return *(const Lanes *)at >> row / 16 * 4 & 0x0f0f0f0f;
+}
+
+/* A tile of T tokens and REGISTERS of rows at a time. So that TOKENS sums are in flight also with fewer tokens, each is made
+ * in TOKENS / T parts. */
+INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n) {
+    for (size_t row = 0; row < PANEL; row += WIDTH * REGISTERS) {
+        Lanes sum[TOKENS][REGISTERS];
+        UNROLL
+        for (size_t i = 0; i < TOKENS; i++)
+            UNROLL
+            for (size_t r = 0; r < REGISTERS; r++) sum[i][r] = (Lanes){0} + (i < T ? BIAS * (int32_t)a.sum[i] : 0);
+        for (size_t k = 0; k < n; k += 4 * (TOKENS / T)) {
+            UNROLL
+            for (size_t i = 0; i < TOKENS; i++) {
+                size_t column = k + i / T * 4;
+                int32_t x;
+                memcpy(&x, a.q + i % T * n + column, 4);
+                UNROLL
+                for (size_t r = 0; r < REGISTERS; r++)
+                    sum[i][r] = dot(type, sum[i][r], load_codes(type, codes, column, row + r * WIDTH, T < TOKENS), (Lanes){0} + x);
+            }
+        }
+        UNROLL
+        for (size_t t = 0; t < T; t++)
+            UNROLL
+            for (size_t r = 0; r < REGISTERS; r++) {
+                const Floats *s = (const Floats *)(scale + row) + r, *zero = (const Floats *)(scale + PANEL + row) + r;
+                Floats *out = (Floats *)(total + t * PANEL + row) + r, sum_x = s[0] * 0 + a.sum[t];
+                UNROLL
+                for (size_t i = t + T; i < TOKENS; i += T) sum[t][r] += sum[i][r];
+                *out = multiply_add(*s * a.scale[t], multiply_add(-*zero, sum_x, __builtin_convertvector(sum[t][r], Floats)), *out);
+            }
+    }
+}
+
+static inline Activations skip(Activations a, size_t T, size_t n) {
+    a.q += T * n;
+    a.scale += T;
+    a.sum += T;
+    return a;
+}
+
+INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n) {
+    for (; T >= TOKENS; T -= TOKENS, total += TOKENS * PANEL, a = skip(a, TOKENS, n)) code_tile(TOKENS, type, total, codes, scale, a, n);
+    if (TOKENS > 4 && T & 4) { code_tile(4, type, total, codes, scale, a, n); total += 4 * PANEL; a = skip(a, 4, n); }
+    if (T & 2) { code_tile(2, type, total, codes, scale, a, n); total += 2 * PANEL; a = skip(a, 2, n); }
+    if (T & 1) code_tile(1, type, total, codes, scale, a, n);
+}
+
+static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n) {
+    if (type == Q8) code_tiles(T, Q8, total, codes, scale, a, n);
+    else code_tiles(T, Q4, total, codes, scale, a, n);
+}
 #endif
 /* ---- end of what may be skipped */
 
-/* The product of one panel with n tokens, out[t][row] = sum over k of w[row][k] * x[t][k]; out: [n, rows]. Group by
- * group: the group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. */
-static void panel_product(float *out, const Matrix *w, size_t panel, const float *x, const Activations *a, size_t n) {
-    enum { BLOCK = 64 };                /* tokens for which a group is unpacked once */
-    float weights[MAX_GROUP * PANEL], group_sum[BLOCK * PANEL], total[BLOCK * PANEL];
-    float scale[PANEL], zero[PANEL];
-    size_t row = panel * PANEL, n_rows = min_size(PANEL, w->rows - row);
-    for (size_t first = 0; first < n; first += BLOCK) {
-        size_t T = min_size(BLOCK, n - first);
-        memset(total, 0, sizeof total);
-        for (size_t g = 0; g < w->n_groups; g++) {
-            const unsigned char *block = w->data + panel * w->panel_bytes + g * w->block_bytes;
-            if (w->type < Q8) {
-                size_t k = g * w->group, n_k = min_size(w->group, w->cols - k);
-                unpack_group(weights, w->type, block, n_k);
-                tiles(T, group_sum, weights, x + first * w->cols + k, w->cols, n_k);
-                for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
-                continue;
-            }
-            for (size_t i = 0; i < w->block_bytes; i += 64) __builtin_prefetch(block + w->block_bytes + i);      /* the next */
-            code_sums(T, group_sum, w->type, block, a->q + (g * n + first) * w->group, w->group, w->group);
-            halves_to_floats(scale, (const uint16_t *)block, PANEL);
-            halves_to_floats(zero, (const uint16_t *)block + PANEL, PANEL);
-            for (size_t t = 0; t < T; t++) {
-                float scale_x = a->scale[g * n + first + t], sum_x = a->sum[g * n + first + t];
-                for (size_t r = 0; r < PANEL; r++) {
-                    float codes = fmaf(-zero[r], sum_x, group_sum[t * PANEL + r]);
-                    total[t * PANEL + r] = fmaf(scale[r] * scale_x, codes, total[t * PANEL + r]);
-                }
-            }
+/* The product of one panel with T <= 64 of n tokens, from `first` on: out[t][row] = sum over k of w[row][k] * x[t][k]; out:
+ * [n, rows]. Group by group: the group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. */
+static void panel_product(float *out, const Matrix *w, size_t panel, const Activations *a, size_t n, size_t first, size_t T) {
+    float weights[MAX_GROUP * PANEL], group_sum[BLOCK * PANEL], total[BLOCK * PANEL], scale[2 * PANEL];
+    uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(64)));
+    memset(total, 0, T * PANEL * sizeof(float));
+    for (size_t g = 0; g < w->n_groups; g++) {
+        const unsigned char *block = w->data + panel * w->panel_bytes + g * w->block_bytes;
+        size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
+        if (w->type < Q8) {
+            unpack_group(weights, w->type, block, n_k);
+            tiles(T, group_sum, weights, a->x + at * w->group, w->group, n_k);
+            for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
+            continue;
         }
-        for (size_t t = 0; t < T; t++)
-            memcpy(out + (first + t) * w->rows + row, &total[t * PANEL], n_rows * sizeof(float));
+        const uint8_t *codes = block + 4 * PANEL;
+        Activations part = {NULL, a->q + at * w->group, a->scale + at, a->sum + at};
+        halves_to_floats(scale, (const uint16_t *)block, 2 * PANEL);
+        if (T >= UNPACK) group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group);
+        else group_product(T, total, w->type, codes, scale, part, w->group);
     }
+    for (size_t t = 0; t < T; t++)
+        for (size_t r = 0; r < min_size(PANEL, w->rows - panel * PANEL); r++)
+            out[(first + t) * w->rows + panel * PANEL + r] = total[t * PANEL + r];
 }
 
-/* out[t] = w x[t] for n tokens. out: [n, rows], x: [n, cols]; `a` is room for the quantized activations. */
+/* out[t] = w x[t] for n tokens. out: [n, rows], x: [n, cols]; `a` is room for the activations. */
 static void matmul(float *out, const float *x, const Matrix *w, Activations *a, size_t n) {
-    if (w->type >= Q8) {
-        #pragma omp parallel for schedule(static) if (n > 1)
-        for (size_t t = 0; t < n; t++)
-            for (size_t g = 0; g < w->n_groups; g++) {
-                size_t at = g * n + t, k = g * w->group;
-                quantize_activations(a->q + at * w->group, a->scale + at, a->sum + at, x + t * w->cols + k, min_size(w->group, w->cols - k), w->group);
-            }
+    #pragma omp parallel for schedule(static) if (n > 1)
+    for (size_t t = 0; t < n; t++)
+        for (size_t g = 0; g < w->n_groups; g++) {
+            size_t at = g * n + t, k = g * w->group, n_k = min_size(w->group, w->cols - k);
+            if (w->type < Q8) memcpy(a->x + at * w->group, x + t * w->cols + k, n_k * sizeof(float));
+            else quantize_activations(a->q + at * w->group, a->scale + at, a->sum + at, x + t * w->cols + k, n_k, w->group);
+        }
+    for (size_t first = 0; first < n; first += BLOCK) {
+        #pragma omp parallel for schedule(static)
+        for (size_t panel = 0; panel < w->n_panels; panel++)
+            panel_product(out, w, panel, a, n, first, min_size(BLOCK, n - first));
     }
-    #pragma omp parallel for schedule(static)
-    for (size_t panel = 0; panel < w->n_panels; panel++) panel_product(out, w, panel, x, a, n);
 }
 
 /* out[cols] = row `row` of a matrix in FP32: looks a token up in the embedding. */
@@ -601,62 +698,112 @@ static void matrix_row(float *out, const Matrix *w, size_t row) {
 }
 
 /* The cache of one key head of one sequence: a ring of positions in blocks of 32, so that position p stands in slot
- * p % ring, and p and its neighbours in the same aligned 32 positions in one block. Keys are [head_dim][32] in a block
- * (a panel whose rows are positions: the scores of 32 keys are one product), values [32][head_dim] (a panel whose
- * rows are a head's elements). FP16, or FP32 with an FP32 checkpoint. */
+ * p % ring, and p and its neighbours in the same aligned 32 positions in one block. Both are panels, so that attention is
+ * two products: keys are [head_dim][32], the rows being positions; values are [width / 32][32 positions][32], the rows being
+ * a head's elements. FP16, or FP32 with an FP32 checkpoint. */
 typedef struct {
     void  *keys, *values;
     size_t ring;                        /* slots, a multiple of 32 */
+    size_t head_dim, width;             /* width: head_dim rounded up to a multiple of 32 */
     bool   half;
 } Cache;
 
-static void cache_store(Cache c, size_t pos, const float *key, const float *value, size_t head_dim) {
-    size_t slot = pos % c.ring, block = slot / PANEL * PANEL * head_dim, j = slot % PANEL;
-    for (size_t d = 0; d < head_dim; d++)
+static void cache_store(Cache c, size_t pos, const float *key, const float *value) {
+    size_t slot = pos % c.ring, block = slot / PANEL * PANEL * c.width, j = slot % PANEL;
+    for (size_t d = 0; d < c.head_dim; d++) {
+        size_t at_key = block + d * PANEL + j, at_value = block + (d / PANEL * PANEL + j) * PANEL + d % PANEL;
         if (c.half) {
-            ((uint16_t *)c.keys)[block + d * PANEL + j] = float_to_half(key[d]);
-            ((uint16_t *)c.values)[block + j * head_dim + d] = float_to_half(value[d]);
+            ((uint16_t *)c.keys)[at_key] = float_to_half(key[d]);
+            ((uint16_t *)c.values)[at_value] = float_to_half(value[d]);
         } else {
-            ((float *)c.keys)[block + d * PANEL + j] = key[d];
-            ((float *)c.values)[block + j * head_dim + d] = value[d];
-        }
-}
-
-/* Attention of one token at position pos: T <= 8 query heads that share a key head, over the positions from first to
- * pos. out, q: [T, head_dim], the queries already divided by sqrt(head_dim). Streams over blocks of 32 keys with a
- * running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention): where a block raises it, what was summed
- * so far shrinks by e^(old - new). Blocks lie at multiples of 32 positions, so that the order of addition does not
- * depend on how the prompt was cut; a block's slots that are not this token's to see, before j0 or from j1 on, may hold
- * anything and are left out. */
-static void attention(float *out, const float *q, Cache c, size_t first, size_t pos, size_t T, size_t head_dim) {
-    float room[2][PANEL * MAX_HEAD_DIM], scores[8 * PANEL], max[8], sum[8];
-    for (size_t h = 0; h < T; h++) { max[h] = -INFINITY; sum[h] = 0; }
-    memset(out, 0, T * head_dim * sizeof(float));
-    for (size_t start = first / PANEL * PANEL; start <= pos; start += PANEL) {
-        size_t at = start % c.ring * head_dim;
-        size_t j0 = first > start ? first - start : 0, j1 = min_size(PANEL, pos - start + 1);
-        const float *keys = (const float *)c.keys + at, *values = (const float *)c.values + at;
-        if (c.half) {
-            keys = halves_to_floats(room[0], (const uint16_t *)c.keys + at, PANEL * head_dim);
-            values = halves_to_floats(room[1], (const uint16_t *)c.values + at, j1 * head_dim);
-        }
-        tiles(T, scores, keys, q, head_dim, head_dim);
-        for (size_t h = 0; h < T; h++) {
-            float *s = &scores[h * PANEL], *o = out + h * head_dim, new_max = max[h], block_sum = 0;
-            for (size_t j = j0; j < j1; j++) new_max = s[j] > new_max ? s[j] : new_max;
-            float shrink = fast_exp(max[h] - new_max);          /* at the first block of 0: any number would do */
-            max[h] = new_max;
-            for (size_t d = 0; d < head_dim; d++) o[d] *= shrink;
-            for (size_t j = j0; j < j1; j++) {
-                float p = fast_exp(s[j] - new_max);
-                block_sum += p;
-                for (size_t d = 0; d < head_dim; d++) o[d] = fmaf(p, values[j * head_dim + d], o[d]);
-            }
-            sum[h] = fmaf(sum[h], shrink, block_sum);
+            ((float *)c.keys)[at_key] = key[d];
+            ((float *)c.values)[at_value] = value[d];
         }
     }
-    for (size_t h = 0; h < T; h++)
-        for (size_t d = 0; d < head_dim; d++) out[h * head_dim + d] /= sum[h];
+}
+
+/* Attention of a query over a set of keys: sum of e^(score - max), and of e^(score - max) times the values. */
+typedef struct { float max, sum; } Softmax;
+
+/* Adds what a query found among other keys: a then stands for both sets. */
+static void merge(Softmax *a, float *out_a, Softmax b, const float *out_b, size_t head_dim) {
+    if (b.sum == 0) return;             /* it may see none of them */
+    float max = a->max > b.max ? a->max : b.max, shrink_a = fast_exp(a->max - max), shrink_b = fast_exp(b.max - max);
+    for (size_t d = 0; d < head_dim; d++) out_a[d] = fmaf(out_b[d], shrink_b, out_a[d] * shrink_a);
+    a->sum = fmaf(b.sum, shrink_b, a->sum * shrink_a);
+    a->max = max;
+}
+
+/* The scores s[32] of a query become e^(score - max) where they are wanted, from j0 to j1 - 1, and 0 elsewhere; max is raised
+ * to the largest of them, and lanes[16] is where they are summed. Returns by how much all before shrinks, e^(old - new).
+ * The maximum is found among integers, which a compiler vectorises: floats order as their bits do, once those of negative
+ * ones, but the sign, are inverted. */
+static float exponentials(float *s, float *lanes, float *max, size_t j0, size_t j1) {
+    for (size_t j = 0; j < PANEL && j1 - j0 < PANEL; j++) if (j < j0 || j >= j1) s[j] = -INFINITY;
+    int32_t largest = (int32_t)as_bits(*max);
+    largest ^= largest >> 31 & INT32_MAX;
+    for (size_t j = 0; j < PANEL; j++) {
+        int32_t bits = (int32_t)as_bits(s[j]), ordered = bits ^ (bits >> 31 & INT32_MAX);
+        largest = ordered > largest ? ordered : largest;
+    }
+    float new_max = as_float((uint32_t)(largest ^ (largest >> 31 & INT32_MAX))), shrink = *max == new_max ? 1 : fast_exp(*max - new_max);
+    for (size_t j = 0; j < PANEL; j++) s[j] = fast_exp(s[j] - new_max);
+    for (size_t j = 0; j < PANEL && j1 - j0 < PANEL; j++) if (j < j0 || j >= j1) s[j] = 0;
+    for (size_t j = 0; j < PANEL / 2; j++) lanes[j] = fmaf(lanes[j], shrink, s[j] + s[j + PANEL / 2]);
+    *max = new_max;
+    return shrink;
+}
+
+enum { ROWS = 64, SPAN = 512 };         /* queries in one call of attention(); positions of which the sums are made apart */
+
+/* Attention of n_tokens neighbouring tokens of a sequence, the first at position pos, in n_heads query heads that share a
+ * key head, over the positions from `from` to `to` - 1, a multiple of SPAN but the last: softmax and out[i * stride ..] of
+ * each head of each token i, which are `stride` heads apart; n_tokens * n_heads <= 64. q: where the first token's queries
+ * stand, tokens being q_stride apart. window: 0 for none.
+ * Streams over blocks of 32 keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
+ * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of 32 and SPAN: the
+ * order of addition does not depend on how the prompt was cut. A block's slots that a token does not see may hold anything. */
+static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
+                      size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
+    float room[PANEL * MAX_HEAD_DIM], query[ROWS * MAX_HEAD_DIM], sums[ROWS * MAX_HEAD_DIM], part[ROWS * PANEL];
+    float scores[ROWS * PANEL], lanes[ROWS][PANEL / 2], max[ROWS], shrink[ROWS], scale = 1.0f / sqrtf((float)c.head_dim);
+    size_t n_rows = n_tokens * n_heads;
+    for (size_t r = 0; r < n_rows; r++) {
+        size_t at = r / n_heads * stride + r % n_heads;
+        for (size_t d = 0; d < c.head_dim; d++) query[r * c.head_dim + d] = scale * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
+        memset(out + at * c.head_dim, 0, c.head_dim * sizeof(float));
+        softmax[at].max = -INFINITY;
+        softmax[at].sum = 0;
+    }
+    for (size_t span = from / SPAN * SPAN; span < to; span += SPAN) {
+        memset(sums, 0, n_rows * c.width * sizeof(float));
+        memset(lanes, 0, sizeof lanes);
+        for (size_t r = 0; r < n_rows; r++) max[r] = -INFINITY;
+        for (size_t start = span > from ? span : from / PANEL * PANEL; start < min_size(to, span + SPAN); start += PANEL) {
+            size_t at = start % c.ring * c.width, n_keys = min_size(PANEL, to - start);
+            const float *keys = (const float *)c.keys + at, *values = (const float *)c.values + at;
+            if (c.half) keys = halves_to_floats(room, (const uint16_t *)c.keys + at, PANEL * c.head_dim);
+            tiles(n_rows, scores, keys, query, c.head_dim, c.head_dim);
+            for (size_t r = 0; r < n_rows; r++) {
+                size_t p = pos + r / n_heads, first = window && p >= window ? p - window + 1 : 0;
+                size_t j1 = p < start ? 0 : min_size(p - start + 1, PANEL), j0 = first > start ? min_size(first - start, j1) : 0;
+                shrink[r] = exponentials(scores + r * PANEL, lanes[r], &max[r], j0, j1);
+            }
+            for (size_t d = 0; d < c.width; d += PANEL, values += PANEL * PANEL) {
+                if (c.half) values = halves_to_floats(room, (const uint16_t *)c.values + at + d * PANEL, n_keys * PANEL);
+                tiles(n_rows, part, values, scores, PANEL, n_keys);
+                for (size_t r = 0; r < n_rows; r++)
+                    for (size_t i = 0; i < PANEL; i++)
+                        sums[r * c.width + d + i] = fmaf(sums[r * c.width + d + i], shrink[r], part[r * PANEL + i]);
+            }
+        }
+        for (size_t r = 0; r < n_rows; r++) {
+            size_t at = r / n_heads * stride + r % n_heads;
+            Softmax of_span = {max[r], 0};
+            for (size_t j = 0; j < PANEL / 2; j++) of_span.sum += lanes[r][j];
+            merge(&softmax[at], out + at * c.head_dim, of_span, sums + r * c.width, c.head_dim);
+        }
+    }
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -667,20 +814,27 @@ static const char *const OPERATION_NAMES[] = {"embedding", "norms, residuals", "
                                               "swiglu", "w2", "classifier", "sampling"};
 typedef struct { double seconds, operations, bytes; } Profile;
 
+/* Tokens of one forward that follow one another in a sequence: they share its keys in attention. */
+typedef struct { size_t first, n; } Run;
+enum { UNITS = 64 };                    /* attention is split over keys where tokens and heads make fewer than so many pieces */
+
 /* What a model needs to run: the caches of n_slots sequences and the activations of one forward. */
 typedef struct {
     const Model *model;
     size_t n_slots, chunk;              /* sequences at once; most tokens in one forward */
     size_t ring;                        /* cached positions of a sequence */
     size_t kv_bytes, kv_size;           /* of all caches; of one element: 2 or 4 */
-    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * head_dim] */
+    size_t head_width;                  /* head_dim rounded up to a multiple of 32 */
+    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * head_width] */
     double  *frequencies;               /* [head_dim / 2], radians a position */
     float   *rotations;                 /* [chunk, head_dim / 2][cos, sin] */
     float   *x, *xb;                    /* [chunk, dim]: the residual stream; its norm, or what is added to it */
     float   *qkv;                       /* [chunk, (n_heads + 2 n_kv_heads) head_dim] */
-    float   *att;                       /* [chunk, n_heads head_dim] */
+    float   *att;                       /* [spans, chunk, n_heads head_dim]; attention over one span of positions, or all */
+    Softmax *softmax;                   /* [spans, chunk, n_heads] */
+    Run     *runs;                      /* [chunk] */
     float   *h13, *h;                   /* [chunk, 2 hidden_dim], [chunk, hidden_dim] */
-    Activations quantized;              /* room for the widest input of a product */
+    Activations activations;            /* room for the widest input of a product */
     Profile profile[N_OPERATIONS];
     double  clock;                      /* when the last operation ended */
     double  bytes;                      /* of weights and caches, read so far */
@@ -697,14 +851,16 @@ static State new_state(const Model *m, size_t n_slots, size_t context, size_t ch
     s.model = m;
     s.n_slots = n_slots;
     s.chunk = chunk;
+    s.head_width = round_up(c->head_dim, PANEL);
     s.ring = round_up(c->window ? min_size(context, (size_t)c->window + min_size(chunk, CHUNK) - 1) : context, PANEL);
     s.kv_size = m->layers[0].wqkv.type == F32 ? sizeof(float) : sizeof(uint16_t);
     size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim, half_bytes;
+    size_t kv_width = c->n_kv_heads * s.head_width, heads = min_size(c->n_heads / c->n_kv_heads, ROWS);
     size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-    if (__builtin_mul_overflow(s.ring, kv_dim * s.kv_size * c->n_layers, &half_bytes) ||
+    if (__builtin_mul_overflow(s.ring, kv_width * s.kv_size * c->n_layers, &half_bytes) ||
         __builtin_mul_overflow(half_bytes, 2 * n_slots, &s.kv_bytes) || s.kv_bytes > memory)
         die("%s: the KV cache of %zu sequences of %zu positions takes %.1f GB, this machine has %.1f: lower -b or -c",
-            m->path, n_slots, s.ring, 2.0 * (double)s.ring * (double)kv_dim * (double)s.kv_size * c->n_layers * (double)n_slots / 1e9,
+            m->path, n_slots, s.ring, 2.0 * (double)s.ring * (double)kv_width * (double)s.kv_size * c->n_layers * (double)n_slots / 1e9,
             (double)memory / 1e9);
     /* calloc, because large calloc'ed memory takes no place until it is written */
     s.keys = (unsigned char *)calloc(s.kv_bytes / 2 + 64, 1);
@@ -718,27 +874,31 @@ static State new_state(const Model *m, size_t n_slots, size_t context, size_t ch
     s.x = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
     s.xb = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
     s.qkv = (float *)allocate(chunk * (q_dim + 2 * kv_dim), sizeof(float), m->path);
-    s.att = (float *)allocate(chunk * q_dim, sizeof(float), m->path);
+    size_t split = min_size((UNITS - 1) / c->n_kv_heads * (ROWS / heads), chunk) * (s.ring / SPAN + 2);
+    s.att = (float *)allocate((split > chunk ? split : chunk) * q_dim, sizeof(float), m->path);
+    s.softmax = (Softmax *)allocate((split > chunk ? split : chunk) * c->n_heads, sizeof(Softmax), m->path);
+    s.runs = (Run *)allocate(chunk, sizeof(Run), m->path);
     s.h13 = (float *)allocate(chunk * 2 * c->hidden_dim, sizeof(float), m->path);
     s.h = (float *)allocate(chunk * c->hidden_dim, sizeof(float), m->path);
-    s.quantized.q = (int8_t *)allocate(chunk * widest, 1, m->path);
-    s.quantized.scale = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
-    s.quantized.sum = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
+    s.activations.x = (float *)allocate(chunk * widest, sizeof(float), m->path);
+    s.activations.q = (int8_t *)s.activations.x;
+    s.activations.scale = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
+    s.activations.sum = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
     for (size_t i = 0; i < c->head_dim / 2; i++)
         s.frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
     return s;
 }
 
 static void free_state(State *s) {
-    void *all[] = {s->keys, s->values, s->frequencies, s->rotations, s->x, s->xb, s->qkv, s->att, s->h13, s->h,
-                   s->quantized.q, s->quantized.scale, s->quantized.sum};
+    void *all[] = {s->keys, s->values, s->frequencies, s->rotations, s->x, s->xb, s->qkv, s->att, s->softmax, s->runs, s->h13, s->h,
+                   s->activations.x, s->activations.scale, s->activations.sum};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
 static Cache slot_cache(const State *s, size_t layer, size_t slot, size_t kv_head) {
     const Header *c = &s->model->c;
-    size_t at = ((layer * s->n_slots + slot) * c->n_kv_heads + kv_head) * s->ring * c->head_dim * s->kv_size;
-    Cache cache = {s->keys + at, s->values + at, s->ring, s->kv_size == sizeof(uint16_t)};
+    size_t at = ((layer * s->n_slots + slot) * c->n_kv_heads + kv_head) * s->ring * s->head_width * s->kv_size;
+    Cache cache = {s->keys + at, s->values + at, s->ring, c->head_dim, s->head_width, s->kv_size == sizeof(uint16_t)};
     return cache;
 }
 
@@ -753,16 +913,20 @@ static void book(State *s, int operation, double operations, double bytes) {
 }
 
 static void product(State *s, int operation, float *out, const float *x, const Matrix *w, size_t n) {
-    matmul(out, x, w, &s->quantized, n);
+    matmul(out, x, w, &s->activations, n);
     book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, (double)w->bytes);
 }
 
-/* out[i] = norm of x[i], for n tokens. out, x: [n, dim]. */
-static void norms(State *s, float *out, const float *x, const Matrix *weight, size_t n) {
+/* x += xb, then xb = norm of x, for n tokens: what an operation left in xb joins the residual stream, which is then the
+ * next one's input. */
+static void add_and_norm(State *s, const Matrix *weight, size_t n) {
     const Header *c = &s->model->c;
     #pragma omp parallel for schedule(static) if (n > 1)
-    for (size_t i = 0; i < n; i++)
-        rms_norm(out + i * c->dim, x + i * c->dim, (const float *)weight->data, c->dim, c->norm_eps);
+    for (size_t i = 0; i < n; i++) {
+        float *x = s->x + i * c->dim, *xb = s->xb + i * c->dim;
+        for (size_t j = 0; j < c->dim; j++) x[j] += xb[j];
+        rms_norm(xb, x, (const float *)weight->data, c->dim, c->norm_eps);
+    }
     book(s, NORM, 0, 0);
 }
 
@@ -776,13 +940,33 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     const Model *m = s->model;
     const Header *c = &m->c;
     size_t dim = c->dim, head_dim = c->head_dim, q_dim = c->n_heads * head_dim, kv_dim = c->n_kv_heads * head_dim;
-    size_t qkv_dim = q_dim + 2 * kv_dim, group = c->n_heads / c->n_kv_heads, tiles_each = (group + 7) / 8;
-    float query_scale = 1.0f / sqrtf((float)head_dim);
+    size_t qkv_dim = q_dim + 2 * kv_dim, group = c->n_heads / c->n_kv_heads, n_runs = 0, n_spans = 1;
+    size_t heads = min_size(group, ROWS), parts = (group + heads - 1) / heads;      /* of a key head, heads queries at once */
+    double n_keys = 0, n_reads = 0;     /* keys seen by the tokens; read from memory, by runs */
     s->clock = now();
+
+    for (size_t i = 0; i < n; i++) {
+        Run *r = n_runs ? &s->runs[n_runs - 1] : NULL;
+        size_t pos = tokens[i].pos, first = c->window && pos >= c->window ? pos - c->window + 1 : 0;
+        if (!r || r->n == ROWS / heads || tokens[i].slot != tokens[i - 1].slot || pos != tokens[i - 1].pos + 1) {
+            r = &s->runs[n_runs++];
+            r->first = i;
+            r->n = 0;
+            n_reads += (double)(pos + 1 - first);
+        }
+        r->n++;
+        n_keys += (double)(pos + 1 - first);
+        size_t begin = tokens[r->first].pos;
+        begin = c->window && begin >= c->window ? begin - c->window + 1 : 0;
+        if (pos / SPAN - begin / SPAN + 1 > n_spans) n_spans = pos / SPAN - begin / SPAN + 1;
+    }
+    size_t units = n_runs * c->n_kv_heads * parts;
+    if (units >= UNITS) n_spans = 1;
 
     #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < n; i++) {
         matrix_row(s->x + i * dim, &m->token_embedding, (size_t)tokens[i].id);
+        memset(s->xb + i * dim, 0, dim * sizeof(float));
         for (size_t j = 0; j < head_dim / 2; j++) {
             double angle = (double)tokens[i].pos * s->frequencies[j];
             s->rotations[i * head_dim + 2 * j] = (float)cos(angle);
@@ -795,48 +979,59 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         const Layer *w = &m->layers[l];
 
         /* attention: norm, queries, keys and values of all heads, their rotation */
-        norms(s, s->xb, s->x, &w->rms_att_weight, n);
+        add_and_norm(s, &w->rms_att_weight, n);
         product(s, WQKV, s->qkv, s->xb, &w->wqkv, n);
         #pragma omp parallel for schedule(static) if (n > 1)
         for (size_t i = 0; i < n; i++) {
             float *q = s->qkv + i * qkv_dim, *k = q + q_dim, *v = k + kv_dim;
             for (size_t h = 0; h < c->n_heads + c->n_kv_heads; h++)      /* the key heads follow the query heads */
                 rope(q + h * head_dim, s->rotations + i * head_dim, head_dim / 2);
-            for (size_t j = 0; j < q_dim; j++) q[j] *= query_scale;
             for (size_t h = 0; h < c->n_kv_heads; h++)
-                cache_store(slot_cache(s, l, tokens[i].slot, h), tokens[i].pos, k + h * head_dim, v + h * head_dim, head_dim);
+                cache_store(slot_cache(s, l, tokens[i].slot, h), tokens[i].pos, k + h * head_dim, v + h * head_dim);
         }
         book(s, ROPE, 0, 0);
 
-        /* each key head's query heads, up to 8 at once, of each token */
+        /* each key head's query heads, of each run of tokens; over its spans of keys at once or one by one */
         #pragma omp parallel for schedule(dynamic)
-        for (size_t u = 0; u < n * c->n_kv_heads * tiles_each; u++) {
-            size_t i = u / (c->n_kv_heads * tiles_each), kv_head = u / tiles_each % c->n_kv_heads;
-            size_t h = kv_head * group + u % tiles_each * 8, n_heads = min_size(8, (kv_head + 1) * group - h);
-            size_t pos = tokens[i].pos, first = c->window && pos >= c->window ? pos - c->window + 1 : 0;
-            Cache cache = slot_cache(s, l, tokens[i].slot, kv_head);
-            attention(s->att + i * q_dim + h * head_dim, s->qkv + i * qkv_dim + h * head_dim, cache, first, pos, n_heads, head_dim);
+        for (size_t u = 0; u < units * n_spans; u++) {
+            const Run *r = &s->runs[u % n_runs];
+            size_t part = u / n_runs % parts, kv_head = u / n_runs / parts % c->n_kv_heads, span = u / units;
+            size_t h = kv_head * group + part * heads, n_heads = min_size(heads, (kv_head + 1) * group - h);
+            size_t pos = tokens[r->first].pos, from = c->window && pos >= c->window ? pos - c->window + 1 : 0, to = pos + r->n;
+            if (n_spans > 1) {
+                to = min_size(to, (from / SPAN + span + 1) * SPAN);
+                from = span ? (from / SPAN + span) * SPAN : from;
+            }
+            size_t at = (span * n + r->first) * c->n_heads + h;
+            attention(s->softmax + at, s->att + at * head_dim, c->n_heads, s->qkv + r->first * qkv_dim + h * head_dim, qkv_dim,
+                      slot_cache(s, l, tokens[r->first].slot, kv_head), r->n, n_heads, pos, c->window, from, to);
         }
-        double keys = 0;                /* read in this layer, all tokens together */
-        for (size_t i = 0; i < n; i++) keys += (double)(c->window ? min_size(tokens[i].pos + 1, c->window) : tokens[i].pos + 1);
-        book(s, ATTENTION, 4.0 * keys * (double)q_dim, 2.0 * keys * (double)(kv_dim * s->kv_size));
+        #pragma omp parallel for schedule(static) if (n > 1)
+        for (size_t i = 0; i < n * c->n_heads; i++) {
+            float *out = s->att + i * head_dim;
+            for (size_t j = i + n * c->n_heads; j < n_spans * n * c->n_heads; j += n * c->n_heads)
+                merge(&s->softmax[i], out, s->softmax[j], s->att + j * head_dim, head_dim);
+            for (size_t d = 0; d < head_dim; d++) out[d] /= s->softmax[i].sum;
+        }
+        book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(kv_dim * s->kv_size));
         product(s, WO, s->xb, s->att, &w->wo, n);
-        for (size_t i = 0; i < n * dim; i++) s->x[i] += s->xb[i];
 
         /* feed-forward: norm, gate and up, SwiGLU, down */
-        norms(s, s->xb, s->x, &w->rms_ffn_weight, n);
+        add_and_norm(s, &w->rms_ffn_weight, n);
         product(s, W13, s->h13, s->xb, &w->w13, n);
         #pragma omp parallel for schedule(static) if (n > 1)
         for (size_t i = 0; i < n; i++) swiglu(s->h + i * c->hidden_dim, s->h13 + i * 2 * c->hidden_dim, c->hidden_dim);
         book(s, SWIGLU, 0, 0);
         product(s, W2, s->xb, s->h, &w->w2, n);
-        for (size_t i = 0; i < n * dim; i++) s->x[i] += s->xb[i];
     }
 
     size_t n_want = 0;                  /* the wanted tokens move together, then the final norm and their logits */
     for (size_t i = 0; i < n; i++)
-        if (tokens[i].want) memmove(s->x + n_want++ * dim, s->x + i * dim, dim * sizeof(float));
-    norms(s, s->xb, s->x, &m->rms_final_weight, n_want);
+        if (tokens[i].want) {
+            memmove(s->x + n_want * dim, s->x + i * dim, dim * sizeof(float));
+            memmove(s->xb + n_want++ * dim, s->xb + i * dim, dim * sizeof(float));
+        }
+    add_and_norm(s, &m->rms_final_weight, n_want);
     if (n_want) product(s, CLASSIFIER, logits, s->xb, &m->wcls, n_want);
 }
 

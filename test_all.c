@@ -2,6 +2,7 @@
  * reference that has no cache, determinism, the sampler, the batch, damaged files.
  *
  *   make build/test_all && build/test_all [NAME ...]      all tests, or those named
+ *   build/test_all logits MODEL.bin                       logits that must be the same bits from every build
  *   build/test_all tokenize MODEL.bin                     encodes and decodes what tests/test_tokenizer.py sends
  *
  * Prints a line a test and last "N passed, N failed"; exit status 1 if any failed. Comparisons are written so that NaN
@@ -119,28 +120,41 @@ static void test_activations(void) {
     }
 }
 
-/* The version of code_sums for this machine against the plain one and against a sum by the definition of the format. */
-static void test_code_sums(void) {
-    static unsigned char block[128 + 128 * 32] __attribute__((aligned(64)));
-    int8_t q[64 * 144];
-    float fast[64 * PANEL], plain[64 * PANEL];
-    for (int turn = 0; turn < 200; turn++) {
+/* The version of group_product for this machine against the plain one, and with scale 1 and zero 0 against the whole number
+ * that the format's definition gives. */
+static void test_group_product(void) {
+    static uint8_t codes[128 * 32] __attribute__((aligned(64))), room[128 * 32] __attribute__((aligned(64)));
+    static int8_t q[64 * 128];
+    float fast[64 * PANEL], plain[64 * PANEL], unpacked[64 * PANEL], scale[2 * PANEL], scale_q[64], sum_q[64];
+    for (int turn = 0; turn < 400; turn++) {
         int type = turn % 2 ? Q4 : Q8;
-        size_t n = (size_t)32 << random_below(3), T = 1 + random_below(64), stride = n + 16 * random_below(2);
-        for (size_t i = 0; i < sizeof block; i++) block[i] = (unsigned char)(turn < 2 ? 255 : random_below(256));
-        for (size_t i = 0; i < sizeof q; i++) q[i] = (int8_t)(turn < 2 ? -127 : (int)random_below(255) - 127);
-        code_sums(T, fast, type, block, q, stride, n);
-        code_sums_plain(T, plain, type, block, q, stride, n);
+        bool extremes = turn < 4, whole = turn < 100;
+        size_t n = (size_t)32 << random_below(3), T = 1 + random_below(64);
+        for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)(extremes ? 255 : random_below(256));
+        for (size_t i = 0; i < sizeof q; i++) q[i] = (int8_t)(extremes ? (turn < 2 ? -127 : 127) : (int)random_below(255) - 127);
+        for (size_t r = 0; r < 2 * PANEL; r++) scale[r] = whole ? r < PANEL : random_float();
+        for (size_t t = 0; t < 64; t++) {
+            scale_q[t] = whole ? 1 : random_float();
+            sum_q[t] = 0;
+            for (size_t k = 0; k < n; k++) sum_q[t] += q[t * n + k];
+        }
+        for (size_t i = 0; i < T * PANEL; i++) fast[i] = plain[i] = unpacked[i] = whole ? 0 : random_float();
+        Activations a = {NULL, q, scale_q, sum_q};
+        group_product(T, fast, type, codes, scale, a, n);
+        group_product_plain(T, plain, type, codes, scale, a, n);
+        group_product(T, unpacked, Q8, unpack_codes(room, type, codes, n), scale, a, n);
         for (size_t t = 0; t < T; t++)
             for (size_t r = 0; r < PANEL; r++) {
                 long sum = 0;
                 for (size_t k = 0; k < n; k++) {
-                    const unsigned char *four = block + 128 + k / 4 * (type == Q8 ? 128 : 64);
+                    const uint8_t *four = codes + k / 4 * (type == Q8 ? 128 : 64);
                     int code = type == Q8 ? four[4 * r + k % 4] : r < 16 ? four[4 * r + k % 4] & 15 : four[4 * (r - 16) + k % 4] >> 4;
-                    sum += code * q[t * stride + k];
+                    sum += code * q[t * n + k];
                 }
-                CHECK(plain[t * PANEL + r] == (float)sum, "plain %s, %zu: %g, not %ld", TYPE_NAMES[type], n, plain[t * PANEL + r], sum);
-                CHECK(fast[t * PANEL + r] == (float)sum, "fast %s, %zu: %g, not %ld", TYPE_NAMES[type], n, fast[t * PANEL + r], sum);
+                size_t i = t * PANEL + r;
+                if (whole) CHECK(plain[i] == (float)sum, "plain %s, %zu: %g, not %ld", TYPE_NAMES[type], n, plain[i], sum);
+                CHECK(fast[i] == plain[i], "%s, %zu: fast %.9g, plain %.9g", TYPE_NAMES[type], n, fast[i], plain[i]);
+                CHECK(unpacked[i] == plain[i], "%s, %zu: unpacked %.9g, plain %.9g", TYPE_NAMES[type], n, unpacked[i], plain[i]);
             }
     }
 }
@@ -176,7 +190,8 @@ static void test_matrices(void) {
             for (size_t i = 0; i < n * cols; i++) x[i] = random_float();
             Matrix m = make_matrix(KINDS[kind].type, KINDS[kind].group, w, rows, cols);
             size_t padded = m.n_groups * m.group;
-            Activations a = {(int8_t *)allocate(n * padded, 1, "test"), (float *)allocate(n * m.n_groups, 4, "test"), (float *)allocate(n * m.n_groups, 4, "test")};
+            Activations a = {(float *)allocate(n * padded, 4, "test"), NULL, (float *)allocate(n * m.n_groups, 4, "test"), (float *)allocate(n * m.n_groups, 4, "test")};
+            a.q = (int8_t *)a.x;
             double tolerance = m.type == F32 ? 0 : m.type == F16 ? 1e-4 : m.type == Q8 ? 0.12 / 255 : 0.12 / 15;    /* half a step of the range, nearly 0.24 */
             for (size_t r = 0; r < rows; r++) {
                 matrix_row(row + r * cols, &m, r);
@@ -196,7 +211,7 @@ static void test_matrices(void) {
                     }
                     CHECK(fabs(out[t * rows + r] - expect) <= 2e-6 * size + 1e-9, "%s %zu [%zu, %zu]: %g, not %g", KINDS[kind].type, m.group, rows, cols, out[t * rows + r], expect);
                 }
-            void *all[] = {w, row, x, out, a.q, a.scale, a.sum, (void *)m.data};
+            void *all[] = {w, row, x, out, a.x, a.scale, a.sum, (void *)m.data};
             for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
         }
 }
@@ -375,6 +390,46 @@ static void test_determinism(void) {
         free(logits);
         free_model(&m);
     }
+    /* attention over several spans of positions: by themselves where there are few tokens, one after another where many */
+    enum { LONG = 2 * SPAN + 300 };
+    static const uint32_t windows[] = {0, SPAN + 100};
+    int long_ids[LONG];
+    for (size_t i = 0; i < LONG; i++) long_ids[i] = (int)random_below(300);
+    for (size_t k = 0; k < 2; k++) {
+        Model m = load_model(odd_model("q8", 32));
+        m.c.window = windows[k];
+        size_t bytes = LONG * m.c.vocab_size * sizeof(float);
+        float *alone = (float *)allocate(bytes, 1, "test"), *logits = (float *)allocate(bytes, 1, "test");
+        chunked_forward(&m, long_ids, LONG, 1, 0, 1, alone);
+        chunked_forward(&m, long_ids, LONG, 40, 20, 50, logits);
+        CHECK(!memcmp(alone, logits, bytes), "window %u: 40 tokens among those of 49 other slots", windows[k]);
+        chunked_forward(&m, long_ids, LONG, 150, 0, 1, logits);
+        CHECK(!memcmp(alone, logits, bytes), "window %u: chunks of 150", windows[k]);
+        free(alone);
+        free(logits);
+        free_model(&m);
+    }
+}
+
+/* Writes the logits of a prefill of 96 tokens and of six steps of three sequences to stdout, as they lie in memory:
+ * tests/test_variants.py compares builds. */
+static int write_logits(const char *path) {
+    Model m = load_model(path);
+    State s = new_state(&m, 3, 120, 96);
+    size_t vocab = m.c.vocab_size, n;
+    float *logits = (float *)allocate(96 * vocab, sizeof(float), "logits");
+    for (size_t step = 0; step < 7; step++) {
+        Token tokens[96];
+        for (n = 0; n < (step ? 3u : 96u); n++) {       /* first 80, 10 and 6 tokens of the three */
+            size_t slot = step ? n : n < 80 ? 0 : n < 90 ? 1 : 2, start = slot == 0 ? 0 : slot == 1 ? 80 : 90, length = slot == 0 ? 80 : slot == 1 ? 10 : 6;
+            Token token = {(int)random_below(vocab), step ? length + step - 1 : n - start, slot, true};
+            tokens[n] = token;
+        }
+        forward(&s, tokens, n, logits);
+        fwrite(logits, sizeof(float), n * vocab, stdout);
+    }
+    flush_stdout();
+    return 0;
 }
 
 /* ---- sampler and batch -------------------------------------------------------------------------------------------- */
@@ -653,11 +708,12 @@ static int tokenize(const char *path) {
 int main(int argc, char **argv) {
     static const struct { const char *name; void (*run)(void); } TESTS[] = {
         {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations},
-        {"code_sums", test_code_sums},        {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
+        {"group_product", test_group_product}, {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
         {"sampler", test_sampler}, {"batch", test_batch}, {"decode", test_decode}, {"damaged_files", test_damaged_files}};
     int passed = 0, failed = 0;
     program = "test_all";
     if (argc == 3 && !strcmp(argv[1], "tokenize")) return tokenize(argv[2]);
+    if (argc == 3 && !strcmp(argv[1], "logits")) return write_logits(argv[2]);
     if (!mkdtemp(directory)) { perror(directory); return 1; }
     for (size_t i = 0; i < sizeof TESTS / sizeof *TESTS; i++) {
         bool wanted = argc == 1;
