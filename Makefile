@@ -1,7 +1,10 @@
 # make            run and quantize, for the machine at hand
 # make demo       32 sequences from a small trained model, on the screen in a few seconds
+# make demo-lora  a LoRA adapter: the same prompt without and with it, and both perplexities
+# make bench      speed beside this machine's ceilings, and llama.cpp where it is installed; hours and 26 GB (52 with llama.cpp)
 # make test       everything that can be tested here; sets up what the Python tests need under build/
 CC      = cc
+PYTHON  = python3
 CFLAGS  = -O3 -march=native -Wall -Wextra
 OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp || echo -Wno-unknown-pragmas)
 SANITIZE = -g -O2 -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -25,10 +28,20 @@ build/test_all_sanitized: test_all.c quantize.c run.c
 demo: run
 	./run demo/tiny-mistral-q8.bin -i "Once upon a time" -b 32 -n 200
 
+demo-lora: run
+	$(PYTHON) demo/lora.py
+
+build/limits: bench/limits.c
+	@mkdir -p build
+	$(CC) $(CFLAGS) $(OPENMP) bench/limits.c -o $@
+
+bench: run quantize build/limits
+	$(PYTHON) bench/speed.py $(BENCH_FLAGS)
+
 test: run quantize build/test_all build/test_all_sanitized
-	python3 tests/run_tests.py $(TEST_FLAGS)
+	$(PYTHON) tests/run_tests.py $(TEST_FLAGS)
 
 clean:
 	rm -rf run quantize build
 
-.PHONY: all demo test clean
+.PHONY: all demo demo-lora bench test clean

@@ -1,72 +1,28 @@
 #!/usr/bin/env python3
 """Turn a Hugging Face directory with a Mistral model into one checkpoint file for run and run_cuda:
 
-    python3 export.py HF_DIR OUT.bin [--dtype f32|f16]
+    python3 export.py HF_DIR OUT.bin [--dtype f32|f16] [--lora ADAPTER[:WEIGHT] ...] [--base-quant nf4]
 
 FORMAT.md describes the file. Every offset in it follows from the shapes, which are known before the
 first weight is read, so the file is written front to back, some hundred rows at a time, to a file
 or a pipe alike. What the format cannot hold exactly is refused by name, never approximated.
 
-Top to bottom: errors, config.json, the weights, the tokenizer, the file, the command line.
+Top to bottom: config.json, the weights, the tokenizer, the file, the command line. What reads safetensors files, and
+merges LoRA adapters into what is read, is in lora_merge.py.
 """
-import argparse, contextlib, json, math, os, re, signal, struct, sys, time
+import argparse, contextlib, json, math, os, re, struct, sys, time
 from types import SimpleNamespace
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # where lora_merge.py is, whatever imports this file
 try:
     import numpy as np
-    import ml_dtypes  # noqa: F401  importing it is what makes numpy, and so safetensors, know bfloat16
     from google.protobuf.message import DecodeError
-    from safetensors import SafetensorError, safe_open
+    from lora_merge import (  # noqa: F401  Weights is for those who import this
+        BASE_QUANT_HELP, NUMPY, Bad, MergedWeights, Weights, adapter_argument, demand, form, outcome, progress, read,
+        read_json, rounded, show)
     from sentencepiece import sentencepiece_model_pb2
 except ImportError as error:
     sys.exit(f"export.py: Python: {error} (pip install -r requirements.txt)")
-
-# ---------------------------------------------------------------------------- errors
-
-
-class Bad(Exception):
-    """Input that cannot be exported; the message is the line shown: WHAT: what is wrong (what to do)."""
-
-
-def show(value):
-    """A value as JSON, short enough for a line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 100 else text[:100] + "..."
-
-
-def demand(where, key, value, wanted):
-    """Raise Bad, naming the file, the key and the value, unless value is the only one supported."""
-    if value != wanted:
-        raise Bad(f"{where}: {key} is {show(value)} (only {show(wanted)} is supported)")
-
-
-@contextlib.contextmanager
-def form(where):
-    """Inside, a value of an unexpected JSON type or an absent one is bad input in the file `where`."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise Bad(f"{where}: not in the expected form ({type(error).__name__}: {error})")
-
-
-def read(path, optional=False):
-    """The bytes of a file; b"" if it is absent and may be."""
-    if optional and not os.path.exists(path):
-        return b""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise Bad(f"{path}: {error.strerror}")
-
-
-def read_json(path, optional=False):
-    """The object in a JSON file; {} if it is absent and may be."""
-    data = read(path, optional)
-    with form(path):
-        value = json.loads(data) if data or not optional else {}
-        return dict(value.items())  # fails for what is no object
-
 
 # ---------------------------------------------------------------------------- config.json
 
@@ -136,52 +92,6 @@ def read_config(config):
 # ---------------------------------------------------------------------------- the weights
 
 
-class Weights:
-    """The tensors of a Hugging Face directory by their names there, read in pieces."""
-
-    def __init__(self, directory):
-        shards = [os.path.join(directory, "model.safetensors")]
-        index = shards[0] + ".index.json"
-        if not os.path.exists(shards[0]) and os.path.exists(index):
-            with form(index):
-                shards = [os.path.join(directory, name) for name in sorted(set(read_json(index)["weight_map"].values()))]
-        self.tensors, self.used = {}, set()  # name -> (shard, shape, type); the names that were checked
-        for shard in shards:
-            with self.open(shard) as file:
-                for name in file.keys():
-                    part = file.get_slice(name)
-                    self.tensors[name] = shard, part.get_shape(), part.get_dtype()
-
-    def open(self, shard):
-        """A safetensors file, opened; Bad if it is absent or cut."""
-        if not os.path.isfile(shard):
-            raise Bad(f"{shard}: missing (download it again; only safetensors files are read)")
-        try:
-            return safe_open(shard, "numpy")
-        except (SafetensorError, OSError) as error:
-            raise Bad(f"{shard}: not a whole safetensors file: {error} (download it again)")
-
-    def check(self, name, shape):
-        """Bad unless the tensor is there, has this shape and is of a type that is read."""
-        if name not in self.tensors:
-            raise Bad(f"{name}: this tensor is missing")
-        shard, found, dtype = self.tensors[name]
-        if found != shape:
-            raise Bad(f"{name}: the shape is {found} in {os.path.basename(shard)}, but {shape} by config.json")
-        if dtype not in ("BF16", "F16", "F32"):
-            raise Bad(f"{name}: the type is {dtype} (only BF16, F16 and F32 are supported)")
-        self.used.add(name)
-
-    def rows(self, name, start, stop):
-        """Rows start to stop - 1 of a tensor [out, in], as f32 [stop - start, in]; of a vector, as [stop - start, 1].
-
-        All values of weights come through here. The shard is opened anew for every piece: that costs
-        little and gives back what was mapped, so that memory does not grow with the shards."""
-        with self.open(self.tensors[name][0]) as file:
-            rows = file.get_slice(name)[start:stop]
-        return rows.astype(np.float32).reshape(stop - start, -1)
-
-
 def model_tensors(c, weights, dtype):
     """Check the model's tensors and list them in the file's order: [(name, dtype, rows, cols, sources)].
 
@@ -218,20 +128,14 @@ def model_tensors(c, weights, dtype):
 
 def panels(weights, dtype, cols, sources):
     """Yield a tensor of the list above as the bytes of its panels of 32 rows, about a million numbers at a time."""
-    total, step = sum(rows for _, rows in sources), max(1, 2**20 // (32 * cols)) * 32
-    limit = 65520 if dtype == "f16" else math.inf  # what would round to infinity in f16
+    total, step, dtype = sum(rows for _, rows in sources), max(1, 2**20 // (32 * cols)) * 32, dtype.upper()
     for start in range(0, total, step):
-        block, first = np.zeros((min(step, total - start + -(total - start) % 32), cols), np.float32), 0
+        block, first = np.zeros((min(step, total - start + -(total - start) % 32), cols), NUMPY[dtype]), 0
         for name, rows in sources:  # the part of this source that lies in the block
             a, b = max(start, first), min(start + step, first + rows)
             if a < b:
-                x = block[a - start:b - start] = weights.rows(name, a - first, b - first)
-                peak = max(x.max(), -x.min())  # NaN if there is one
-                if not peak < limit:
-                    raise Bad(f"{name}: holds {peak}, too large for f16 (use --dtype f32)" if np.isfinite(peak)
-                              else f"{name}: holds a value that is not finite (the checkpoint is damaged)")
+                block[a - start:b - start] = rounded(name, weights.rows(name, a - first, b - first), dtype)
             first += rows
-        block = block.astype("<f2" if dtype == "f16" else "<f4")
         yield block.reshape(-1, 32, cols).transpose(0, 2, 1).tobytes()
 
 
@@ -371,10 +275,10 @@ def read_tokenizer(directory, vocab_size):
     return t
 
 
-def sequence_ids(directory, config, t, vocab_size):
+def sequence_ids(directory, tokenizer_directory, config, t, vocab_size):
     """(bos, [eos, eos, eos]), -1 where there is none: config.json's (eos: generation_config.json's), else tokenizer t's."""
-    generation, settings = (read_json(os.path.join(directory, name), optional=True)
-                            for name in ("generation_config.json", "tokenizer_config.json"))
+    generation = read_json(os.path.join(directory, "generation_config.json"), optional=True)
+    settings = read_json(os.path.join(tokenizer_directory, "tokenizer_config.json"), optional=True)
     found = []
     for name, most in ("bos", 1), ("eos", 3):
         where, key, value = "config.json", name + "_token_id", config.get(name + "_token_id")
@@ -441,15 +345,6 @@ def align(n):
     return n + -n % 64
 
 
-def progress(started, done, total):
-    """On a terminal, rewrite the line: percent, MB/s, time left; `started` in seconds of time.monotonic()."""
-    if sys.stderr.isatty():
-        speed = done / (time.monotonic() - started + 1e-9)
-        left = round((total - done) / speed)
-        line = f"{100 * done // total}%, {speed / 1e6:.0f} MB/s, {left // 60}:{left % 60:02} left" if done < total else ""
-        print(f"\r{line:40}", end="\r", file=sys.stderr, flush=True)
-
-
 def write_checkpoint(file, name, c, chat, tokenizer, tensors, weights):
     """Write a checkpoint front to back: the header of config c and chat template `chat`, the table of `tensors`
     (model_tensors), the section `tokenizer` (bytes), the weights. Returns its size in bytes."""
@@ -485,22 +380,27 @@ def write_checkpoint(file, name, c, chat, tokenizer, tensors, weights):
 # ---------------------------------------------------------------------------- the command line
 
 
-def export(directory, out, dtype):
+def export(directory, out, dtype, adapters=(), base_quant=None):
     """Write the model in a Hugging Face directory to the file `out` ("-": standard output), the matrices as
-    "f16" or "f32"; returns a line that sums it up. Raises Bad for bad input, OSError if `out` cannot be written."""
+    "f16" or "f32", with LoRA adapters merged in: [(directory, weight)], on a base rounded to base_quant (MergedWeights).
+    Returns a line that sums it up. Raises Bad for bad input, OSError if `out` cannot be written."""
     if not os.path.isdir(directory):
         raise Bad(f"{directory}: not a directory (give the one that holds config.json)")
     config = read_json(os.path.join(directory, "config.json"))
     with form("config.json"):
-        c = read_config(config)
-    weights = Weights(directory)
+        read_config(config)  # says what is wrong with it before anything else is looked at
+    weights = MergedWeights(directory, config, adapters, base_quant)
+    c = read_config(weights.config)
     tensors = model_tensors(c, weights, dtype)
-    t = read_tokenizer(directory, c.vocab_size)
-    tokenizer, chat = pack_tokenizer(t, *sequence_ids(directory, config, t, c.vocab_size)), chat_template(directory, t)
+    t = read_tokenizer(weights.tokenizer, c.vocab_size)
+    bos, eos = sequence_ids(directory, weights.tokenizer, config, t, c.vocab_size)
+    tokenizer, chat = pack_tokenizer(t, bos, eos), chat_template(weights.tokenizer, t)
+    name = "+".join(os.path.basename(os.path.abspath(each)) for each in (directory, *(adapter for adapter, _ in adapters)))
     with output(out) as file:
-        size = write_checkpoint(file, os.path.basename(os.path.abspath(directory)), c, chat, tokenizer, tensors, weights)
-    return (f"{size / 1e6:.1f} MB, {dtype}, {c.n_layers} layers, {f'window {c.window}' if c.window else 'no window'}, "
-            f"{len(t.pieces)} pieces, chat template {('none', 'v1', 'v3')[chat]}")
+        size = write_checkpoint(file, name, c, chat, tokenizer, tensors, weights)
+    return "; ".join([
+        f"{size / 1e6:.1f} MB, {dtype}, {c.n_layers} layers, {f'window {c.window}' if c.window else 'no window'}, "
+        f"{len(t.pieces)} pieces, chat template {('none', 'v1', 'v3')[chat]}", *weights.report()])
 
 
 def main():
@@ -510,22 +410,18 @@ def main():
     parser.add_argument("directory", metavar="HF_DIR", help="config.json, *.safetensors, tokenizer.model or tokenizer.json")
     parser.add_argument("out", metavar="OUT.bin", help="the file to write; - is standard output")
     parser.add_argument("--dtype", choices=("f32", "f16"), default="f16", help="of the matrices (default f16); norms are f32")
+    parser.add_argument("--lora", metavar="ADAPTER[:WEIGHT]", action="append", default=[], type=adapter_argument,
+                        help="merge a PEFT LoRA adapter; WEIGHT multiplies its scaling; may be repeated")
+    parser.add_argument("--base-quant", choices=("nf4",), help=BASE_QUANT_HELP)
     args = parser.parse_args()
     sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by the shell: messages must not go elsewhere
     if args.out == "-" and sys.stdout and sys.stdout.isatty():
         parser.error("OUT.bin is -, but standard output is a terminal")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up first
-    out, status = "standard output" if args.out == "-" else args.out, 1
-    try:
-        line, status = f"{out}: {export(args.directory, args.out, args.dtype)}", 0
-    except Bad as error:
-        line = f"export.py: {error}"
-    except OSError as error:  # of the output: what reads the input raises Bad
-        line = f"export.py: {out}: {error.strerror}"
-    except KeyboardInterrupt:
-        line = f"export.py: {out}: interrupted"
+    out = "standard output" if args.out == "-" else args.out
+    status, lines = outcome("export.py", out, lambda: [
+        f"{out}: {export(args.directory, args.out, args.dtype, args.lora, args.base_quant)}"])
     if status or args.out != "-" or sys.stderr.isatty():
-        print(" ".join(line.split()), file=sys.stderr)
+        print(*lines, file=sys.stderr)
     return status
 
 
