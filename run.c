@@ -444,18 +444,19 @@ static void quantize_activations(int8_t *q, float *scale, float *sum, const floa
 }
 
 /* The codes of one group of one panel as bytes, [n / 4][32 rows][4 columns]: q8 has them so, q4 two in a byte, of row r in
- * the low half and of row r + 16 in the high one. Returns where they are, which may be `room`. */
+ * the low half and of row r + 16 in the high one. Returns where they are, which may be `room`. What stands a page of 4 KB
+ * further on is asked for meanwhile: the processor's own prefetching ends with a page. */
+enum { UNPACKED = 0 };                  /* the type of what this returns */
 static const uint8_t *unpack_codes(uint8_t *room, int type, const uint8_t *packed, size_t n) {
-    uint8_t *out = room;
-    if (type == Q8) return packed;
-    for (size_t k = 0; k < n; k += 4, packed += 2 * PANEL, out += 4 * PANEL) {
+    const uint8_t *codes = type == Q4 ? room : packed;
+    for (size_t k = 0; k < n; k += type == Q4 ? 4 : 2, packed += 2 * PANEL) {
         __builtin_prefetch(packed + 4096, 0, 2);
-        for (size_t i = 0; i < 2 * PANEL; i++) {
-            out[i] = packed[i] & 15;
-            out[2 * PANEL + i] = packed[i] >> 4;
+        for (size_t i = 0; i < 2 * PANEL && type == Q4; i++) {
+            room[k * PANEL + i] = packed[i] & 15;
+            room[k * PANEL + 2 * PANEL + i] = packed[i] >> 4;
         }
     }
-    return room;
+    return codes;
 }
 
 /* Codes as unpack_codes() leaves them to FP32, [n][32]. */
@@ -509,7 +510,7 @@ typedef struct {
 
 /* A group's part of a product: total[t][r] += scale[r] * a.scale[t] * (sum over k of code[r][k] * a.q[t][k] - zero[r] *
  * a.sum[t]). The sum over k is of whole numbers, and exact. total: [T][32], T <= 64; codes: as in the file, or of
- * unpack_codes() and then for `type` Q8; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple of 32. */
+ * unpack_codes() and then of type UNPACKED; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple of 32. */
 __attribute__((unused))
 static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n) {
     float w[MAX_GROUP * PANEL], x[BLOCK * MAX_GROUP], sum[BLOCK * PANEL];
@@ -578,13 +579,12 @@ static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
 
 #define INLINE static inline __attribute__((always_inline))    /* so that arguments which are constants choose the code */
 
-/* The codes of columns k to k + 3 of the rows from `row` on. Those of the next page but one are asked for meanwhile: the
- * processor's own prefetching ends with a page. */
-INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool prefetch) {
-    const uint8_t *at = type == Q8 ? codes + k * PANEL + 4 * row : codes + k / 2 * PANEL + 4 * (row % 16);
-    if (prefetch) __builtin_prefetch(at + 4096, 0, 2);
-    if (type == Q8) return *(const Lanes *)at;
-    return *(const Lanes *)at >> row / 16 * 4 & 0x0f0f0f0f;
+/* The codes of columns k to k + 3 of the rows from `row` on. */
+INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row) {
+    const uint8_t *at = type == Q4 ? codes + k / 2 * PANEL + 4 * (row % 16) : codes + k * PANEL + 4 * row;
+    if (type != UNPACKED && row % 16 == 0) __builtin_prefetch(at + 4096, 0, 2);
+    if (type == Q4) return *(const Lanes *)at >> row / 16 * 4 & 0x0f0f0f0f;
+    return *(const Lanes *)at;
 }
 
 /* A tile of T tokens and REGISTERS of rows at a time. So that TOKENS sums are in flight also with fewer tokens, each is made
@@ -604,7 +604,7 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
                 memcpy(&x, a.q + i % T * n + column, 4);
                 UNROLL
                 for (size_t r = 0; r < REGISTERS; r++)
-                    sum[i][r] = dot(type, sum[i][r], load_codes(type, codes, column, row + r * WIDTH, T < TOKENS), (Lanes){0} + x);
+                    sum[i][r] = dot(type, sum[i][r], load_codes(type, codes, column, row + r * WIDTH), (Lanes){0} + x);
             }
         }
         UNROLL
@@ -635,8 +635,9 @@ INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *co
 }
 
 static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n) {
-    if (type == Q8) code_tiles(T, Q8, total, codes, scale, a, n);
-    else code_tiles(T, Q4, total, codes, scale, a, n);
+    if (type == Q4) code_tiles(T, Q4, total, codes, scale, a, n);
+    else if (type == Q8) code_tiles(T, Q8, total, codes, scale, a, n);
+    else code_tiles(T, UNPACKED, total, codes, scale, a, n);
 }
 #endif
 /* ---- end of what may be skipped */
@@ -659,7 +660,7 @@ static void panel_product(float *out, const Matrix *w, size_t panel, const Activ
         const uint8_t *codes = block + 4 * PANEL;
         Activations part = {NULL, a->q + at * w->group, a->scale + at, a->sum + at};
         halves_to_floats(scale, (const uint16_t *)block, 2 * PANEL);
-        if (T >= UNPACK) group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group);
+        if (T >= UNPACK) group_product(T, total, UNPACKED, unpack_codes(room, w->type, codes, w->group), scale, part, w->group);
         else group_product(T, total, w->type, codes, scale, part, w->group);
     }
     for (size_t t = 0; t < T; t++)

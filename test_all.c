@@ -142,7 +142,7 @@ static void test_group_product(void) {
         Activations a = {NULL, q, scale_q, sum_q};
         group_product(T, fast, type, codes, scale, a, n);
         group_product_plain(T, plain, type, codes, scale, a, n);
-        group_product(T, unpacked, Q8, unpack_codes(room, type, codes, n), scale, a, n);
+        group_product(T, unpacked, UNPACKED, unpack_codes(room, type, codes, n), scale, a, n);
         for (size_t t = 0; t < T; t++)
             for (size_t r = 0; r < PANEL; r++) {
                 long sum = 0;
