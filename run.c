@@ -353,10 +353,7 @@ static inline float half_to_float(uint16_t h) {
 static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
     size_t i = 0;
 #if defined(__AVX512F__)                /* where there is an instruction for it; the same numbers */
-    for (; i + 16 <= n; i += 16) {
-        __builtin_prefetch(in + i + 2048, 0, 2);
-        _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(in + i))));
-    }
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(in + i))));
 #elif defined(__F16C__)
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + i))));
 #elif defined(__ARM_FP16_FORMAT_IEEE) && defined(__aarch64__)
@@ -444,19 +441,15 @@ static void quantize_activations(int8_t *q, float *scale, float *sum, const floa
 }
 
 /* The codes of one group of one panel as bytes, [n / 4][32 rows][4 columns]: q8 has them so, q4 two in a byte, of row r in
- * the low half and of row r + 16 in the high one. Returns where they are, which may be `room`. What stands a page of 4 KB
- * further on is asked for meanwhile: the processor's own prefetching ends with a page. */
-enum { UNPACKED = 0 };                  /* the type of what this returns */
+ * the low half and of row r + 16 in the high one. Returns where they are, which may be `room`. */
 static const uint8_t *unpack_codes(uint8_t *room, int type, const uint8_t *packed, size_t n) {
-    const uint8_t *codes = type == Q4 ? room : packed;
-    for (size_t k = 0; k < n; k += type == Q4 ? 4 : 2, packed += 2 * PANEL) {
-        __builtin_prefetch(packed + 4096, 0, 2);
-        for (size_t i = 0; i < 2 * PANEL && type == Q4; i++) {
+    if (type != Q4) return packed;
+    for (size_t k = 0; k < n; k += 4, packed += 2 * PANEL)
+        for (size_t i = 0; i < 2 * PANEL; i++) {
             room[k * PANEL + i] = packed[i] & 15;
-            room[k * PANEL + 2 * PANEL + i] = packed[i] >> 4;
+            room[(k + 2) * PANEL + i] = packed[i] >> 4;
         }
-    }
-    return codes;
+    return room;
 }
 
 /* Codes as unpack_codes() leaves them to FP32, [n][32]. */
@@ -475,28 +468,45 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
     else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
 }
 
+/* What a product asks memory for while it computes: `bytes` from `at` on, a little with each column, so that they are in the
+ * second-level cache when their turn comes. The processor's own prefetching ends with each page of 4 KB, and all at once would
+ * be more than it can have under way. Wherever this points, it is no error. */
+typedef struct { const void *at; size_t bytes; } Ahead;
+
 /* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k: a tile of T tokens by 32 rows. w: [n][32];
  * x: T rows, `stride` apart; out: [T][32]. T is a constant wherever this is inlined, so that the sums stay in
  * registers. With whole numbers (codes times int8 activations, at most 128 * 255 * 127 < 2^24) every partial sum is
  * exact: this FP32 sum is the int32 sum that integer instructions would give. */
 static inline __attribute__((always_inline))
-void tile(const size_t T, float *out, const float *w, const float *x, size_t stride, size_t n) {
+void tile(const size_t T, float *out, const float *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     float sum[8][PANEL];
+    const char *fetch = (const char *)ahead.at;
     UNROLL                              /* or gcc -O3 exchanges the loops, and the sums go through memory */
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) sum[t][r] = 0;
-    for (size_t k = 0; k < n; k++)
+    for (size_t k = 0; k < n; k++, fetch += ahead.bytes) {
+        __builtin_prefetch(fetch, 0, 2);
         UNROLL
         for (size_t t = 0; t < T; t++)
             for (size_t r = 0; r < PANEL; r++) sum[t][r] = fmaf(w[k * PANEL + r], x[t * stride + k], sum[t][r]);
+    }
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] = sum[t][r];
 }
 
+/* Cuts off what belongs to T of the tokens. */
+static inline Ahead share(Ahead *all, size_t T, size_t n) {
+    Ahead part = *all;
+    part.bytes = all->bytes * T / n;
+    all->at = (const char *)all->at + part.bytes * n;
+    return part;
+}
+
 /* The same for any number of tokens. */
-static void tiles(size_t T, float *out, const float *w, const float *x, size_t stride, size_t n) {
-    for (; T >= 8; T -= 8, out += 8 * PANEL, x += 8 * stride) tile(8, out, w, x, stride, n);
-    if (T & 4) { tile(4, out, w, x, stride, n); out += 4 * PANEL; x += 4 * stride; }
-    if (T & 2) { tile(2, out, w, x, stride, n); out += 2 * PANEL; x += 2 * stride; }
-    if (T & 1) tile(1, out, w, x, stride, n);
+static void tiles(size_t T, float *out, const float *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+    ahead.bytes /= T;
+    for (; T >= 8; T -= 8, out += 8 * PANEL, x += 8 * stride) tile(8, out, w, x, stride, n, share(&ahead, 8, n));
+    if (T & 4) { tile(4, out, w, x, stride, n, share(&ahead, 4, n)); out += 4 * PANEL; x += 4 * stride; }
+    if (T & 2) { tile(2, out, w, x, stride, n, share(&ahead, 2, n)); out += 2 * PANEL; x += 2 * stride; }
+    if (T & 1) tile(1, out, w, x, stride, n, share(&ahead, 1, n));
 }
 
 /* Activations on their way into a product, as they are or, for quantized weights, rounded. A group's tokens lie side by
@@ -510,14 +520,14 @@ typedef struct {
 
 /* A group's part of a product: total[t][r] += scale[r] * a.scale[t] * (sum over k of code[r][k] * a.q[t][k] - zero[r] *
  * a.sum[t]). The sum over k is of whole numbers, and exact. total: [T][32], T <= 64; codes: as in the file, or of
- * unpack_codes() and then of type UNPACKED; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple of 32. */
+ * unpack_codes() and then of type Q8; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple of 32. */
 __attribute__((unused))
-static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n) {
+static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n, Ahead ahead) {
     float w[MAX_GROUP * PANEL], x[BLOCK * MAX_GROUP], sum[BLOCK * PANEL];
     uint8_t room[MAX_GROUP * PANEL];
     codes_to_floats(w, unpack_codes(room, type, codes, n), n);
     for (size_t i = 0; i < T * n; i++) x[i] = a.q[i];
-    tiles(T, sum, w, x, n, n);
+    tiles(T, sum, w, x, n, n, ahead);
     for (size_t t = 0; t < T; t++)
         for (size_t r = 0; r < PANEL; r++) {
             float of_codes = fmaf(-scale[PANEL + r], a.sum[t], sum[t * PANEL + r]);
@@ -582,14 +592,13 @@ static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
 /* The codes of columns k to k + 3 of the rows from `row` on. */
 INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row) {
     const uint8_t *at = type == Q4 ? codes + k / 2 * PANEL + 4 * (row % 16) : codes + k * PANEL + 4 * row;
-    if (type != UNPACKED && row % 16 == 0) __builtin_prefetch(at + 4096, 0, 2);
     if (type == Q4) return *(const Lanes *)at >> row / 16 * 4 & 0x0f0f0f0f;
     return *(const Lanes *)at;
 }
 
 /* A tile of T tokens and REGISTERS of rows at a time. So that TOKENS sums are in flight also with fewer tokens, each is made
  * in TOKENS / T parts. */
-INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n) {
+INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n, Ahead ahead) {
     for (size_t row = 0; row < PANEL; row += WIDTH * REGISTERS) {
         Lanes sum[TOKENS][REGISTERS];
         UNROLL
@@ -601,6 +610,10 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
             for (size_t i = 0; i < TOKENS; i++) {
                 size_t column = k + i / T * 4;
                 int32_t x;
+                if (row == 0 && i % T == 0) {
+                    __builtin_prefetch((const char *)ahead.at + column * ahead.bytes, 0, 2);
+                    __builtin_prefetch((const char *)ahead.at + (column + 2) * ahead.bytes, 0, 2);
+                }
                 memcpy(&x, a.q + i % T * n + column, 4);
                 UNROLL
                 for (size_t r = 0; r < REGISTERS; r++)
@@ -627,17 +640,18 @@ static inline Activations skip(Activations a, size_t T, size_t n) {
     return a;
 }
 
-INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n) {
-    for (; T >= TOKENS; T -= TOKENS, total += TOKENS * PANEL, a = skip(a, TOKENS, n)) code_tile(TOKENS, type, total, codes, scale, a, n);
-    if (TOKENS > 4 && T & 4) { code_tile(4, type, total, codes, scale, a, n); total += 4 * PANEL; a = skip(a, 4, n); }
-    if (T & 2) { code_tile(2, type, total, codes, scale, a, n); total += 2 * PANEL; a = skip(a, 2, n); }
-    if (T & 1) code_tile(1, type, total, codes, scale, a, n);
+INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n, Ahead ahead) {
+    ahead.bytes /= T;
+    for (; T >= TOKENS; T -= TOKENS, total += TOKENS * PANEL, a = skip(a, TOKENS, n))
+        code_tile(TOKENS, type, total, codes, scale, a, n, share(&ahead, TOKENS, n));
+    if (TOKENS > 4 && T & 4) { code_tile(4, type, total, codes, scale, a, n, share(&ahead, 4, n)); total += 4 * PANEL; a = skip(a, 4, n); }
+    if (T & 2) { code_tile(2, type, total, codes, scale, a, n, share(&ahead, 2, n)); total += 2 * PANEL; a = skip(a, 2, n); }
+    if (T & 1) code_tile(1, type, total, codes, scale, a, n, share(&ahead, 1, n));
 }
 
-static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n) {
-    if (type == Q4) code_tiles(T, Q4, total, codes, scale, a, n);
-    else if (type == Q8) code_tiles(T, Q8, total, codes, scale, a, n);
-    else code_tiles(T, UNPACKED, total, codes, scale, a, n);
+static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n, Ahead ahead) {
+    if (type == Q4) code_tiles(T, Q4, total, codes, scale, a, n, ahead);
+    else code_tiles(T, Q8, total, codes, scale, a, n, ahead);
 }
 #endif
 /* ---- end of what may be skipped */
@@ -651,17 +665,18 @@ static void panel_product(float *out, const Matrix *w, size_t panel, const Activ
     for (size_t g = 0; g < w->n_groups; g++) {
         const unsigned char *block = w->data + panel * w->panel_bytes + g * w->block_bytes;
         size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
+        Ahead next = {block + w->block_bytes + 512, w->block_bytes};
         if (w->type < Q8) {
             unpack_group(weights, w->type, block, n_k);
-            tiles(T, group_sum, weights, a->x + at * w->group, w->group, n_k);
+            tiles(T, group_sum, weights, a->x + at * w->group, w->group, n_k, next);
             for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
             continue;
         }
         const uint8_t *codes = block + 4 * PANEL;
         Activations part = {NULL, a->q + at * w->group, a->scale + at, a->sum + at};
         halves_to_floats(scale, (const uint16_t *)block, 2 * PANEL);
-        if (T >= UNPACK) group_product(T, total, UNPACKED, unpack_codes(room, w->type, codes, w->group), scale, part, w->group);
-        else group_product(T, total, w->type, codes, scale, part, w->group);
+        if (T >= UNPACK) group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
+        else group_product(T, total, w->type, codes, scale, part, w->group, next);
     }
     for (size_t t = 0; t < T; t++)
         for (size_t r = 0; r < min_size(PANEL, w->rows - panel * PANEL); r++)
@@ -783,16 +798,19 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
         for (size_t start = span > from ? span : from / PANEL * PANEL; start < min_size(to, span + SPAN); start += PANEL) {
             size_t at = start % c.ring * c.width, n_keys = min_size(PANEL, to - start);
             const float *keys = (const float *)c.keys + at, *values = (const float *)c.values + at;
+            size_t element = c.half ? sizeof(uint16_t) : sizeof(float);
+            Ahead next_keys = {(const char *)c.keys + (at + PANEL * c.width) * element, PANEL * c.head_dim * element};
             if (c.half) keys = halves_to_floats(room, (const uint16_t *)c.keys + at, PANEL * c.head_dim);
-            tiles(n_rows, scores, keys, query, c.head_dim, c.head_dim);
+            tiles(n_rows, scores, keys, query, c.head_dim, c.head_dim, next_keys);
             for (size_t r = 0; r < n_rows; r++) {
                 size_t p = pos + r / n_heads, first = window && p >= window ? p - window + 1 : 0;
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, PANEL), j0 = first > start ? min_size(first - start, j1) : 0;
                 shrink[r] = exponentials(scores + r * PANEL, lanes[r], &max[r], j0, j1);
             }
             for (size_t d = 0; d < c.width; d += PANEL, values += PANEL * PANEL) {
+                Ahead next_values = {(const char *)c.values + (at + (c.width + d) * PANEL) * element, PANEL * PANEL * element};
                 if (c.half) values = halves_to_floats(room, (const uint16_t *)c.values + at + d * PANEL, n_keys * PANEL);
-                tiles(n_rows, part, values, scores, PANEL, n_keys);
+                tiles(n_rows, part, values, scores, PANEL, n_keys, next_values);
                 for (size_t r = 0; r < n_rows; r++)
                     for (size_t i = 0; i < PANEL; i++)
                         sums[r * c.width + d + i] = fmaf(sums[r * c.width + d + i], shrink[r], part[r * PANEL + i]);

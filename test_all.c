@@ -140,9 +140,10 @@ static void test_group_product(void) {
         }
         for (size_t i = 0; i < T * PANEL; i++) fast[i] = plain[i] = unpacked[i] = whole ? 0 : random_float();
         Activations a = {NULL, q, scale_q, sum_q};
-        group_product(T, fast, type, codes, scale, a, n);
-        group_product_plain(T, plain, type, codes, scale, a, n);
-        group_product(T, unpacked, UNPACKED, unpack_codes(room, type, codes, n), scale, a, n);
+        Ahead none = {q, 0};
+        group_product(T, fast, type, codes, scale, a, n, none);
+        group_product_plain(T, plain, type, codes, scale, a, n, none);
+        group_product(T, unpacked, Q8, unpack_codes(room, type, codes, n), scale, a, n, none);
         for (size_t t = 0; t < T; t++)
             for (size_t r = 0; r < PANEL; r++) {
                 long sum = 0;
