@@ -665,7 +665,7 @@ static void panel_product(float *out, const Matrix *w, size_t panel, const Activ
     for (size_t g = 0; g < w->n_groups; g++) {
         const unsigned char *block = w->data + panel * w->panel_bytes + g * w->block_bytes;
         size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
-        Ahead next = {block + w->block_bytes + 512, w->block_bytes};
+        Ahead next = {block + w->block_bytes + 2048, w->block_bytes};
         if (w->type < Q8) {
             unpack_group(weights, w->type, block, n_k);
             tiles(T, group_sum, weights, a->x + at * w->group, w->group, n_k, next);
