@@ -42,6 +42,8 @@ def outcome(program, out, work):
         status, lines = 1, [f"{program}: {out}: {error.strerror}"]
     except KeyboardInterrupt:
         status, lines = 1, [f"{program}: {out}: interrupted"]
+    except MemoryError:
+        status, lines = 1, [f"{program}: {out}: no memory"]
     return status, [" ".join(line.split()) for line in lines]
 
 
@@ -62,7 +64,7 @@ def form(where):
     """Inside, a value of an unexpected JSON type or an absent one is bad input in the file `where`."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, re.error) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, re.error) as error:
         raise Bad(f"{where}: not in the expected form ({type(error).__name__}: {error})")
 
 
@@ -259,6 +261,8 @@ class Adapter:
             match = PART.fullmatch(name.removeprefix("base_model.model."))
             if not match:
                 raise Bad(f"{name}: in {self.name}, but not a part of a LoRA")
+            if match.groups() in self.parts:
+                raise Bad(f"{name}: in {self.name} with and without base_model.model. (which of the two counts?)")
             self.parts[match.groups()] = name  # (module, part) -> the name in the file, until it is taken
         self.loras, self.replaced, self.token_rows = [], 0, 0  # for the report; loras: [(r, scaling)]
 
@@ -273,11 +277,16 @@ class Adapter:
     def take_whole(self, module):
         """The name in the file of a module's whole weight, None if there is none; further copies of it are taken too."""
         names = [self.parts.pop((module, part), None) for part in WHOLE]
-        self.parts.pop((module, "original_module.weight"), None)  # resized, but not trained
-        return next((name for name in names if name), None)
+        resized = self.parts.pop((module, "original_module.weight"), None)  # resized, but not trained
+        names = [name for name in names if name]
+        for name in names[1:] + [resized] * bool(resized and names):
+            self.weights.check(name, self.weights.tensors[names[0]][1], names[0])
+        return names[0] if names else None
 
     def load(self, name):
         """A tensor as f32 [out, in], a vector as [out, 1]."""
+        if self.weights.tensors[name][2] not in NUMPY:
+            raise Bad(f"{name}: type {self.weights.tensors[name][2]} in {self.name} (only {', '.join(NUMPY)} are read)")
         return self.weights.rows(name, 0, self.weights.tensors[name][1][0])
 
     def finish(self, base):
@@ -670,7 +679,7 @@ def merge(base, adapters, out, dtype=None, base_quant=None):
                 if os.path.exists(os.path.join(directory, name)):
                     save(name, read(os.path.join(directory, name)))
         # last: what a kill leaves behind has no config.json, and is no model to anyone
-        save("config.json", json.dumps(weights.config, indent=2, ensure_ascii=False).encode())
+        save("config.json", json.dumps(weights.config, indent=2).encode())
     return [*weights.report(), f"{out}: {total / 1e6:.1f} MB in {len(shards)} file{'s' * (len(shards) > 1)}, "
             f"{time.monotonic() - started:.1f} s"]
 
