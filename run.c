@@ -62,6 +62,8 @@
 #define UNROLL _Pragma("GCC unroll 8")  /* before a loop of up to 8 turns: so that its arrays can be registers */
 #endif
 
+#define INLINE static inline __attribute__((always_inline))    /* so that arguments which are constants choose the code */
+
 static const char *program = "run";     /* stands before every message */
 static char temporary[4096];            /* a file being written, removed if the program fails; "" = none */
 
@@ -468,8 +470,8 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
     else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
 }
 
-/* What a product asks memory for while it computes: `bytes` from `at` on, a little with each column, so that they are in the
- * second-level cache when their turn comes. The processor's own prefetching ends with each page of 4 KB, and all at once would
+/* What a product asks memory for while it computes: `bytes` from `at` on, a little with each column (in a tile: `bytes` with
+ * each), so that they are in the second-level cache when their turn comes. The processor's own prefetching ends with each page of 4 KB, and all at once would
  * be more than it can have under way. Wherever this points, it is no error. */
 typedef struct { const void *at; size_t bytes; } Ahead;
 
@@ -477,8 +479,7 @@ typedef struct { const void *at; size_t bytes; } Ahead;
  * x: T rows, `stride` apart; out: [T][32]. T is a constant wherever this is inlined, so that the sums stay in
  * registers. With whole numbers (codes times int8 activations, at most 128 * 255 * 127 < 2^24) every partial sum is
  * exact: this FP32 sum is the int32 sum that integer instructions would give. */
-static inline __attribute__((always_inline))
-void tile(const size_t T, float *out, const float *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+INLINE void tile(const size_t T, float *out, const float *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     float sum[8][PANEL];
     const char *fetch = (const char *)ahead.at;
     UNROLL                              /* or gcc -O3 exchanges the loops, and the sums go through memory */
@@ -492,7 +493,7 @@ void tile(const size_t T, float *out, const float *w, const float *x, size_t str
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] = sum[t][r];
 }
 
-/* Cuts off what belongs to T of the tokens. */
+/* Cuts off what a tile of T tokens and n columns is to ask for; all->bytes is by token here, the result's by column. */
 static inline Ahead share(Ahead *all, size_t T, size_t n) {
     Ahead part = *all;
     part.bytes = all->bytes * T / n;
@@ -539,7 +540,9 @@ static void group_product_plain(size_t T, float *total, int type, const uint8_t 
  * the same bits (test_all.c compares them). What an instruction set brings, for WIDTH rows side by side:
  *   dot(type, sum, codes, x)    sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
  *                               activations; codes are up to 255, or 15 where type is Q4
- *   multiply_add(a, b, c)       a * b + c, rounded once */
+ *   multiply_add(a, b, c)       a * b + c, rounded once
+ * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 into
+ * memory instead of in registers for each tile (UNPACK; 1000: never, a call has 64). */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, BIAS = 0, UNPACK = 16 };
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -587,13 +590,10 @@ static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
 }
 #endif
 
-#define INLINE static inline __attribute__((always_inline))    /* so that arguments which are constants choose the code */
-
 /* The codes of columns k to k + 3 of the rows from `row` on. */
 INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row) {
-    const uint8_t *at = type == Q4 ? codes + k / 2 * PANEL + 4 * (row % 16) : codes + k * PANEL + 4 * row;
-    if (type == Q4) return *(const Lanes *)at >> row / 16 * 4 & 0x0f0f0f0f;
-    return *(const Lanes *)at;
+    if (type == Q4) return *(const Lanes *)(codes + k / 2 * PANEL + 4 * (row % 16)) >> row / 16 * 4 & 0x0f0f0f0f;
+    return *(const Lanes *)(codes + k * PANEL + 4 * row);
 }
 
 /* A tile of T tokens and REGISTERS of rows at a time. So that TOKENS sums are in flight also with fewer tokens, each is made
@@ -625,7 +625,7 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
             UNROLL
             for (size_t r = 0; r < REGISTERS; r++) {
                 const Floats *s = (const Floats *)(scale + row) + r, *zero = (const Floats *)(scale + PANEL + row) + r;
-                Floats *out = (Floats *)(total + t * PANEL + row) + r, sum_x = s[0] * 0 + a.sum[t];
+                Floats *out = (Floats *)(total + t * PANEL + row) + r, sum_x = (Floats){0} + a.sum[t];
                 UNROLL
                 for (size_t i = t + T; i < TOKENS; i += T) sum[t][r] += sum[i][r];
                 *out = multiply_add(*s * a.scale[t], multiply_add(-*zero, sum_x, __builtin_convertvector(sum[t][r], Floats)), *out);
@@ -738,6 +738,9 @@ static void cache_store(Cache c, size_t pos, const float *key, const float *valu
     }
 }
 
+/* The first position that the token at pos attends to; window 0 is none. */
+static inline size_t first_seen(size_t pos, size_t window) { return window && pos >= window ? pos - window + 1 : 0; }
+
 /* Attention of a query over a set of keys: sum of e^(score - max), and of e^(score - max) times the values. */
 typedef struct { float max, sum; } Softmax;
 
@@ -803,7 +806,7 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
             if (c.half) keys = halves_to_floats(room, (const uint16_t *)c.keys + at, PANEL * c.head_dim);
             tiles(n_rows, scores, keys, query, c.head_dim, c.head_dim, next_keys);
             for (size_t r = 0; r < n_rows; r++) {
-                size_t p = pos + r / n_heads, first = window && p >= window ? p - window + 1 : 0;
+                size_t p = pos + r / n_heads, first = first_seen(p, window);
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, PANEL), j0 = first > start ? min_size(first - start, j1) : 0;
                 shrink[r] = exponentials(scores + r * PANEL, lanes[r], &max[r], j0, j1);
             }
@@ -964,9 +967,9 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     double n_keys = 0, n_reads = 0;     /* keys seen by the tokens; read from memory, by runs */
     s->clock = now();
 
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++) {    /* runs of tokens, and over how many spans of positions their keys go */
         Run *r = n_runs ? &s->runs[n_runs - 1] : NULL;
-        size_t pos = tokens[i].pos, first = c->window && pos >= c->window ? pos - c->window + 1 : 0;
+        size_t pos = tokens[i].pos, first = first_seen(pos, c->window);
         if (!r || r->n == ROWS / heads || tokens[i].slot != tokens[i - 1].slot || pos != tokens[i - 1].pos + 1) {
             r = &s->runs[n_runs++];
             r->first = i;
@@ -975,9 +978,8 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         }
         r->n++;
         n_keys += (double)(pos + 1 - first);
-        size_t begin = tokens[r->first].pos;
-        begin = c->window && begin >= c->window ? begin - c->window + 1 : 0;
-        if (pos / SPAN - begin / SPAN + 1 > n_spans) n_spans = pos / SPAN - begin / SPAN + 1;
+        size_t run_spans = pos / SPAN - first_seen(tokens[r->first].pos, c->window) / SPAN + 1;
+        n_spans = run_spans > n_spans ? run_spans : n_spans;
     }
     size_t units = n_runs * c->n_kv_heads * parts;
     if (units >= UNITS) n_spans = 1;
@@ -1016,7 +1018,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
             const Run *r = &s->runs[u % n_runs];
             size_t part = u / n_runs % parts, kv_head = u / n_runs / parts % c->n_kv_heads, span = u / units;
             size_t h = kv_head * group + part * heads, n_heads = min_size(heads, (kv_head + 1) * group - h);
-            size_t pos = tokens[r->first].pos, from = c->window && pos >= c->window ? pos - c->window + 1 : 0, to = pos + r->n;
+            size_t pos = tokens[r->first].pos, from = first_seen(pos, c->window), to = pos + r->n;
             if (n_spans > 1) {
                 to = min_size(to, (from / SPAN + span + 1) * SPAN);
                 from = span ? (from / SPAN + span) * SPAN : from;
