@@ -193,8 +193,12 @@ typedef struct {
     bool     by_words;                  /* no piece has a space after another character: words can be merged one by one */
 } Tokenizer;
 
+typedef struct Backend Backend;         /* what runs the model */
+
 typedef struct {
     const char  *path;
+    const Backend *backend;
+    void        *device;                /* the backend's copy of the weights, if it makes one */
     Header       c;                     /* the hyperparameters */
     Matrix       token_embedding;       /* [vocab_size, dim] */
     Layer       *layers;                /* [n_layers] */
@@ -203,6 +207,33 @@ typedef struct {
     Tokenizer    tokenizer;
     const unsigned char *map;           /* the whole file, file_size bytes */
 } Model;
+
+typedef struct State State;             /* caches and activations: section 3 */
+
+/* A token on its way into the model: at position pos of the sequence in slot `slot`; want: its logits are wanted. */
+typedef struct { int id; size_t pos, slot; bool want; } Token;
+
+/* What becomes of a wanted token's logits: with `random` from [0, 1), the next id. */
+typedef struct { double random; int id; } Draw;
+
+/* What runs a model. The CPU's stands here; run_cuda.cu has a GPU's. */
+struct Backend {
+    const char *name;
+    size_t chunk;                       /* most tokens in a forward that pay */
+    void (*load)(Model *m);             /* takes the weights of a model that was just mapped, where they must go elsewhere */
+    void (*unload)(Model *m);
+    void (*open)(State *s);             /* makes room for caches and activations, the State's first fields being filled in */
+    void (*close)(State *s);
+    void (*forward)(State *s, const Token *tokens, size_t n, float *logits);
+    void (*step)(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p);
+    double (*peak)(const State *s);     /* bytes of memory, at most so far */
+};
+static void cpu_open(State *s), cpu_close(State *s), forward(State *s, const Token *tokens, size_t n, float *logits);
+static void cpu_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p);
+static double cpu_peak(const State *s);
+enum { CHUNK = 256 };   /* most tokens of one sequence in a forward: enough that reading the weights is a small part of it */
+static const Backend CPU = {"cpu", CHUNK, NULL, NULL, cpu_open, cpu_close, forward, cpu_step, cpu_peak};
+static const Backend *backend = &CPU;   /* which load_model() gives a model */
 
 /* Fills in the layout of a matrix of this type and shape; false if the type or the group is unknown or a size does
  * not fit in size_t. */
@@ -307,6 +338,7 @@ static Model load_model(const char *path) {
     if (map == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
     close(fd);
     m.path = path;
+    m.backend = backend;
     m.map = (const unsigned char *)map;
     memcpy(&m.c, m.map, sizeof m.c);
     const Header *c = &m.c;
@@ -327,10 +359,12 @@ static Model load_model(const char *path) {
         else m.wcls = w;
     }
     load_tokenizer(path, c, m.map + c->tokenizer_offset, &m.tokenizer);
+    if (m.backend->load) m.backend->load(&m);
     return m;
 }
 
 static void free_model(Model *m) {
+    if (m->backend->unload) m->backend->unload(m);
     munmap((void *)m->map, (size_t)m->c.file_size);
     free(m->layers);
     free(m->tokenizer.pieces);
@@ -841,9 +875,10 @@ typedef struct { size_t first, n; } Run;
 enum { UNITS = 64 };                    /* attention is split over keys where tokens and heads make fewer than so many pieces */
 
 /* What a model needs to run: the caches of n_slots sequences and the activations of one forward. */
-typedef struct {
+struct State {
     const Model *model;
     size_t n_slots, chunk;              /* sequences at once; most tokens in one forward */
+    void *device;                       /* what another backend than the CPU keeps here; it has no use for most of the rest */
     size_t ring;                        /* cached positions of a sequence */
     size_t kv_bytes, kv_size;           /* of all caches; of one element: 2 or 4 */
     size_t head_width;                  /* head_dim rounded up to a multiple of 32 */
@@ -860,9 +895,9 @@ typedef struct {
     Profile profile[N_OPERATIONS];
     double  clock;                      /* when the last operation ended */
     double  bytes;                      /* of weights and caches, read so far */
-} State;
-
-enum { CHUNK = 256 };   /* most tokens of one sequence in a forward: enough that reading the weights is a small part of it */
+    float  *logits;                     /* of step(), [logits_room] */
+    size_t  logits_room;
+};
 
 /* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens, CHUNK of one sequence. The
  * ring holds the window and the rest of that: when a sequence's last token is stored, its first still finds its window. */
@@ -876,44 +911,58 @@ static State new_state(const Model *m, size_t n_slots, size_t context, size_t ch
     s.head_width = round_up(c->head_dim, PANEL);
     s.ring = round_up(c->window ? min_size(context, (size_t)c->window + min_size(chunk, CHUNK) - 1) : context, PANEL);
     s.kv_size = m->layers[0].wqkv.type == F32 ? sizeof(float) : sizeof(uint16_t);
-    size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim, half_bytes;
-    size_t kv_width = c->n_kv_heads * s.head_width, heads = min_size(c->n_heads / c->n_kv_heads, ROWS);
-    size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-    if (__builtin_mul_overflow(s.ring, kv_width * s.kv_size * c->n_layers, &half_bytes) ||
-        __builtin_mul_overflow(half_bytes, 2 * n_slots, &s.kv_bytes) || s.kv_bytes > memory)
-        die("%s: the KV cache of %zu sequences of %zu positions takes %.1f GB, this machine has %.1f: lower -b or -c",
-            m->path, n_slots, s.ring, 2.0 * (double)s.ring * (double)kv_width * (double)s.kv_size * c->n_layers * (double)n_slots / 1e9,
-            (double)memory / 1e9);
-    /* calloc, because large calloc'ed memory takes no place until it is written */
-    s.keys = (unsigned char *)calloc(s.kv_bytes / 2 + 64, 1);
-    s.values = (unsigned char *)calloc(s.kv_bytes / 2 + 64, 1);
-    if (!s.keys || !s.values) die("%s: no memory for a KV cache of %.1f GB: lower -b or -c", m->path, (double)s.kv_bytes / 1e9);
-
-    size_t widest = round_up(q_dim > c->hidden_dim ? q_dim : c->hidden_dim, MAX_GROUP);
-    widest = widest > round_up(c->dim, MAX_GROUP) ? widest : round_up(c->dim, MAX_GROUP);
-    s.frequencies = (double *)allocate(c->head_dim / 2, sizeof(double), m->path);
-    s.rotations = (float *)allocate(chunk * c->head_dim, sizeof(float), m->path);
-    s.x = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
-    s.xb = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
-    s.qkv = (float *)allocate(chunk * (q_dim + 2 * kv_dim), sizeof(float), m->path);
-    size_t split = min_size((UNITS - 1) / c->n_kv_heads * (ROWS / heads), chunk) * (s.ring / SPAN + 2);
-    s.att = (float *)allocate((split > chunk ? split : chunk) * q_dim, sizeof(float), m->path);
-    s.softmax = (Softmax *)allocate((split > chunk ? split : chunk) * c->n_heads, sizeof(Softmax), m->path);
-    s.runs = (Run *)allocate(chunk, sizeof(Run), m->path);
-    s.h13 = (float *)allocate(chunk * 2 * c->hidden_dim, sizeof(float), m->path);
-    s.h = (float *)allocate(chunk * c->hidden_dim, sizeof(float), m->path);
-    s.activations.x = (float *)allocate(chunk * widest, sizeof(float), m->path);
-    s.activations.q = (int8_t *)s.activations.x;
-    s.activations.scale = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
-    s.activations.sum = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
-    for (size_t i = 0; i < c->head_dim / 2; i++)
-        s.frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
+    m->backend->open(&s);
     return s;
 }
 
-static void free_state(State *s) {
+static void free_state(State *s) { s->model->backend->close(s); }
+
+/* Bytes of the caches, or dies if they are more than `memory`, which `machine` has. */
+static size_t cache_bytes(const State *s, double memory, const char *machine) {
+    const Header *c = &s->model->c;
+    size_t position = c->n_layers * c->n_kv_heads * s->head_width * s->kv_size * 2, bytes = 0;
+    double need = (double)position * (double)s->ring * (double)s->n_slots;
+    if (__builtin_mul_overflow(s->ring * s->n_slots, position, &bytes) || need > memory)
+        die("%s: the KV cache of %zu sequences of %zu positions takes %.1f GB, %s has %.1f: lower -b or -c",
+            s->model->path, s->n_slots, s->ring, need / 1e9, machine, memory / 1e9);
+    return bytes;
+}
+
+static void cpu_open(State *s) {
+    const Model *m = s->model;
+    const Header *c = &m->c;
+    size_t chunk = s->chunk, q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim;
+    size_t heads = min_size(c->n_heads / c->n_kv_heads, ROWS);
+    s->kv_bytes = cache_bytes(s, (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), "this machine");
+    /* calloc, because large calloc'ed memory takes no place until it is written */
+    s->keys = (unsigned char *)calloc(s->kv_bytes / 2 + 64, 1);
+    s->values = (unsigned char *)calloc(s->kv_bytes / 2 + 64, 1);
+    if (!s->keys || !s->values) die("%s: no memory for a KV cache of %.1f GB: lower -b or -c", m->path, (double)s->kv_bytes / 1e9);
+
+    size_t widest = round_up(q_dim > c->hidden_dim ? q_dim : c->hidden_dim, MAX_GROUP);
+    widest = widest > round_up(c->dim, MAX_GROUP) ? widest : round_up(c->dim, MAX_GROUP);
+    s->frequencies = (double *)allocate(c->head_dim / 2, sizeof(double), m->path);
+    s->rotations = (float *)allocate(chunk * c->head_dim, sizeof(float), m->path);
+    s->x = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
+    s->xb = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
+    s->qkv = (float *)allocate(chunk * (q_dim + 2 * kv_dim), sizeof(float), m->path);
+    size_t split = min_size((UNITS - 1) / c->n_kv_heads * (ROWS / heads), chunk) * (s->ring / SPAN + 2);
+    s->att = (float *)allocate((split > chunk ? split : chunk) * q_dim, sizeof(float), m->path);
+    s->softmax = (Softmax *)allocate((split > chunk ? split : chunk) * c->n_heads, sizeof(Softmax), m->path);
+    s->runs = (Run *)allocate(chunk, sizeof(Run), m->path);
+    s->h13 = (float *)allocate(chunk * 2 * c->hidden_dim, sizeof(float), m->path);
+    s->h = (float *)allocate(chunk * c->hidden_dim, sizeof(float), m->path);
+    s->activations.x = (float *)allocate(chunk * widest, sizeof(float), m->path);
+    s->activations.q = (int8_t *)s->activations.x;
+    s->activations.scale = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
+    s->activations.sum = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
+    for (size_t i = 0; i < c->head_dim / 2; i++)
+        s->frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
+}
+
+static void cpu_close(State *s) {
     void *all[] = {s->keys, s->values, s->frequencies, s->rotations, s->x, s->xb, s->qkv, s->att, s->softmax, s->runs, s->h13, s->h,
-                   s->activations.x, s->activations.scale, s->activations.sum};
+                   s->activations.x, s->activations.scale, s->activations.sum, s->logits};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -951,9 +1000,6 @@ static void add_and_norm(State *s, const Matrix *weight, size_t n) {
     }
     book(s, NORM, 0, 0);
 }
-
-/* A token on its way into the model: at position pos of the sequence in slot `slot`; want: its logits are wanted. */
-typedef struct { int id; size_t pos, slot; bool want; } Token;
 
 /* One step of the model over n <= chunk tokens. Prefill is n tokens of one sequence, decoding one token of each sequence;
  * any mixture is fine, as long as a sequence's tokens come in the order of their positions and none is left out. A token
@@ -1333,10 +1379,10 @@ static double uniform(uint64_t *state) {
 }
 
 /* The next id, drawn from softmax(logits / temperature) cut to the smallest set of most probable ids that holds top_p
- * of the mass (Holtzman et al. 2019); temperature 0 is the most probable id. logits: [n], overwritten.
+ * of the mass (Holtzman et al. 2019); temperature 0 is the most probable id. logits: [n], overwritten; random: from [0, 1).
  * Nothing is sorted. Positive FP32 numbers order as their bits do, and those up to 1 have 30; the smallest probability
  * in the set is found by 10 of them at a time, from the top, summing the mass above each digit. */
-static int sample(float *logits, size_t n, float temperature, float top_p, uint64_t *rng) {
+static int sample(float *logits, size_t n, float temperature, float top_p, double random) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
     if (temperature == 0 || top_p == 0) return (int)best;
@@ -1357,7 +1403,7 @@ static int sample(float *logits, size_t n, float temperature, float top_p, uint6
     }
     /* of the ids that have just this probability as many as are needed, in the order of ids */
     double each = as_float(smallest), equal = top_p < 1 ? ceil((limit - above) / each) : (double)n;
-    double end = top_p < 1 ? fmin(fma(equal, each, above), total) : total, r = uniform(rng) * end, passed = 0;
+    double end = top_p < 1 ? fmin(fma(equal, each, above), total) : total, r = random * end, passed = 0;
     for (size_t i = 0; i < n && passed <= r; i++) {
         uint32_t bits = as_bits(p[i]);
         if (bits < smallest || (bits == smallest && equal-- < 1)) continue;
@@ -1365,6 +1411,30 @@ static int sample(float *logits, size_t n, float temperature, float top_p, uint6
         best = i;                       /* the last of the set, should rounding leave r beyond it */
     }
     return (int)best;
+}
+
+/* forward(), and of each wanted token the next id. */
+static void cpu_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p) {
+    size_t vocab = s->model->c.vocab_size, n_want = 0;
+    for (size_t i = 0; i < n; i++) n_want += tokens[i].want;
+    if (n_want) s->logits = (float *)grow(s->logits, n_want * vocab - 1, &s->logits_room, sizeof(float));
+    forward(s, tokens, n, s->logits);
+    #pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < n_want; i++)
+        draws[i].id = sample(s->logits + i * vocab, vocab, temperature, top_p, draws[i].random);
+    book(s, SAMPLING, 0, 0);
+}
+
+/* The process's largest resident size. */
+static double cpu_peak(const State *s) {
+    struct rusage usage;
+    (void)s;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (double)usage.ru_maxrss;                     /* bytes */
+#else
+    return (double)usage.ru_maxrss * 1024;              /* KiB */
+#endif
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -1495,11 +1565,11 @@ static void display(Display *d, const Tokenizer *t, const Sequence *sequences, s
  * prefill or decoding, and can be timed as such. The last id's logits give the next id. d: NULL to show nothing. */
 static void generate(State *s, Sequence *sequences, size_t n_sequences, const Options *o, Statistics *statistics, Display *d) {
     const Tokenizer *t = &s->model->tokenizer;
-    size_t vocab = s->model->c.vocab_size, next = 0, n_running = 0;
+    size_t next = 0, n_running = 0;
     Sequence **slots = (Sequence **)allocate(s->n_slots, sizeof *slots, "slots");
     Sequence **wanted = (Sequence **)allocate(s->n_slots, sizeof *wanted, "slots");      /* whose logits come back */
     Token *tokens = (Token *)allocate(s->chunk, sizeof *tokens, "tokens");
-    float *logits = (float *)allocate(s->n_slots * vocab, sizeof *logits, "logits");
+    Draw *draws = (Draw *)allocate(s->n_slots, sizeof *draws, "draws");
     Pass *pass = &statistics->pass;
     double start = now(), before = start, all = 0, done = 0;
     for (size_t i = 0; i < n_sequences; i++) all += (double)(sequences[i].limit - sequences[i].n_fed);
@@ -1523,16 +1593,13 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
             }
         }
         double bytes = s->bytes;
-        forward(s, tokens, n, logits);
-        #pragma omp parallel for schedule(dynamic)
-        for (size_t i = 0; i < n_want; i++)         /* tokens[] has served and takes the new ids */
-            tokens[i].id = sample(logits + i * vocab, vocab, (float)o->temperature, (float)o->top_p, &wanted[i]->rng);
-        book(s, SAMPLING, 0, 0);
+        for (size_t i = 0; i < n_want; i++) draws[i].random = uniform(&wanted[i]->rng);
+        s->model->backend->step(s, tokens, n, draws, (float)o->temperature, (float)o->top_p);
 
         double after = now();
         for (size_t i = 0; i < n_want; i++) {
             Sequence *q = wanted[i];
-            int id = tokens[i].id;
+            int id = draws[i].id;
             bool first = q->n_ids == q->n_prompt;
             add_sample(first ? &statistics->ttft : &statistics->itl, after - (first ? start : q->last));
             q->last = after;
@@ -1560,7 +1627,7 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
     free(slots);
     free(wanted);
     free(tokens);
-    free(logits);
+    free(draws);
 }
 
 static void end_pass(Statistics *s) {
@@ -1642,7 +1709,7 @@ static void json_head(FILE *f, const State *s, const Options *o) {
     const Header *c = &s->model->c;
     fprintf(f, "{\n  \"model\": ");
     json_string(f, c->name, strlen(c->name));
-    fprintf(f, ",\n  \"backend\": \"cpu\",\n  \"dtype\": \"%s\"", TYPE_NAMES[s->model->layers[0].wqkv.type]);
+    fprintf(f, ",\n  \"backend\": \"%s\",\n  \"dtype\": \"%s\"", s->model->backend->name, TYPE_NAMES[s->model->layers[0].wqkv.type]);
     json_number(f, "threads", (double)o->threads);
 }
 
@@ -1664,13 +1731,7 @@ static void report_profile(const State *s) {
 static bool report(const State *s, const Sequence *sequences, size_t n_sequences, Statistics *st, const Options *o) {
     const Model *m = s->model;
     const Pass *p = &st->pass;
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
-    double peak = (double)usage.ru_maxrss;              /* bytes */
-#else
-    double peak = (double)usage.ru_maxrss * 1024;       /* KiB */
-#endif
+    double peak = m->backend->peak(s);
     double prefill = quantile(&st->prefill, 0.5), decoding = quantile(&st->decode, 0.5), total = quantile(&st->total, 0.5);
     double prefill_tok_s = prefill > 0 ? (double)p->prompt_tokens / prefill : 0;
     double decode_tok_s = decoding > 0 ? (double)p->decode_tokens / decoding : 0;
@@ -1683,7 +1744,7 @@ static bool report(const State *s, const Sequence *sequences, size_t n_sequences
         const Matrix *w = &m->layers[0].wqkv;
         fprintf(stderr, "\nmodel    %s, %s", m->c.name, TYPE_NAMES[w->type]);
         if (w->type >= Q8) fprintf(stderr, " in groups of %zu", w->group);
-        fprintf(stderr, "; cpu, %zu thread%s; batch %zu, seed %zu\n", o->threads, o->threads == 1 ? "" : "s", s->n_slots, o->seed);
+        fprintf(stderr, "; %s, %zu thread%s; batch %zu, seed %zu\n", m->backend->name, o->threads, o->threads == 1 ? "" : "s", s->n_slots, o->seed);
         fprintf(stderr, "prefill  %zu tokens in %.3f s: %.1f tok/s, the first token of a sequence after %.1f ms\n",
                 p->prompt_tokens, prefill, prefill_tok_s, ttft);
         fprintf(stderr, "decode   %zu tokens in %.3f s: %.1f tok/s, %.1f ms between tokens (95%% under %.1f), reading %.1f GB/s\n",
@@ -1829,7 +1890,7 @@ static bool generate_mode(const Model *m, const Options *o) {
         if (sequences[i].n_prompt + o->tokens > need) need = sequences[i].n_prompt + o->tokens;
     }
     size_t context = o->context ? min_size(o->context, need) : need, n_slots = min_size(o->batch, n);
-    State s = new_state(m, n_slots, context, n_slots > CHUNK ? n_slots : (size_t)CHUNK);
+    State s = new_state(m, n_slots, context, n_slots > m->backend->chunk ? n_slots : m->backend->chunk);
     do {
         Pass before = statistics.pass;
         if (done == o->warmup) {
@@ -1989,7 +2050,7 @@ static bool perplexity_mode(const Model *m, const Options *o) {
             tokens[i] = token;
             if (token.want) target[n_want++] = ids[f + i];
         }
-        for (size_t k = 0; k < n_models; k++) forward(&states[k], tokens, n, logits[k]);
+        for (size_t k = 0; k < n_models; k++) m->backend->forward(&states[k], tokens, n, logits[k]);
         #pragma omp parallel for schedule(static)
         for (size_t i = 0; i < n_want; i++) {
             const float *p = logits[0] + i * vocab;
@@ -2176,8 +2237,8 @@ static Options read_options(int argc, char **argv) {
     return o;
 }
 
-#ifndef RUN_NO_MAIN
-int main(int argc, char **argv) {
+/* The program, on whichever backend; returns the exit status. */
+static int run(int argc, char **argv) {
 #ifdef _OPENMP
     /* gcc's threads wait for one another spinning, up to some 20 ms: as soon as another program wants a core, that keeps
      * from running whom they wait for (SPEED.md: 7 tok/s instead of 750). How long is read from the environment before
@@ -2204,5 +2265,8 @@ int main(int argc, char **argv) {
     flush_stdout();
     return met && (!interrupted || interrupted == SIGINT) ? 0 : 1;      /* Ctrl-C is the user's wish, SIGTERM is not */
 }
+
+#ifndef RUN_NO_MAIN
+int main(int argc, char **argv) { return run(argc, argv); }
 #endif
 #endif
