@@ -879,6 +879,8 @@ struct State {
     const Model *model;
     size_t n_slots, chunk;              /* sequences at once; most tokens in one forward */
     void *device;                       /* what another backend than the CPU keeps here; it has no use for most of the rest */
+    bool decoding;                      /* in this step each token stands alone in its sequence */
+    bool profiled;                      /* -P: a backend that would lose time by measuring times may do so */
     size_t ring;                        /* cached positions of a sequence */
     size_t kv_bytes, kv_size;           /* of all caches; of one element: 2 or 4 */
     size_t head_width;                  /* head_dim rounded up to a multiple of 32 */
@@ -1594,6 +1596,7 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
         }
         double bytes = s->bytes;
         for (size_t i = 0; i < n_want; i++) draws[i].random = uniform(&wanted[i]->rng);
+        s->decoding = !prefill;
         s->model->backend->step(s, tokens, n, draws, (float)o->temperature, (float)o->top_p);
 
         double after = now();
@@ -1891,6 +1894,7 @@ static bool generate_mode(const Model *m, const Options *o) {
     }
     size_t context = o->context ? min_size(o->context, need) : need, n_slots = min_size(o->batch, n);
     State s = new_state(m, n_slots, context, n_slots > m->backend->chunk ? n_slots : m->backend->chunk);
+    s.profiled = o->profile;
     do {
         Pass before = statistics.pass;
         if (done == o->warmup) {
@@ -2035,6 +2039,7 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     }
     for (size_t k = 0; k < n_models; k++) {
         states[k] = new_state(&models[k], n_slots, span, CHUNK);
+        states[k].profiled = o->profile;
         logits[k] = (float *)allocate(CHUNK * vocab, sizeof(float), "logits");
     }
     Token tokens[CHUNK];

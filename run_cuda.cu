@@ -1,0 +1,1383 @@
+/* run_cuda.cu - the engine of run.c on a GPU.
+ *
+ *   nvcc -O3 -arch=native run_cuda.cu -o run_cuda && ./run_cuda demo/tiny-mistral-q8.bin -b 32 -n 200
+ *
+ * Includes run.c for all that is not GPU, and gives the same command line. From top to bottom:
+ *   1. Weights        uploaded once, laid out as the tensor cores read them
+ *   2. Tensor cores   the two instructions everything rests on, and what they do in plain C
+ *   3. Products       plain; for the few tokens of a decoding step; for the many of a prefill
+ *   4. Between        embedding, norms, RoPE, quantizing: one kernel each
+ *   5. Attention      plain; and on the tensor cores, for both decoding and prefill
+ *   6. The sampler
+ *   7. The step       forward() as a list of launches, which CUDA keeps as a graph
+ *
+ * A token's numbers are the same whatever else is in the batch, and from run to run: every sum has an order that depends on
+ * the model, the place in the text, -b and whether this is prefill or decoding. They differ from the CPU's in the last
+ * digits: sums over groups are added in another order (those within a group are of whole numbers, and the same).
+ *
+ * Written for compute capability 7.5 (the T4) and later. On 9.0 a kernel starts while the one before it ends. */
+#define RUN_NO_MAIN
+#include "run.c"
+#include <cublas_v2.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+/* Ends the program with one line if a call to CUDA fails. */
+#define CUDA(call) cuda_check(call, #call)
+static void cuda_check(cudaError_t error, const char *call) {
+    if (error != cudaSuccess) die("CUDA: %s (%.40s)", cudaGetErrorString(error), call);
+}
+
+enum { COLUMNS = 128 };                 /* of a tile of weights; activations are padded to a multiple */
+
+/* Lets the next kernel begin, and waits until the one before has ended and its results can be read. Before it a kernel may
+ * only read weights. Without it (before 9.0) kernels simply follow one another. */
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+    cudaGridDependencySynchronize();
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 1. Weights                                                                                                        */
+
+/* A matrix on the device, [rows, cols].
+ *
+ * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it
+ * to the tensor cores. Thread 4 g + q has of the rows g and g + 8 a quarter of each group, the columns from q * group / 4 on:
+ * 32 columns a row, which are 16 bytes in q4 and 32 in q8, read in one piece.
+ *   codes   [row tile][column tile][row g, g + 8][q8: half 0, 1][thread] of 16 bytes. In q4 a word has eight columns, the low
+ *           halves of its bytes the first four, the high halves the others.
+ *   scales  [row tile][column tile][group][g][row g, g + 8] of (scale, zero)
+ * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it, padded to multiples of 16 rows and 128 columns.
+ * The rows of w13 change places: 8 of the gate, then the 8 of up that they are multiplied with. So both stand in the
+ * same thread. */
+typedef struct {
+    int     type, group;                /* F16, Q8 or Q4 */
+    int     rows, cols, row_tiles, column_tiles;
+    uint4  *codes;
+    __half2 *scales;
+    __half *halves;
+    double  bytes;                      /* in the file: what a step counts as read */
+} Weights;
+
+/* A matrix as in the file, on the device, for the kernel that re-tiles it. */
+typedef struct {
+    int type, group;
+    int rows, cols, gate;               /* gate: rows of the gate in w13, 0 elsewhere */
+    size_t block_bytes, panel_bytes;
+    const unsigned char *data;
+} Raw;
+
+/* Which row of the file a row of the device's matrix is; -1: none. */
+__device__ inline int file_row(const Raw &m, int row) {
+    if (!m.gate) return row < m.rows ? row : -1;
+    int unit = row / 16 * 8 + row % 8;
+    return unit >= m.gate ? -1 : row % 16 < 8 ? unit : m.gate + unit;
+}
+
+__device__ inline int file_code(const Raw &m, int row, int col) {
+    if (row < 0 || col >= m.cols) return 0;
+    const unsigned char *codes = m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes + 4 * PANEL;
+    int k = col % m.group, r = row % PANEL;
+    return m.type == Q8 ? codes[(k / 4 * PANEL + r) * 4 + k % 4] : codes[(k / 4 * 16 + r % 16) * 4 + k % 4] >> r / 16 * 4 & 15;
+}
+
+/* Column of a tile that is the j-th of thread quarter q, j < 32. */
+__device__ inline int tile_column(int q, int j, int group) { return j / (group / 4) * group + q * (group / 4) + j % (group / 4); }
+
+__global__ void tile_codes(Weights w, Raw m) {      /* a thread makes 16 bytes */
+    int pieces = m.type == Q8 ? 4 : 2;
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, tile = i / 32 / pieces;
+    if (tile >= (size_t)w.row_tiles * w.column_tiles) return;
+    int thread = i % 32, piece = i / 32 % pieces, q = thread % 4, half = m.type == Q8 ? piece / 2 : piece;
+    int row = file_row(m, (int)(tile / w.column_tiles) * 16 + half * 8 + thread / 4), col = (int)(tile % w.column_tiles) * COLUMNS;
+    unsigned char bytes[16];
+    for (int b = 0; b < 16; b++)
+        if (m.type == Q8) bytes[b] = file_code(m, row, col + tile_column(q, piece % 2 * 16 + b, m.group));
+        else bytes[b] = file_code(m, row, col + tile_column(q, b / 4 * 8 + b % 4, m.group)) |
+                        file_code(m, row, col + tile_column(q, b / 4 * 8 + b % 4 + 4, m.group)) << 4;
+    memcpy(&w.codes[i], bytes, 16);
+}
+
+__global__ void tile_scales(Weights w, Raw m) {     /* a thread makes one (scale, zero) */
+    int per_tile = COLUMNS / m.group;
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, tile = i / 16 / per_tile;
+    if (tile >= (size_t)w.row_tiles * w.column_tiles) return;
+    int row = file_row(m, (int)(tile / w.column_tiles) * 16 + i % 2 * 8 + i / 2 % 8);
+    int col = (int)(tile % w.column_tiles) * COLUMNS + (int)(i / 16 % per_tile) * m.group;
+    const __half *block = (const __half *)(m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes);
+    bool inside = row >= 0 && col < m.cols;
+    w.scales[i] = inside ? __halves2half2(block[row % PANEL], block[PANEL + row % PANEL]) : __half2(0, 0);
+}
+
+__global__ void tile_halves(Weights w, Raw m) {
+    size_t width = (size_t)w.column_tiles * COLUMNS, i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= (size_t)w.row_tiles * 16 * width) return;
+    int row = file_row(m, (int)(i / width)), col = i % width;
+    size_t at = row < 0 ? 0 : row / PANEL * (size_t)PANEL * m.cols + (size_t)col * PANEL + row % PANEL;
+    if (row < 0 || col >= m.cols) w.halves[i] = 0;
+    else if (m.type == F16) w.halves[i] = ((const __half *)m.data)[at];
+    else w.halves[i] = __float2half_rn(fminf(fmaxf(((const float *)m.data)[at], -65504.0f), 65504.0f));
+}
+
+/* One weight, as the plain product and the embedding read it. */
+__device__ inline float weight_at(const Weights &w, int row, int col) {
+    if (w.type == F16) return __half2float(w.halves[(size_t)row * w.column_tiles * COLUMNS + col]);
+    size_t tile = (size_t)(row / 16) * w.column_tiles + col / COLUMNS;
+    int quarter = w.group / 4, s = col % COLUMNS / w.group, c = col % w.group, g = row % 8, half = row % 16 / 8;
+    int thread = 4 * g + c / quarter, j = s * quarter + c % quarter, code;
+    if (w.type == Q8) code = ((const uint8_t *)&w.codes[(tile * 4 + half * 2 + j / 16) * 32 + thread])[j % 16];
+    else code = ((const uint8_t *)&w.codes[(tile * 2 + half) * 32 + thread])[j / 8 * 4 + j % 4] >> j % 8 / 4 * 4 & 15;
+    float2 scale = __half22float2(w.scales[(tile * (COLUMNS / w.group) + s) * 16 + 2 * g + half]);
+    return scale.x * ((float)code - scale.y);
+}
+
+/* A model's weights on the device. */
+typedef struct {
+    Weights embedding, wcls, *wqkv, *wo, *w13, *w2;             /* [n_layers] each */
+    float  *rms_final, **rms_att, **rms_ffn;                    /* [dim] each */
+    size_t  bytes;                                              /* of device memory */
+} DeviceModel;
+
+static size_t blocks_of(size_t n, size_t per_block) { return (n + per_block - 1) / per_block; }
+
+/* Device memory, zeroed, *total growing by it; dies if there is none. */
+static void *device_allocate(size_t bytes, size_t *total, const char *what) {
+    void *p = NULL;
+    size_t free_bytes = 0, all = 0;
+    if (cudaMalloc(&p, bytes + 256) != cudaSuccess) {
+        cudaMemGetInfo(&free_bytes, &all);
+        die("%s: no room on the GPU: %.1f MB more are needed and %.1f of its %.1f MB are free", what, (double)bytes / 1e6,
+            (double)free_bytes / 1e6, (double)all / 1e6);
+    }
+    CUDA(cudaMemset(p, 0, bytes + 256));
+    *total += bytes + 256;
+    return p;
+}
+
+static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, const char *path) {
+    Weights w;
+    memset(&w, 0, sizeof w);
+    w.type = m->type < Q8 ? F16 : m->type;
+    w.group = (int)m->group;
+    w.rows = gate ? (int)round_up((size_t)gate, 8) * 2 : (int)m->rows;
+    w.cols = (int)m->cols;
+    w.row_tiles = (int)blocks_of((size_t)w.rows, 32) * 2;       /* a warp takes two at once */
+    w.column_tiles = (int)blocks_of(m->cols, COLUMNS);
+    w.bytes = (double)m->bytes;
+    size_t tiles = (size_t)w.row_tiles * w.column_tiles, codes = tiles * (m->type == Q8 ? 128 : 64), scales = tiles * 16 * COLUMNS / m->group;
+    Raw raw = {m->type, (int)m->group, (int)m->rows, (int)m->cols, gate, m->block_bytes, m->panel_bytes, (const unsigned char *)staging};
+    CUDA(cudaMemcpy(staging, m->data, m->bytes, cudaMemcpyHostToDevice));
+    if (w.type == F16) {
+        size_t n = tiles * 16 * COLUMNS;
+        w.halves = (__half *)device_allocate(n * sizeof(__half), total, path);
+        tile_halves<<<blocks_of(n, 256), 256>>>(w, raw);
+    } else {
+        w.codes = (uint4 *)device_allocate(codes * sizeof(uint4), total, path);
+        w.scales = (__half2 *)device_allocate(scales * sizeof(__half2), total, path);
+        tile_codes<<<blocks_of(codes, 256), 256>>>(w, raw);
+        tile_scales<<<blocks_of(scales, 256), 256>>>(w, raw);
+    }
+    CUDA(cudaGetLastError());
+    return w;
+}
+
+static float *upload_norm(const Matrix *m, size_t *total, const char *path) {
+    float *p = (float *)device_allocate(m->rows * sizeof(float), total, path);
+    CUDA(cudaMemcpy(p, m->data, m->rows * sizeof(float), cudaMemcpyHostToDevice));
+    return p;
+}
+
+static void cuda_load(Model *m) {
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || !count) die("no NVIDIA GPU can be used (%s); run needs none", cudaGetErrorString(error));
+    const Header *c = &m->c;
+    size_t n = c->n_layers, largest = m->token_embedding.bytes, need = 0, free_bytes, all;
+    for (size_t i = 0; i < 6 * n; i++) largest = largest > ((Matrix *)m->layers)[i].bytes ? largest : ((Matrix *)m->layers)[i].bytes;
+    largest = largest > m->wcls.bytes ? largest : m->wcls.bytes;
+    need = largest + (size_t)c->file_size;
+    CUDA(cudaMemGetInfo(&free_bytes, &all));
+    if (need > free_bytes)
+        die("%s: its weights need %.1f GB of GPU memory and %.1f of %.1f GB are free: quantize it further (q8, q4)", m->path, (double)need / 1e9,
+            (double)free_bytes / 1e9, (double)all / 1e9);
+    DeviceModel *d = (DeviceModel *)allocate(1, sizeof *d, m->path);
+    Weights *weights = (Weights *)allocate(4 * n, sizeof *weights, m->path);
+    float **norms = (float **)allocate(2 * n, sizeof *norms, m->path);
+    d->wqkv = weights; d->wo = weights + n; d->w13 = weights + 2 * n; d->w2 = weights + 3 * n;
+    d->rms_att = norms; d->rms_ffn = norms + n;
+    size_t not_counted = 0;
+    void *staging = device_allocate(largest, &not_counted, m->path);
+    d->embedding = d->wcls = upload(&m->token_embedding, 0, staging, &d->bytes, m->path);
+    if (m->wcls.data != m->token_embedding.data) d->wcls = upload(&m->wcls, 0, staging, &d->bytes, m->path);
+    for (size_t l = 0; l < n; l++) {
+        const Layer *w = &m->layers[l];
+        d->rms_att[l] = upload_norm(&w->rms_att_weight, &d->bytes, m->path);
+        d->rms_ffn[l] = upload_norm(&w->rms_ffn_weight, &d->bytes, m->path);
+        d->wqkv[l] = upload(&w->wqkv, 0, staging, &d->bytes, m->path);
+        d->wo[l] = upload(&w->wo, 0, staging, &d->bytes, m->path);
+        d->w13[l] = upload(&w->w13, (int)c->hidden_dim, staging, &d->bytes, m->path);
+        d->w2[l] = upload(&w->w2, 0, staging, &d->bytes, m->path);
+    }
+    d->rms_final = upload_norm(&m->rms_final_weight, &d->bytes, m->path);
+    CUDA(cudaDeviceSynchronize());
+    cudaFree(staging);
+    m->device = d;
+}
+
+static void free_weights(Weights *w) { cudaFree(w->codes); cudaFree(w->scales); cudaFree(w->halves); }
+
+static void cuda_unload(Model *m) {
+    DeviceModel *d = (DeviceModel *)m->device;
+    if (!d) return;
+    if (m->wcls.data != m->token_embedding.data) free_weights(&d->wcls);
+    free_weights(&d->embedding);
+    for (size_t i = 0; i < 4 * m->c.n_layers; i++) free_weights(&d->wqkv[i]);
+    for (size_t i = 0; i < 2 * m->c.n_layers; i++) cudaFree(d->rms_att[i]);
+    cudaFree(d->rms_final);
+    free(d->wqkv);
+    free(d->rms_att);
+    free(d);
+}
+
+/* Activations on their way into a product, as `emit` below leaves them. */
+typedef struct {
+    int8_t *q;                          /* [column tile][stride tokens][128], a tile's columns in the order of its threads */
+    float2 *scale;                      /* [group][stride tokens] of (scale, sum of q) */
+    __half *halves;                     /* [stride tokens][128 * column tiles], for FP16 weights */
+    int     stride;                     /* room for so many tokens, a multiple of 128 */
+} Inputs;
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 2. Tensor cores                                                                                                   */
+
+/* d = a b + c for a of 16 rows by 32 columns of codes, b of 32 columns by 8 tokens, d and c of 16 by 8, spread over the threads
+ * of a warp. With g = thread / 4 and q = thread % 4 a thread has
+ *   a[0], a[1]: columns 4 q to 4 q + 3 of the rows g and g + 8;  a[2], a[3]: columns 16 + 4 q on of the same
+ *   b[0], b[1]: columns 4 q on, 16 + 4 q on, of token g
+ *   d[0], d[1]: row g, tokens 2 q and 2 q + 1;  d[2], d[3]: row g + 8
+ * (PTX ISA, mma.m16n8k32). Which columns those are matters to nobody, as long as a and b have the same. The T4's instruction is
+ * a quarter of it. The loop is what both do; it is here to be read, and runs where a program was built for older GPUs. */
+__device__ inline void mma_codes(int *d, const uint32_t *a, const uint32_t *b, const int *c) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+#elif __CUDA_ARCH__ >= 750
+    for (int h = 0; h < 2; h++)
+        for (int k = 0; k < 2; k++) {
+            const int *before = k ? d : c;
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%5};"
+                : "=r"(d[2 * h]), "=r"(d[2 * h + 1]) : "r"(a[h + 2 * k]), "r"(b[k]), "r"(before[2 * h]), "r"(before[2 * h + 1]));
+        }
+#else
+    int sum[4] = {c[0], c[1], c[2], c[3]}, lane = threadIdx.x % 32;
+    for (int k = 0; k < 2; k++)
+        for (int from = 0; from < 4; from++)
+            for (int i = 0; i < 4; i++) {
+                uint32_t row = __shfl_sync(~0u, a[i / 2 + 2 * k], lane / 4 * 4 + from);
+                uint32_t token = __shfl_sync(~0u, b[k], (lane % 4 * 2 + i % 2) * 4 + from);
+                for (int byte = 0; byte < 32; byte += 8) sum[i] += (int)(row >> byte & 255) * (int8_t)(token >> byte);
+            }
+    for (int i = 0; i < 4; i++) d[i] = sum[i];
+#endif
+}
+
+/* d += a b for a of 16 rows by 16 columns, b of 16 columns by 8 tokens, FP16, d of 16 by 8, FP32. As above with two columns
+ * in a register: a[0], a[1]: columns 2 q and 2 q + 1 of the rows g and g + 8; a[2], a[3]: 8 + 2 q on; b alike (PTX ISA,
+ * mma.m16n8k16; the T4's m16n8k8 is the half). */
+__device__ inline void mma_halves(float *d, const uint32_t *a, const uint32_t *b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif __CUDA_ARCH__ >= 750
+    for (int k = 0; k < 2; k++)
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
+#else
+    int lane = threadIdx.x % 32;
+    for (int k = 0; k < 2; k++)
+        for (int from = 0; from < 4; from++)
+            for (int i = 0; i < 4; i++) {
+                uint32_t row = __shfl_sync(~0u, a[i / 2 + 2 * k], lane / 4 * 4 + from);
+                uint32_t token = __shfl_sync(~0u, b[k], (lane % 4 * 2 + i % 2) * 4 + from);
+                float2 x = __half22float2(*(__half2 *)&row), y = __half22float2(*(__half2 *)&token);
+                d[i] = fmaf(x.x, y.x, fmaf(x.y, y.y, d[i]));
+            }
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 3. Products: out[token][row] = sum over columns of w[row][column] * x[token][column]                              */
+
+/* The plain one: a thread for each output. */
+__global__ void product_plain(float *out, Weights w, Inputs in, int n) {
+    int row = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y;
+    float sum = 0;
+    if (row >= w.rows || token >= n) return;
+    for (int k = 0; k < w.cols; k++) {
+        int group = k / w.group, c = k % w.group, quarter = w.group / 4, s = group % (COLUMNS / w.group);
+        int at = c / quarter * 32 + s * quarter + c % quarter;
+        float x = w.type == F16 ? __half2float(in.halves[(size_t)token * w.column_tiles * COLUMNS + k])
+                : in.q[((size_t)(k / COLUMNS) * in.stride + token) * COLUMNS + at] * in.scale[(size_t)group * in.stride + token].x;
+        sum += weight_at(w, row, k) * x;
+    }
+    out[(size_t)token * w.rows + row] = sum;
+}
+
+/* What a warp has under way of a tile: 32 rows by 128 columns of codes (q8 and q4) or by 64 of FP16. */
+template <int TYPE, int GROUPS> struct Stage {
+    static const int PIECES = TYPE == Q4 ? 2 : 4;           /* of 16 bytes, of 16 rows */
+    uint4 codes[2][PIECES];
+    uint2 scales[2][TYPE == F16 ? 1 : GROUPS];              /* (scale, zero) of row g, of row g + 8 */
+};
+
+/* `k`: of tiles of 128 columns, or of 64 for FP16. */
+template <int TYPE, int GROUPS> __device__ inline void load_stage(Stage<TYPE, GROUPS> &s, const Weights &w, int row_tile, int k) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        if (TYPE == F16) {
+            size_t width = (size_t)w.column_tiles * COLUMNS;
+            const __half *from = w.halves + (size_t)((row_tile + m) * 16 + lane / 4) * width + k * 64 + lane % 4 * 8;
+#pragma unroll
+            for (int p = 0; p < 4; p++) s.codes[m][p] = __ldcs((const uint4 *)(from + p % 2 * 32 + p / 2 * 8 * width));
+        } else {
+            size_t tile = (size_t)(row_tile + m) * w.column_tiles + k;
+#pragma unroll
+            for (int p = 0; p < s.PIECES; p++) s.codes[m][p] = __ldg(&w.codes[(tile * s.PIECES + p) * 32 + lane]);
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) s.scales[m][g] = __ldg((const uint2 *)&w.scales[(tile * GROUPS + g) * 16 + lane / 4 * 2]);
+        }
+    }
+}
+
+/* The codes of a stage as the tensor cores want them, four a register: a[i] for the i-th instruction of a tile. */
+template <int TYPE, int GROUPS> __device__ inline void unpack(uint32_t (*a)[4], const Stage<TYPE, GROUPS> &s, int m) {
+    const uint32_t *words = (const uint32_t *)s.codes[m];   /* q4: [row g, g + 8][4]; q8: [row g, g + 8][8] */
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (TYPE == Q4) {
+            a[i][0] = words[i] & 0x0f0f0f0f;
+            a[i][1] = words[4 + i] & 0x0f0f0f0f;
+            a[i][2] = words[i] >> 4 & 0x0f0f0f0f;
+            a[i][3] = words[4 + i] >> 4 & 0x0f0f0f0f;
+        } else {
+            a[i][0] = words[2 * i];
+            a[i][1] = words[8 + 2 * i];
+            a[i][2] = words[2 * i + 1];
+            a[i][3] = words[8 + 2 * i + 1];
+        }
+    }
+}
+
+/* total[row g, g + 8][token 2 q, 2 q + 1] of two tiles of 16 rows by 8 tokens, with 128 columns more. The sum of a group
+ * starts at the bits of 1.5 * 2^23 as a float: then its integer's bits are, read as a float, 1.5 * 2^23 more than it (it is less
+ * than 2^22: 128 * 255 * 127), and no conversion is needed. x: the activations of token g; scale: of tokens 2 q, 2 q + 1. */
+template <int TYPE, int GROUPS> __device__ inline void add_tile(float total[2][4], const uint32_t a[2][4][4], const Stage<TYPE, GROUPS> &s,
+                                                                const uint4 *x, const float4 *scale) {
+    const uint32_t *b = (const uint32_t *)x;
+    const float magic = 12582912.0f;
+    const int start[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++)
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+            int sum[4];
+#pragma unroll
+            for (int i = 0; i < 4 / GROUPS; i++)
+                mma_codes(sum, a[m][g * (4 / GROUPS) + i], b + 2 * (g * (4 / GROUPS) + i), i ? sum : start);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float2 w = __half22float2(((const __half2 *)&s.scales[m][g])[h]);
+                total[m][2 * h] = fmaf(w.x * scale[g].x, fmaf(-w.y, scale[g].y, __int_as_float(sum[2 * h]) - magic), total[m][2 * h]);
+                total[m][2 * h + 1] = fmaf(w.x * scale[g].z, fmaf(-w.y, scale[g].w, __int_as_float(sum[2 * h + 1]) - magic), total[m][2 * h + 1]);
+            }
+        }
+}
+
+__device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+/* Stores what a warp has of two tiles by 8 tokens. out: [n][w.rows]; or h = silu(gate) * up, [n][units] (w13, where row g is
+ * the gate of row g + 8). */
+__device__ inline void store(float *out, const Weights &w, const float total[2][4], int row_tile, int token, int n, int units) {
+    int lane = threadIdx.x % 32, t = token + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = (row_tile + m) * 16 + lane / 4, unit = (row_tile + m) * 8 + lane / 4;
+            if (t + i >= n) continue;
+            if (units) { if (unit < units) out[(size_t)(t + i) * units + unit] = silu(total[m][i]) * total[m][i + 2]; continue; }
+            if (row < w.rows) out[(size_t)(t + i) * w.rows + row] = total[m][i];
+            if (row + 8 < w.rows) out[(size_t)(t + i) * w.rows + row + 8] = total[m][i + 2];
+        }
+}
+
+/* For few tokens, where reading the weights is what takes time. A block has 8 warps: ROW_WARPS of 32 rows each, and as many of
+ * each as are left, which share the columns. DEPTH stages of each warp are on their way from memory, the first before the
+ * kernel before this one has ended. Up to 8 * TOKEN_TILES tokens from `first` on.
+ * gridDim.x: blocks of 32 * ROW_WARPS rows. gridDim.y: parts of the columns, each with an out of its own: whoever reads it adds
+ * them up. */
+template <int TYPE, int GROUPS, int TOKEN_TILES, int ROW_WARPS, int DEPTH>
+__global__ void __launch_bounds__(256, TOKEN_TILES * GROUPS <= (TYPE == Q4 ? 4 : 2) ? 2 : 1) product_few(float *out, Weights w, Inputs in, int first, int n, int units) {
+    const int COLUMN_WARPS = 8 / ROW_WARPS, PER_TILE = TYPE == F16 ? 2 : 1;
+    __shared__ float4 parts[COLUMN_WARPS > 1 ? (COLUMN_WARPS - 1) * ROW_WARPS : 1][TOKEN_TILES * 2][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_warp = warp % ROW_WARPS, column_warp = warp / ROW_WARPS;
+    int row_tile = (blockIdx.x * ROW_WARPS + row_warp) * 2, all = w.column_tiles * PER_TILE;
+    int k = (int)((long long)all * blockIdx.y / gridDim.y) + column_warp, end = (int)((long long)all * (blockIdx.y + 1) / gridDim.y);
+    bool works = row_tile < w.row_tiles;
+    Stage<TYPE, GROUPS> stages[DEPTH];
+    float total[TOKEN_TILES][2][4] = {};
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) if (works && k + d * COLUMN_WARPS < end) load_stage(stages[d], w, row_tile, k + d * COLUMN_WARPS);
+    wait_for_inputs();
+
+    for (; works && k < end; k += DEPTH * COLUMN_WARPS)
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            int now = k + d * COLUMN_WARPS, next = now + DEPTH * COLUMN_WARPS;
+            if (now >= end) break;
+            if (TYPE == F16) {
+                Stage<TYPE, GROUPS> s = stages[d];
+                if (next < end) load_stage(stages[d], w, row_tile, next);
+#pragma unroll
+                for (int t = 0; t < TOKEN_TILES; t++) {
+                    const __half *x = in.halves + (size_t)(first + t * 8 + lane / 4) * w.column_tiles * COLUMNS + now * 64 + lane % 4 * 8;
+#pragma unroll
+                    for (int p = 0; p < 2; p++) {
+                        uint4 b = __ldg((const uint4 *)(x + p * 32));
+                        const uint32_t *bs = (const uint32_t *)&b;
+#pragma unroll
+                        for (int m = 0; m < 2; m++) {
+                            const uint32_t *g = (const uint32_t *)&s.codes[m][p], *g8 = (const uint32_t *)&s.codes[m][p + 2];
+                            const uint32_t a0[4] = {g[0], g8[0], g[1], g8[1]}, a1[4] = {g[2], g8[2], g[3], g8[3]};
+                            mma_halves(total[t][m], a0, bs);
+                            mma_halves(total[t][m], a1, bs + 2);
+                        }
+                    }
+                }
+            } else {
+                uint32_t a[2][4][4];
+                unpack(a[0], stages[d], 0);
+                unpack(a[1], stages[d], 1);
+                Stage<TYPE, GROUPS> s = stages[d];          /* its scales; the codes are in `a` */
+                if (next < end) load_stage(stages[d], w, row_tile, next);
+#pragma unroll
+                for (int t = 0; t < TOKEN_TILES; t++) {
+                    uint4 x[2];
+                    float4 scale[GROUPS];
+                    const uint4 *from = (const uint4 *)(in.q + ((size_t)now * in.stride + first + t * 8 + lane / 4) * COLUMNS + lane % 4 * 32);
+                    x[0] = __ldg(from);
+                    x[1] = __ldg(from + 1);
+#pragma unroll
+                    for (int g = 0; g < GROUPS; g++)
+                        scale[g] = __ldg((const float4 *)(in.scale + (size_t)(now * GROUPS + g) * in.stride + first + t * 8 + lane % 4 * 2));
+                    add_tile<TYPE, GROUPS>(total[t], a, s, x, scale);
+                }
+            }
+        }
+
+    if (COLUMN_WARPS > 1) {             /* the first of the warps that share rows adds the others' sums to its own, in order */
+        if (column_warp)
+#pragma unroll
+            for (int t = 0; t < TOKEN_TILES; t++)
+#pragma unroll
+                for (int m = 0; m < 2; m++) parts[(column_warp - 1) * ROW_WARPS + row_warp][2 * t + m][lane] = *(float4 *)total[t][m];
+        __syncthreads();
+        if (column_warp) return;
+        for (int c = 0; c < COLUMN_WARPS - 1; c++)
+#pragma unroll
+            for (int t = 0; t < TOKEN_TILES; t++)
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    float4 more = parts[c * ROW_WARPS + row_warp][2 * t + m][lane];
+                    total[t][m][0] += more.x; total[t][m][1] += more.y; total[t][m][2] += more.z; total[t][m][3] += more.w;
+                }
+    }
+    out += (size_t)blockIdx.y * n * w.rows;
+    if (works)
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES; t++) store(out, w, total[t], row_tile, first + t * 8, n, units);
+}
+
+/* A copy of 16 bytes into shared memory that goes on while the thread computes (from 8.0 on); before, the bytes wait in a
+ * register, and land() stores them. */
+typedef struct { uint4 value; uint4 *to; } Copy;
+__device__ inline void start_copy(Copy &c, uint4 *to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from));
+#else
+    c.value = *(const uint4 *)from;
+    c.to = to;
+#endif
+}
+__device__ inline void land(Copy &c) {
+#if __CUDA_ARCH__ < 800
+    *c.to = c.value;
+#endif
+}
+__device__ inline void land_all() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;");
+#endif
+}
+
+/* For many tokens, where the tensor cores are what takes time. A block makes 128 rows by 128 tokens: 4 by 2 warps of 32 rows by
+ * 64 tokens. Activations go through shared memory, a tile of columns ahead; weights through registers, likewise. A token's
+ * 128 bytes have the pieces of 16 exchanged in pairs where the token is odd, so that the threads of a quarter warp meet eight
+ * different banks. gridDim.x: blocks of tokens; gridDim.y: of rows. */
+template <int TYPE, int GROUPS>
+__global__ void __launch_bounds__(256, 1) product_many(float *out, Weights w, Inputs in, int n, int units) {
+    __shared__ uint4 x[2][128][8];
+    __shared__ float4 scales[2][GROUPS][64];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_tile = (blockIdx.y * 4 + warp % 4) * 2, half = warp / 4;
+    int token = blockIdx.x * 128;
+    bool works = row_tile < w.row_tiles;
+    Stage<TYPE, GROUPS> next;
+    Copy copies[5];
+    float total[8][2][4] = {};
+    if (works) load_stage(next, w, row_tile, 0);
+    wait_for_inputs();
+
+    auto fetch = [&](int k) {           /* tile k of the activations, on its way to x[k % 2] and scales[k % 2] */
+        const uint4 *from = (const uint4 *)(in.q + ((size_t)k * in.stride + token) * COLUMNS);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int at = threadIdx.x + i * 256, t = at / 8, piece = at % 8;
+            start_copy(copies[i], &x[k % 2][t][piece ^ (t & 1)], from + at);
+        }
+        int g = threadIdx.x / 64, i = threadIdx.x % 64;
+        if (g < GROUPS) start_copy(copies[4], &((uint4 *)scales[k % 2][g])[i], (const uint4 *)(in.scale + (size_t)(k * GROUPS + g) * in.stride + token) + i);
+    };
+    auto arrive = [&]() {
+#pragma unroll
+        for (int i = 0; i < 4; i++) land(copies[i]);
+        if (threadIdx.x / 64 < GROUPS) land(copies[4]);
+        land_all();
+        __syncthreads();
+    };
+    fetch(0);
+    arrive();
+    for (int k = 0; k < w.column_tiles; k++) {
+        uint32_t a[2][4][4];
+        Stage<TYPE, GROUPS> s = next;
+        if (k + 1 < w.column_tiles) fetch(k + 1);
+        unpack(a[0], s, 0);
+        unpack(a[1], s, 1);
+        if (works && k + 1 < w.column_tiles) load_stage(next, w, row_tile, k + 1);
+#pragma unroll
+        for (int t = 0; t < 8; t++) {
+            int mine = half * 64 + t * 8 + lane / 4;
+            uint4 b[2];
+            float4 scale[GROUPS];
+#pragma unroll
+            for (int h = 0; h < 2; h++) b[h] = x[k % 2][mine][(lane % 4 * 2 + h) ^ (mine & 1)];
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) scale[g] = scales[k % 2][g][half * 32 + t * 4 + lane % 4];
+            add_tile<TYPE, GROUPS>(total[t], a, s, b, scale);
+        }
+        arrive();
+    }
+    if (works)
+#pragma unroll
+        for (int t = 0; t < 8; t++) store(out, w, total[t], row_tile, token + half * 64 + t * 8, n, units);
+}
+
+/* cuBLAS, for prefill with FP16 weights, if it is installed (it is part of the toolkit); opened when needed, so that nothing must be
+ * linked. */
+static struct {
+    cublasHandle_t handle;
+    cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *, const void *, cudaDataType,
+                           int, const void *, cudaDataType, int, const void *, void *, cudaDataType, int, cublasComputeType_t, cublasGemmAlgo_t);
+} cublas;
+
+static bool open_cublas(cudaStream_t stream) {
+    static bool tried;
+    const char *names[] = {"libcublas.so", "libcublas.so.13", "libcublas.so.12", "libcublas.so.11"};
+    void *library = NULL;
+    for (size_t i = 0; !tried && i < sizeof names / sizeof *names && !library; i++) library = dlopen(names[i], RTLD_NOW);
+    tried = true;
+    if (library) {
+        cublasStatus_t (*create)(cublasHandle_t *);
+        *(void **)&create = dlsym(library, "cublasCreate_v2");
+        *(void **)&cublas.gemm = dlsym(library, "cublasGemmEx");
+        if (!create || !cublas.gemm || create(&cublas.handle) != CUBLAS_STATUS_SUCCESS) cublas.handle = NULL;
+    }
+    if (!cublas.handle) return false;
+    static cublasStatus_t (*set_stream)(cublasHandle_t, cudaStream_t);
+    if (library) *(void **)&set_stream = dlsym(library, "cublasSetStream_v2");
+    return set_stream(cublas.handle, stream) == CUBLAS_STATUS_SUCCESS;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 4. Between the products                                                                                           */
+
+/* A token of this step, as it is copied to the device, and beside it, at the same index, what else the step must know. */
+typedef struct {
+    int id, pos, slot;
+    int tile, tile_tokens;              /* the i-th tile of queries of attention: its first token, and how many */
+    int wanted;                         /* the i-th token whose logits are wanted */
+    double random;                      /* what its next id is drawn with */
+} Row;
+
+/* Puts activations of a token where a product reads them: the values of `value(column)`, rounded to int8 by group, or as FP16. By
+ * the warps of a block; this block takes the groups from `first` on, each `step` further. */
+template <class F> __device__ inline void emit(Inputs in, const Weights &w, int token, int first, int step, F value) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, per_lane = w.group / 32;
+    for (int group = first + warp; group < w.column_tiles * (COLUMNS / w.group); group += step) {
+        float v[4], max = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int column = group * w.group + lane * per_lane + i;
+            v[i] = i < per_lane && column < w.cols ? value(column) : 0;
+            max = fmaxf(max, fabsf(v[i]));
+        }
+        if (w.type == F16) {
+            __half *to = in.halves + (size_t)token * w.column_tiles * COLUMNS + group * w.group + lane * per_lane;
+            for (int i = 0; i < per_lane; i++) to[i] = __float2half_rn(fminf(fmaxf(v[i], -65504.0f), 65504.0f));
+            continue;
+        }
+        for (int other = 16; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
+        float inverse = max > 0 ? 127.0f / max : 0;
+        int sum = 0, quarter = w.group / 4, c = lane * per_lane, s = group % (COLUMNS / w.group);
+        int8_t *to = in.q + ((size_t)(group * w.group / COLUMNS) * in.stride + token) * COLUMNS + c / quarter * 32 + s * quarter + c % quarter;
+        for (int i = 0; i < per_lane; i++) {
+            int q = __float2int_rn(v[i] * inverse);
+            to[i] = (int8_t)q;
+            sum += q;
+        }
+        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+        if (lane == 0) in.scale[(size_t)group * in.stride + token] = make_float2(max / 127.0f, (float)sum);
+    }
+}
+
+/* The sum of x over a block, to all its threads; always in the same order. */
+__device__ inline float block_sum(float x) {
+    __shared__ float sums[32];
+    for (int other = 16; other; other /= 2) x += __shfl_xor_sync(~0u, x, other);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0;
+    for (int other = 16; other; other /= 2) x += __shfl_xor_sync(~0u, x, other);
+    return x;
+}
+
+/* x[token] = the embedding's row; rotations[token] = cos and sin of RoPE's angles. A block for each token. */
+__global__ void embed(float *x, float2 *rotations, const Row *rows, Weights w, const double *frequencies, int half) {
+    wait_for_inputs();
+    int token = blockIdx.x;
+    for (int i = threadIdx.x; i < w.cols; i += blockDim.x) x[(size_t)token * w.cols + i] = weight_at(w, rows[token].id, i);
+    for (int i = threadIdx.x; i < half; i += blockDim.x) {
+        double sine, cosine;
+        sincos(rows[token].pos * frequencies[i], &sine, &cosine);
+        rotations[(size_t)token * half + i] = make_float2((float)cosine, (float)sine);
+    }
+}
+
+/* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
+ * wanted one. parts: [n_parts][n][dim]. */
+__global__ void __launch_bounds__(1024) norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, float eps, Inputs in,
+                                            Weights w, const Row *rows, bool wanted) {
+    wait_for_inputs();
+    int dim = w.cols, token = wanted ? rows[blockIdx.x].wanted : blockIdx.x;
+    float *row = x + (size_t)token * dim, squares = 0;
+    for (int i = threadIdx.x; i < dim; i += blockDim.x) {
+        float sum = row[i];
+        for (int p = 0; p < n_parts; p++) sum += parts[((size_t)p * n + token) * dim + i];
+        row[i] = sum;
+        squares = fmaf(sum, sum, squares);
+    }
+    float scale = 1.0f / sqrtf(block_sum(squares) / (float)dim + eps);
+    emit(in, w, blockIdx.x, 0, blockDim.x / 32, [=](int i) { return weight[i] * (row[i] * scale); });
+}
+
+/* Adds the parts of wqkv's product, turns queries and keys, and puts them where attention reads them, as FP16.
+ *   queries: [n][n_heads][width], times 1 / sqrt(head_dim) and log2(e), because attention's softmax is in powers of two
+ *   keys:    [slot][n_kv_heads][ring][width];  values: [slot][n_kv_heads][ring / 32][width][32]
+ * A thread for each pair of elements of a head. */
+typedef struct { int n_heads, n_kv_heads, head_dim, width, ring, window; } Heads;
+
+__global__ void rope_and_cache(__half *queries, __half *keys, __half *values, const float *parts, int n_parts, int n, const float2 *rotations,
+                               const Row *rows, Heads c, float query_scale) {
+    wait_for_inputs();
+    int half = c.head_dim / 2, at = blockIdx.x * blockDim.x + threadIdx.x, head = at / half, i = at % half, token = blockIdx.y;
+    int n_all = c.n_heads + 2 * c.n_kv_heads, row = n_all * c.head_dim;
+    if (head >= n_all) return;
+    float a = 0, b = 0;
+    for (int p = 0; p < n_parts; p++) {
+        const float *part = parts + ((size_t)p * n + token) * row + head * c.head_dim;
+        a += part[i];
+        b += part[i + half];
+    }
+    if (head < c.n_heads + c.n_kv_heads) {
+        float2 r = rotations[(size_t)token * half + i];
+        float turned = a * r.x - b * r.y;
+        b = b * r.x + a * r.y;
+        a = turned;
+    }
+    if (head < c.n_heads) {
+        __half *to = queries + ((size_t)token * c.n_heads + head) * c.width;
+        to[i] = __float2half_rn(a * query_scale);
+        to[i + half] = __float2half_rn(b * query_scale);
+        return;
+    }
+    int kv_head = (head - c.n_heads) % c.n_kv_heads, slot = rows[token].pos % c.ring;
+    size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + kv_head) * c.ring * c.width;
+    __half x = __float2half_rn(fminf(fmaxf(a, -65504.0f), 65504.0f)), y = __float2half_rn(fminf(fmaxf(b, -65504.0f), 65504.0f));
+    if (head < c.n_heads + c.n_kv_heads) {
+        keys[cache + (size_t)slot * c.width + i] = x;
+        keys[cache + (size_t)slot * c.width + i + half] = y;
+    } else {
+        __half *to = values + cache + (size_t)(slot / 32) * c.width * 32 + slot % 32;
+        to[i * 32] = x;
+        to[(i + half) * 32] = y;
+    }
+}
+
+/* Activations that stand in memory as FP32, [n][w.cols], into the product with w. blockIdx.y: the token. */
+__global__ void quantize_input(const float *x, Inputs in, Weights w) {
+    wait_for_inputs();
+    const float *row = x + (size_t)blockIdx.y * w.cols;
+    emit(in, w, blockIdx.y, blockIdx.x * 8, gridDim.x * 8, [=](int i) { return row[i]; });
+}
+
+/* The same, of what cuBLAS made of w13: [n][16 rows a tile], gate and up. */
+__global__ void swiglu_input(const float *h13, int rows, Inputs in, Weights w) {
+    wait_for_inputs();
+    const float *row = h13 + (size_t)blockIdx.y * rows;
+    emit(in, w, blockIdx.y, blockIdx.x * 8, gridDim.x * 8, [=](int i) { return silu(row[i / 8 * 16 + i % 8]) * row[i / 8 * 16 + i % 8 + 8]; });
+}
+
+/* The same, of what attention found in each span. spans: [n_spans][n][n_heads][head_dim]; softmax: [n_spans][n][n_heads] of
+ * (maximum, sum), the maximum as an exponent of two. */
+__global__ void attention_input(const float *spans, const float2 *softmax, int n_spans, int n, Heads c, Inputs in, Weights w) {
+    wait_for_inputs();
+    int token = blockIdx.y;
+    emit(in, w, token, blockIdx.x * 8, gridDim.x * 8, [=](int i) {
+        size_t head = (size_t)token * c.n_heads + i / c.head_dim, step = (size_t)n * c.n_heads;
+        if (n_spans == 1) return spans[head * c.head_dim + i % c.head_dim] / softmax[head].y;
+        float max = -INFINITY, sum = 0, x = 0;
+        for (int s = 0; s < n_spans; s++) max = fmaxf(max, softmax[head + s * step].x);
+        for (int s = 0; s < n_spans; s++) {
+            float2 of = softmax[head + s * step];
+            if (of.y == 0) continue;
+            float share = exp2f(of.x - max);
+            x = fmaf(share, spans[(head + s * step) * c.head_dim + i % c.head_dim], x);
+            sum = fmaf(share, of.y, sum);
+        }
+        return x / sum;
+    });
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 5. Attention                                                                                                      */
+
+__device__ inline int first_position(int pos, int window) { return window && pos >= window ? pos - window + 1 : 0; }
+
+/* The plain one: a thread for each query head of each token, two passes over the keys. */
+__global__ void attention_plain(float *out, float2 *softmax, const __half *queries, const __half *keys, const __half *values, const Row *rows,
+                                int n, Heads c) {
+    int at = blockIdx.x * blockDim.x + threadIdx.x, token = at / c.n_heads, head = at % c.n_heads;
+    if (token >= n) return;
+    const __half *q = queries + (size_t)at * c.width;
+    size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + head / (c.n_heads / c.n_kv_heads)) * c.ring * c.width;
+    float max = -INFINITY, sum = 0;
+    for (int d = 0; d < c.head_dim; d++) out[(size_t)at * c.head_dim + d] = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (int p = first_position(rows[token].pos, c.window); p <= rows[token].pos; p++) {
+            float score = 0;
+            for (int d = 0; d < c.head_dim; d++) score += __half2float(q[d]) * __half2float(keys[cache + (size_t)(p % c.ring) * c.width + d]);
+            if (pass == 0) { max = fmaxf(max, score); continue; }
+            float e = exp2f(score - max);
+            sum += e;
+            for (int d = 0; d < c.head_dim; d++)
+                out[(size_t)at * c.head_dim + d] += e * __half2float(values[cache + ((size_t)(p % c.ring / 32) * c.width + d) * 32 + p % c.ring % 32]);
+        }
+    softmax[at] = make_float2(max, sum);
+}
+
+/* A warp takes 16 queries - neighbouring tokens of a sequence, and the heads that share a key head - and goes over their keys
+ * by 32, with a running maximum (FlashAttention-2, Dao 2023). Scores and values are two products on the tensor cores: what the
+ * first leaves in a thread is what the second wants there.
+ * SPLIT (decoding): a block's 4 warps take the same queries and every fourth 32 keys of a span of `span` positions, and a block
+ * is there for each span. Otherwise (prefill) each warp has queries of its own and all their keys.
+ * WIDTH: head_dim rounded up to a power of two. Tile i is rows[i / parts].tile with the heads of part i % parts.
+ * gridDim.x: tiles, or blocks of 4; y: key heads; z: spans. */
+template <int WIDTH, bool SPLIT>
+__global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, const __half *queries, const __half *keys, const __half *values,
+                                                 const Row *rows, int n, int n_tiles, int parts, int span, Heads c) {
+    __shared__ float shared_out[SPLIT ? 4 : 1][SPLIT ? 16 : 1][WIDTH + 4];
+    __shared__ float2 shared_softmax[4][16];
+    wait_for_inputs();
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+    int index = SPLIT ? blockIdx.x : blockIdx.x * 4 + warp, group = c.n_heads / c.n_kv_heads, heads = min(group, 16);
+    if (index >= n_tiles * parts) return;
+    Row tile = rows[index / parts];
+    int part = index % parts, kv_head = blockIdx.y, first_pos = rows[tile.tile].pos, n_rows = tile.tile_tokens * heads;
+    int from = first_position(first_pos, c.window), to = first_pos + tile.tile_tokens;
+    if (SPLIT) {
+        int start = (from / span + (int)blockIdx.z) * span;
+        from = max(from, start);
+        to = min(to, start + span);
+    }
+    size_t cache = ((size_t)rows[tile.tile].slot * c.n_kv_heads + kv_head) * c.ring * WIDTH;
+    keys += cache;
+    values += cache;
+
+    uint32_t a[WIDTH / 32][2][4];       /* the queries: of 32 elements, of two instructions */
+    int pos[2], first[2];               /* of row g, row g + 8 */
+    int head[2];                        /* where their output goes, in heads; -1: nowhere */
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int row = g + 8 * h, token = tile.tile + row / heads, of_head = part * heads + row % heads;
+        bool valid = row < n_rows && of_head < group;
+        pos[h] = first_pos + min(row / heads, tile.tile_tokens - 1);
+        first[h] = first_position(pos[h], c.window);
+        head[h] = valid ? token * c.n_heads + kv_head * group + of_head : -1;
+#pragma unroll
+        for (int j = 0; j < WIDTH / 32; j++) {
+            uint4 x = make_uint4(0, 0, 0, 0);
+            if (valid) x = *(const uint4 *)(queries + (size_t)head[h] * WIDTH + 32 * j + 8 * q);
+            a[j][0][h] = x.x; a[j][0][2 + h] = x.y; a[j][1][h] = x.z; a[j][1][2 + h] = x.w;
+        }
+    }
+    float sum[WIDTH / 8][4] = {}, max[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+    for (int start = from / 32 * 32 + (SPLIT ? warp * 32 : 0); start < to; start += SPLIT ? 128 : 32) {
+        const __half *k = keys + (size_t)(start % c.ring) * WIDTH, *v = values + (size_t)(start % c.ring) * WIDTH;
+        float score[4][4] = {};
+#pragma unroll
+        for (int t = 0; t < 4; t++)     /* 8 keys: column 2 q + i of the t-th is key 8 q + 2 t + i, as the values want it */
+#pragma unroll
+            for (int j = 0; j < WIDTH / 32; j++) {
+                uint4 x = *(const uint4 *)(k + (8 * (g / 2) + 2 * t + g % 2) * WIDTH + 32 * j + 8 * q);
+                mma_halves(score[t], a[j][0], &x.x);
+                mma_halves(score[t], a[j][1], &x.z);
+            }
+        uint32_t p[4][2];               /* e^(score - max) as FP16: [t][row g, row g + 8] */
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            if (start + 31 > pos[h] || start < first[h] || start + 31 >= to)
+#pragma unroll
+                for (int t = 0; t < 4; t++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        int at = start + 8 * q + 2 * t + i;
+                        if (at > pos[h] || at < first[h] || at >= to) score[t][2 * h + i] = -INFINITY;
+                    }
+            float largest = max[h];
+#pragma unroll
+            for (int t = 0; t < 4; t++) largest = fmaxf(largest, fmaxf(score[t][2 * h], score[t][2 * h + 1]));
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+            float base = largest == -INFINITY ? 0 : largest, shrink = exp2f(max[h] - base);
+            max[h] = largest;
+            total[h] *= shrink;
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                float x = exp2f(score[t][2 * h] - base), y = exp2f(score[t][2 * h + 1] - base);
+                total[h] += x + y;
+                __half2 both = __floats2half2_rn(x, y);
+                p[t][h] = *(uint32_t *)&both;
+            }
+#pragma unroll
+            for (int d = 0; d < WIDTH / 8; d++) { sum[d][2 * h] *= shrink; sum[d][2 * h + 1] *= shrink; }
+        }
+        const uint32_t p0[4] = {p[0][0], p[0][1], p[1][0], p[1][1]}, p1[4] = {p[2][0], p[2][1], p[3][0], p[3][1]};
+#pragma unroll
+        for (int d = 0; d < WIDTH / 8; d++) {
+            uint4 x = *(const uint4 *)(v + (8 * d + g) * 32 + 8 * q);
+            mma_halves(sum[d], p0, &x.x);
+            mma_halves(sum[d], p1, &x.z);
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        total[h] += __shfl_xor_sync(~0u, total[h], 1);
+        total[h] += __shfl_xor_sync(~0u, total[h], 2);
+    }
+    size_t of_span = SPLIT ? (size_t)blockIdx.z * n * c.n_heads : 0;
+    if (!SPLIT) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            if (head[h] < 0) continue;
+            if (q == 0) softmax[head[h]] = make_float2(max[h], total[h]);
+#pragma unroll
+            for (int d = 0; d < WIDTH / 8; d++)
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    if (8 * d + 2 * q + i < c.head_dim) out[(size_t)head[h] * c.head_dim + 8 * d + 2 * q + i] = sum[d][2 * h + i];
+        }
+        return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {       /* the four warps' sums, put together */
+        if (q == 0) shared_softmax[warp][g + 8 * h] = make_float2(max[h], total[h]);
+#pragma unroll
+        for (int d = 0; d < WIDTH / 8; d++)
+            *(float2 *)&shared_out[warp][g + 8 * h][8 * d + 2 * q] = make_float2(sum[d][2 * h], sum[d][2 * h + 1]);
+    }
+    __syncthreads();
+    for (int at = threadIdx.x; at < n_rows * c.head_dim; at += 128) {
+        int row = at / c.head_dim, d = at % c.head_dim, of_head = part * heads + row % heads;
+        if (of_head >= group) continue;
+        float largest = -INFINITY, x = 0, l = 0;
+        for (int w = 0; w < 4; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
+        for (int w = 0; w < 4; w++) {
+            float2 of = shared_softmax[w][row];
+            float share = of.y == 0 ? 0 : exp2f(of.x - largest);
+            x = fmaf(share, shared_out[w][row][d], x);
+            l = fmaf(share, of.y, l);
+        }
+        size_t to_head = of_span + (size_t)(tile.tile + row / heads) * c.n_heads + kv_head * group + of_head;
+        out[to_head * c.head_dim + d] = x;
+        if (d == 0) softmax[to_head] = make_float2(largest, l);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 6. The sampler                                                                                                    */
+
+typedef unsigned long long Mass;        /* of probability, in units of 2^-40 of the most probable id's: whole numbers, so that the
+                                           order in which threads add them does not matter */
+
+/* The sum of x over the threads up to this one, itself included; *all: over all 1,024. */
+__device__ inline Mass scan(Mass x, Mass *all) {
+    __shared__ Mass sums[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int step = 1; step < 32; step *= 2) {
+        Mass before = __shfl_up_sync(~0u, x, step);
+        if (lane >= step) x += before;
+    }
+    __syncthreads();
+    if (lane == 31) sums[warp] = x;
+    __syncthreads();
+    Mass before = 0, total = 0;
+    for (int w = 0; w < 32; w++) { if (w < warp) before += sums[w]; total += sums[w]; }
+    *all = total;
+    return before + x;
+}
+
+/* The next id, as sample() in run.c finds it; a block of 1,024 threads for each wanted token. logits: [n][vocab], overwritten. */
+__global__ void __launch_bounds__(1024) sample_kernel(float *logits, int vocab, float temperature, float top_p, const Row *rows, int *ids) {
+    __shared__ Mass mass[1024], best_of[32], above_shared;
+    __shared__ int digit_shared;
+    wait_for_inputs();
+    float *p = logits + (size_t)blockIdx.x * vocab;
+    int thread = threadIdx.x;
+    Mass best = 0, all;
+    for (int i = thread; i < vocab; i += 1024) {        /* floats order as their bits do, once those of negative ones are inverted */
+        uint32_t bits = __float_as_uint(p[i]), ordered = bits >> 31 ? ~bits : bits | 0x80000000;
+        Mass candidate = (Mass)ordered << 32 | (0xffffffffu - (uint32_t)i);             /* of equal ones the first */
+        best = candidate > best ? candidate : best;
+    }
+    for (int other = 16; other; other /= 2) { Mass o = __shfl_xor_sync(~0u, best, other); best = o > best ? o : best; }
+    if (thread % 32 == 0) best_of[thread / 32] = best;
+    __syncthreads();
+    for (int w = 0; w < 32; w++) best = best_of[w] > best ? best_of[w] : best;
+    int top = (int)(0xffffffffu - (uint32_t)best);
+    if (thread == 0) ids[blockIdx.x] = top;
+    if (temperature == 0 || top_p == 0) return;
+
+    float max = p[top], scale = 1.0f / temperature;
+    Mass mine = 0;
+    __syncthreads();
+    for (int i = thread; i < vocab; i += 1024) {
+        p[i] = expf((p[i] - max) * scale);
+        mine += (Mass)(p[i] * 0x1p40f);
+    }
+    scan(mine, &all);
+    Mass total = all, limit = top_p < 1 ? (Mass)(top_p * (double)total) : total, above = 0;
+    limit = limit ? limit : 1;
+    uint32_t smallest = 0;
+    for (int shift = 20; shift >= 0 && top_p < 1; shift -= 10) {        /* the smallest probability that is in: its next 10 bits */
+        mass[thread] = 0;
+        __syncthreads();
+        for (int i = thread; i < vocab; i += 1024) {
+            uint32_t bits = __float_as_uint(p[i]);
+            if (bits >> shift >> 10 == smallest) atomicAdd(&mass[bits >> shift & 1023], (Mass)(p[i] * 0x1p40f));
+        }
+        __syncthreads();
+        Mass with = above + scan(mass[1023 - thread], &all), without = with - mass[1023 - thread];      /* from the top down */
+        if (without < limit && (with >= limit || thread == 1023)) { digit_shared = 1023 - thread; above_shared = without; }
+        __syncthreads();
+        smallest = smallest << 10 | (uint32_t)digit_shared;
+        above = above_shared;
+        __syncthreads();
+    }
+    /* in the order of ids: all with a larger probability, and as many of just this one as are needed */
+    Mass each = (Mass)(__uint_as_float(smallest) * 0x1p40f), wanted = top_p < 1 && each ? (limit - above + each - 1) / each : (Mass)vocab;
+    int chunk = (vocab + 1023) / 1024, from = min(thread * chunk, vocab), to = min(from + chunk, vocab);
+    Mass equal = 0;
+    for (int i = from; i < to; i++) equal += __float_as_uint(p[i]) == smallest;
+    Mass equal_before = scan(equal, &all) - equal, seen = equal_before;
+    mine = 0;
+    for (int i = from; i < to; i++) {
+        uint32_t bits = __float_as_uint(p[i]);
+        if (bits > smallest || (bits == smallest && seen++ < wanted)) mine += (Mass)(p[i] * 0x1p40f);
+    }
+    Mass until = scan(mine, &all), passed = until - mine, r = (Mass)(rows[blockIdx.x].random * (double)all);
+    if (r < passed || r >= until) return;
+    seen = equal_before;
+    for (int i = from; i < to; i++) {
+        uint32_t bits = __float_as_uint(p[i]);
+        if (bits < smallest || (bits == smallest && seen++ >= wanted)) continue;
+        passed += (Mass)(p[i] * 0x1p40f);
+        if (passed > r) { ids[blockIdx.x] = i; return; }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 7. The step                                                                                                       */
+
+/* A State on the device. */
+typedef struct {
+    cudaStream_t stream;
+    int      multiprocessors;
+    bool     overlap;                   /* kernels may start before the one before has ended */
+    size_t   bytes, room;               /* device memory that is taken, the model's included; tokens there is room for, a multiple of 128 */
+    Heads    heads;
+    float   *x, *parts, *h, *spans, *logits;    /* [room, dim]; of products, [parts, room, rows]; [room, hidden_dim]; of attention */
+    float2  *softmax, *rotations;
+    __half  *queries, *keys, *values;   /* keys, values: [n_layers, n_slots, n_kv_heads, ring * width] */
+    double  *frequencies;
+    Inputs   in;
+    Row     *rows, *rows_host;          /* on the device; in memory that both can reach */
+    int     *ids, *ids_host;
+    size_t   logits_room;               /* tokens */
+    int      span, max_spans;           /* positions that a block of decoding attention takes; most of them in a ring */
+    struct { cudaGraphExec_t exec; int n_spans; } *graphs;     /* [n_slots + 1]: decoding steps of so many tokens */
+    cudaEvent_t *events;                /* of -P: after each launch */
+    int     *event_operation;
+    size_t   n_events, events_room;
+    bool     profiled;
+} Device;
+
+/* Launches a kernel of operation `operation` (for -P). */
+template <class... P, class... A>
+static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, unsigned block, A... arguments) {
+    cudaLaunchConfig_t config;
+    cudaLaunchAttribute attribute;
+    memset(&config, 0, sizeof config);
+    config.gridDim = grid;
+    config.blockDim = dim3(block);
+    config.stream = d->stream;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = d->overlap && !d->profiled;
+    CUDA(cudaLaunchKernelEx(&config, kernel, (P)arguments...));
+    if (!d->profiled) return;
+    if (d->n_events == d->events_room) {
+        size_t room = d->events_room;
+        d->events = (cudaEvent_t *)grow(d->events, room, &d->events_room, sizeof *d->events);
+        d->event_operation = (int *)grow(d->event_operation, room, &room, sizeof(int));
+        for (size_t i = d->n_events; i < d->events_room; i++) CUDA(cudaEventCreate(&d->events[i]));
+    }
+    d->event_operation[d->n_events] = operation;
+    CUDA(cudaEventRecord(d->events[d->n_events++], d->stream));
+}
+
+template <int TYPE, int GROUPS> static void launch_few(Device *d, int operation, float *out, const Weights &w, int tiles, int n_parts, int first, int n, int units) {
+    unsigned pairs = (unsigned)w.row_tiles / 2, parts = (unsigned)n_parts;
+    if (tiles <= 1) launch(d, operation, product_few<TYPE, GROUPS, 1, 1, TYPE == Q4 && GROUPS < 4 ? 2 : 1>, dim3(pairs, parts), 256, out, w, d->in, first, n, units);
+    else if (tiles <= 2) launch(d, operation, product_few<TYPE, GROUPS, 2, 2, 1>, dim3((pairs + 1) / 2, parts), 256, out, w, d->in, first, n, units);
+    else if (tiles <= 4) launch(d, operation, product_few<TYPE, GROUPS, 4, 4, 1>, dim3((pairs + 3) / 4, parts), 256, out, w, d->in, first, n, units);
+    else launch(d, operation, product_few<TYPE, GROUPS, 8, 4, 1>, dim3((pairs + 3) / 4, parts), 256, out, w, d->in, first, n, units);
+}
+
+/* Token tiles of 8 that a decoding step's products are made for: by the slots there are, not by the tokens of this step, so that a
+ * sequence does not notice when another ends. 0: a step is as wide as a prefill. */
+static int token_tiles(const State *s) {
+    return s->decoding && s->n_slots <= 64 ? (int)blocks_of(s->n_slots, 8) : 0;
+}
+
+/* Into how many parts the columns are cut so that there are two blocks for each multiprocessor. */
+static int product_parts(const State *s, const Weights &w) {
+    const Device *d = (const Device *)s->device;
+    int tiles = token_tiles(s), row_warps = tiles <= 1 ? 1 : tiles <= 2 ? 2 : 4, blocks = (w.row_tiles / 2 + row_warps - 1) / row_warps;
+    if (!tiles || w.column_tiles < 16) return 1;
+    int parts = 2 * d->multiprocessors / blocks, most = w.column_tiles / (8 / row_warps) / 2;
+    parts = parts < most ? parts : most;
+    return parts < 1 ? 1 : parts > 8 ? 8 : parts;
+}
+
+/* out: [parts][n][w.rows], or with `units` SwiGLU's [n][units]; returns the number of parts. */
+static int device_product(State *s, int operation, float *out, const Weights &w, int n, int units, bool one_part) {
+    Device *d = (Device *)s->device;
+    int tiles = token_tiles(s), parts = units || one_part ? 1 : product_parts(s, w);
+    Profile *p = &s->profile[operation];
+    p->operations += 2.0 * n * w.rows * w.cols;
+    p->bytes += w.bytes;
+    s->bytes += w.bytes;
+    if (!n) return parts;
+    if (w.type == F16) {
+        if (!tiles && open_cublas(d->stream)) {
+            float one = 1, none = 0;
+            float *to = units ? d->parts : out;
+            int width = w.column_tiles * COLUMNS;
+            if (cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, w.rows, n, width, &one, w.halves, CUDA_R_16F, width, d->in.halves,
+                            CUDA_R_16F, width, &none, to, CUDA_R_32F, w.rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
+                die("cuBLAS: a product of [%d, %d] with %d tokens failed", w.rows, w.cols, n);
+            return 0;                   /* which tells w13's caller that SwiGLU is still to be done */
+        }
+        for (int first = 0; first < n; first += tiles ? 8 * tiles : 64) launch_few<F16, 1>(d, operation, out, w, tiles ? tiles : 8, parts, first, n, units);
+        return parts;
+    }
+    auto many = [&](auto kernel) { launch(d, operation, kernel, dim3((unsigned)(n + 127) / 128, (unsigned)(w.row_tiles + 7) / 8), 256, out, w, d->in, n, units); };
+#define BY_GROUP(TYPE)                                                                                                                       \
+    if (w.group == 128) { if (tiles) launch_few<TYPE, 1>(d, operation, out, w, tiles, parts, 0, n, units); else many(product_many<TYPE, 1>); } \
+    else if (w.group == 64) { if (tiles) launch_few<TYPE, 2>(d, operation, out, w, tiles, parts, 0, n, units); else many(product_many<TYPE, 2>); } \
+    else { if (tiles) launch_few<TYPE, 4>(d, operation, out, w, tiles, parts, 0, n, units); else many(product_many<TYPE, 4>); }
+    if (w.type == Q4) { BY_GROUP(Q4) }
+    else { BY_GROUP(Q8) }
+    return parts;
+}
+
+template <int WIDTH> static void launch_attention(State *s, __half *keys, __half *values, int n, int n_tiles, int parts, int n_spans) {
+    Device *d = (Device *)s->device;
+    unsigned tiles = (unsigned)(n_tiles * parts), kv_heads = (unsigned)d->heads.n_kv_heads;
+    if (s->decoding) launch(d, ATTENTION, attention<WIDTH, true>, dim3(tiles, kv_heads, (unsigned)n_spans), 128, d->spans, d->softmax, d->queries,
+                            keys, values, d->rows, n, n_tiles, parts, d->span, d->heads);
+    else launch(d, ATTENTION, attention<WIDTH, false>, dim3((tiles + 3) / 4, kv_heads), 128, d->spans, d->softmax, d->queries, keys, values, d->rows,
+                n, n_tiles, parts, d->span, d->heads);
+}
+
+/* All launches of a forward over n tokens, n_want of them wanted. The logits are in d->logits afterwards. */
+static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans) {
+    Device *d = (Device *)s->device;
+    const Header *c = &s->model->c;
+    const DeviceModel *m = (const DeviceModel *)s->model->device;
+    int half = (int)c->head_dim / 2, n_parts = 0, hidden_dim = (int)c->hidden_dim, group = (int)(c->n_heads / c->n_kv_heads), parts = (group + 15) / 16;
+    unsigned tokens = (unsigned)n, pairs = (c->n_heads + 2 * c->n_kv_heads) * (unsigned)half;
+    size_t layer_cache = s->n_slots * c->n_kv_heads * s->ring * s->head_width;
+    float query_scale = 1.44269504f / sqrtf((float)c->head_dim);
+    auto spread = [](const Weights &w) { return (unsigned)blocks_of((size_t)w.column_tiles * (COLUMNS / w.group), 8); };
+
+    launch(d, EMBEDDING, embed, dim3(tokens), 256, d->x, d->rotations, d->rows, m->embedding, d->frequencies, half);
+    for (size_t l = 0; l < c->n_layers; l++) {
+        __half *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
+        launch(d, NORM, norm_input, dim3(tokens), 1024, d->x, d->parts, n_parts, n, m->rms_att[l], c->norm_eps, d->in, m->wqkv[l], d->rows, false);
+        n_parts = device_product(s, WQKV, d->parts, m->wqkv[l], n, 0, false);
+        launch(d, ROPE, rope_and_cache, dim3((pairs + 255) / 256, tokens), 256, d->queries, keys, values, d->parts, n_parts ? n_parts : 1, n, d->rotations,
+               d->rows, d->heads, query_scale);
+        if (s->head_width == 32) launch_attention<32>(s, keys, values, n, n_tiles, parts, n_spans);
+        else if (s->head_width == 64) launch_attention<64>(s, keys, values, n, n_tiles, parts, n_spans);
+        else launch_attention<128>(s, keys, values, n, n_tiles, parts, n_spans);
+        launch(d, ATTENTION, attention_input, dim3(spread(m->wo[l]), tokens), 256, d->spans, d->softmax, s->decoding ? n_spans : 1, n, d->heads, d->in, m->wo[l]);
+        n_parts = device_product(s, WO, d->parts, m->wo[l], n, 0, false);
+        launch(d, NORM, norm_input, dim3(tokens), 1024, d->x, d->parts, n_parts ? n_parts : 1, n, m->rms_ffn[l], c->norm_eps, d->in, m->w13[l], d->rows, false);
+        if (device_product(s, W13, d->h, m->w13[l], n, hidden_dim, false))
+            launch(d, SWIGLU, quantize_input, dim3(spread(m->w2[l]), tokens), 256, d->h, d->in, m->w2[l]);
+        else launch(d, SWIGLU, swiglu_input, dim3(spread(m->w2[l]), tokens), 256, d->parts, m->w13[l].rows, d->in, m->w2[l]);
+        n_parts = device_product(s, W2, d->parts, m->w2[l], n, 0, false);
+        n_parts = n_parts ? n_parts : 1;
+    }
+    if (!n_want) return;
+    launch(d, NORM, norm_input, dim3((unsigned)n_want), 1024, d->x, d->parts, n_parts, n, m->rms_final, c->norm_eps, d->in, m->wcls, d->rows, true);
+    device_product(s, CLASSIFIER, d->logits, m->wcls, n_want, 0, true);
+}
+
+/* Copies the tokens to where the device reads them; makes tiles of queries and counts them, and the spans of positions that
+ * decoding needs, rounded up to a power of two. Books what attention computes and reads. */
+static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, int *n_want, int *n_tiles, int *n_spans) {
+    Device *d = (Device *)s->device;
+    const Header *c = &s->model->c;
+    size_t group = c->n_heads / c->n_kv_heads, tile_tokens = 16 / min_size(group, 16), spans = 1;
+    double n_keys = 0, n_reads = 0;
+    *n_want = *n_tiles = 0;
+    for (size_t i = 0; i < n; i++) {
+        Row *r = &d->rows_host[i], *tile = *n_tiles ? &d->rows_host[*n_tiles - 1] : NULL;
+        size_t pos = tokens[i].pos, first = first_seen(pos, c->window);
+        r->id = tokens[i].id;
+        r->pos = (int)pos;
+        r->slot = (int)tokens[i].slot;
+        if (!tile || (size_t)tile->tile_tokens == tile_tokens || tokens[i].slot != tokens[i - 1].slot || pos != tokens[i - 1].pos + 1) {
+            tile = &d->rows_host[(*n_tiles)++];
+            tile->tile = (int)i;
+            tile->tile_tokens = 0;
+            n_reads += (double)(pos + 1 - first);
+        }
+        tile->tile_tokens++;
+        n_keys += (double)(pos + 1 - first);
+        size_t of_token = pos / (size_t)d->span - first / (size_t)d->span + 1;
+        while (spans < of_token) spans *= 2;
+        if (tokens[i].want) {
+            d->rows_host[*n_want].wanted = (int)i;
+            d->rows_host[*n_want].random = draws ? draws[*n_want].random : 0;
+            ++*n_want;
+        }
+    }
+    *n_spans = (int)min_size(spans, (size_t)d->max_spans);
+    double bytes = 2.0 * n_reads * c->n_kv_heads * c->head_dim * sizeof(__half) * c->n_layers;
+    s->profile[ATTENTION].operations += 4.0 * n_keys * c->n_heads * c->head_dim * c->n_layers;
+    s->profile[ATTENTION].bytes += bytes;
+    s->bytes += bytes;
+    if ((size_t)*n_want > d->logits_room) {
+        size_t none = 0;
+        cudaFree(d->logits);
+        d->logits_room = (size_t)*n_want;
+        d->logits = (float *)device_allocate(d->logits_room * c->vocab_size * sizeof(float), &none, s->model->path);
+        d->bytes += none;
+    }
+}
+
+/* Adds the times between the events of a step to its operations. */
+static void read_events(State *s) {
+    Device *d = (Device *)s->device;
+    for (size_t i = 1; i < d->n_events; i++) {
+        float ms;
+        CUDA(cudaEventElapsedTime(&ms, d->events[i - 1], d->events[i]));
+        s->profile[d->event_operation[i]].seconds += 1e-3 * ms;
+    }
+    d->n_events = 0;
+}
+
+static void cuda_forward(State *s, const Token *tokens, size_t n, float *logits) {
+    Device *d = (Device *)s->device;
+    int n_want, n_tiles, n_spans;
+    d->profiled = s->profiled;
+    prepare(s, tokens, n, NULL, &n_want, &n_tiles, &n_spans);
+    CUDA(cudaMemcpyAsync(d->rows, d->rows_host, n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
+    launch_forward(s, (int)n, n_want, n_tiles, n_spans);
+    if (n_want) CUDA(cudaMemcpyAsync(logits, d->logits, (size_t)n_want * s->model->c.vocab_size * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+    CUDA(cudaStreamSynchronize(d->stream));
+    read_events(s);
+}
+
+static void launch_step(State *s, int n, int n_want, int n_tiles, int n_spans, float temperature, float top_p) {
+    Device *d = (Device *)s->device;
+    CUDA(cudaMemcpyAsync(d->rows, d->rows_host, (size_t)n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
+    launch_forward(s, n, n_want, n_tiles, n_spans);
+    if (!n_want) return;
+    launch(d, SAMPLING, sample_kernel, dim3((unsigned)n_want), 1024, d->logits, (int)s->model->c.vocab_size, temperature, top_p, d->rows, d->ids);
+    CUDA(cudaMemcpyAsync(d->ids_host, d->ids, (size_t)n_want * sizeof(int), cudaMemcpyDeviceToHost, d->stream));
+}
+
+/* A decoding step's some 300 launches take the CPU longer than the GPU: they are recorded once, as a graph, for each number of
+ * tokens, and again when the spans have doubled. */
+static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p) {
+    Device *d = (Device *)s->device;
+    int n_want, n_tiles, n_spans;
+    d->profiled = s->profiled;
+    prepare(s, tokens, n, draws, &n_want, &n_tiles, &n_spans);
+    if (s->decoding && n <= s->n_slots && (size_t)n_want == n && !s->profiled) {
+        if (!d->graphs[n].exec || d->graphs[n].n_spans != n_spans) {
+            cudaGraph_t graph;
+            double bytes = s->bytes;
+            Profile profile[N_OPERATIONS];
+            memcpy(profile, s->profile, sizeof profile);
+            if (d->graphs[n].exec) CUDA(cudaGraphExecDestroy(d->graphs[n].exec));
+            CUDA(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal));
+            launch_step(s, (int)n, n_want, n_tiles, n_spans, temperature, top_p);
+            CUDA(cudaStreamEndCapture(d->stream, &graph));
+            CUDA(cudaGraphInstantiate(&d->graphs[n].exec, graph, 0));
+            CUDA(cudaGraphDestroy(graph));
+            d->graphs[n].n_spans = n_spans;
+            s->bytes = bytes;
+            memcpy(s->profile, profile, sizeof profile);
+        }
+        const DeviceModel *m = (const DeviceModel *)s->model->device;
+        s->bytes += m->wcls.bytes;
+        for (size_t i = 0; i < 4 * s->model->c.n_layers; i++) s->bytes += m->wqkv[i].bytes;     /* wqkv, wo, w13, w2: one array */
+        CUDA(cudaGraphLaunch(d->graphs[n].exec, d->stream));
+    } else launch_step(s, (int)n, n_want, n_tiles, n_spans, temperature, top_p);
+    CUDA(cudaStreamSynchronize(d->stream));
+    read_events(s);
+    for (int i = 0; i < n_want; i++) draws[i].id = d->ids_host[i];
+}
+
+static double cuda_peak(const State *s) { return (double)((const Device *)s->device)->bytes; }
+
+static void cuda_open(State *s) {
+    const Model *m = s->model;
+    const Header *c = &m->c;
+    Device *d = (Device *)allocate(1, sizeof *d, m->path);
+    cudaDeviceProp properties;
+    cudaFuncAttributes attributes;
+    CUDA(cudaGetDeviceProperties(&properties, 0));
+    CUDA(cudaFuncGetAttributes(&attributes, norm_input));
+    int built_for = attributes.ptxVersion;
+    if (built_for < 75) fprintf(stderr, "%s: built for old GPUs, without tensor cores: nvcc -O3 -arch=native run_cuda.cu -o run_cuda makes it many times as fast\n", program);
+    d->overlap = properties.major >= 9 && built_for >= 90;
+    d->multiprocessors = properties.multiProcessorCount;
+    s->device = d;
+    s->kv_size = sizeof(__half);
+    s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
+    if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
+    Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window};
+    d->heads = heads;
+    d->room = round_up(s->chunk, 128);
+    d->span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 128;
+    d->max_spans = (int)(s->ring / (size_t)d->span + 2);
+
+    /* sizes of all that a step needs, and whether it fits */
+    size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv_dim = q_dim + 2ull * c->n_kv_heads * c->head_dim, slots = min_size(s->n_slots, d->room);
+    size_t widest_out = qkv_dim > c->dim ? qkv_dim : c->dim, part_rows = d->room > 8 * 64 ? d->room : 8 * 64;
+    size_t widest_in = round_up(c->dim > q_dim ? (c->dim > c->hidden_dim ? c->dim : c->hidden_dim) : (q_dim > c->hidden_dim ? q_dim : c->hidden_dim), COLUMNS);
+    bool half_weights = m->layers[0].wqkv.type < Q8 || m->wcls.type < Q8 || m->layers[0].w13.type < Q8;
+    size_t parts = part_rows * widest_out;
+    if (half_weights && d->room * 2 * round_up(c->hidden_dim, 8) > parts) parts = d->room * 2 * round_up(c->hidden_dim, 8);
+    size_t span_rows = slots * (size_t)d->max_spans > d->room ? slots * (size_t)d->max_spans : d->room;
+    s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * s->ring * s->head_width * sizeof(__half);
+    const struct { void **to; size_t bytes; } all[] = {
+        {(void **)&d->x, d->room * c->dim * sizeof(float)}, {(void **)&d->parts, parts * sizeof(float)},
+        {(void **)&d->h, d->room * c->hidden_dim * sizeof(float)}, {(void **)&d->spans, span_rows * q_dim * sizeof(float)},
+        {(void **)&d->softmax, span_rows * c->n_heads * sizeof(float2)}, {(void **)&d->rotations, d->room * (c->head_dim / 2) * sizeof(float2)},
+        {(void **)&d->queries, d->room * c->n_heads * s->head_width * sizeof(__half)}, {(void **)&d->keys, s->kv_bytes / 2},
+        {(void **)&d->values, s->kv_bytes / 2}, {(void **)&d->frequencies, c->head_dim / 2 * sizeof(double)},
+        {(void **)&d->in.q, d->room * widest_in}, {(void **)&d->in.scale, d->room * widest_in / 32 * sizeof(float2)},
+        {(void **)&d->in.halves, half_weights ? d->room * widest_in * sizeof(__half) : 0},
+        {(void **)&d->rows, d->room * sizeof(Row)}, {(void **)&d->ids, d->room * sizeof(int)}};
+    double need = (double)slots * c->vocab_size * sizeof(float), per_slot = (double)s->kv_bytes / (double)s->n_slots;
+    size_t free_bytes, total;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) need += (double)all[i].bytes;
+    CUDA(cudaMemGetInfo(&free_bytes, &total));
+    if (need > (double)free_bytes) {
+        double left = (double)free_bytes - (need - (double)s->kv_bytes);
+        die("%s: %zu sequences of %zu positions need %.1f GB beside the weights and %.1f of %s's %.1f GB are free: %s%.0f would fit", m->path, s->n_slots,
+            s->ring, need / 1e9, (double)free_bytes / 1e9, properties.name, (double)total / 1e9, left >= per_slot ? "-b " : "-b 1 -c ",
+            left >= per_slot ? floor(left / per_slot) : left > 0 ? floor(left / per_slot * (double)s->ring / 32) * 32 : 0);
+    }
+    d->bytes = ((const DeviceModel *)m->device)->bytes;
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) *all[i].to = device_allocate(all[i].bytes, &d->bytes, m->path);
+    d->in.stride = (int)d->room;
+    CUDA(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
+    CUDA(cudaMallocHost((void **)&d->rows_host, d->room * sizeof(Row)));
+    CUDA(cudaMallocHost((void **)&d->ids_host, d->room * sizeof(int)));
+    memset(d->rows_host, 0, d->room * sizeof(Row));
+    d->graphs = (decltype(d->graphs))allocate(s->n_slots + 1, sizeof *d->graphs, m->path);
+    double frequencies[MAX_HEAD_DIM / 2];
+    for (size_t i = 0; i < c->head_dim / 2; i++) frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
+    CUDA(cudaMemcpy(d->frequencies, frequencies, c->head_dim / 2 * sizeof(double), cudaMemcpyHostToDevice));
+    CUDA(cudaDeviceSynchronize());
+}
+
+static void cuda_close(State *s) {
+    Device *d = (Device *)s->device;
+    void *all[] = {d->x, d->parts, d->h, d->spans, d->softmax, d->rotations, d->queries, d->keys, d->values, d->frequencies, d->in.q, d->in.scale,
+                   d->in.halves, d->rows, d->ids, d->logits};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) cudaFree(all[i]);
+    for (size_t i = 0; i <= s->n_slots; i++) if (d->graphs[i].exec) cudaGraphExecDestroy(d->graphs[i].exec);
+    for (size_t i = 0; i < d->events_room; i++) cudaEventDestroy(d->events[i]);
+    cudaFreeHost(d->rows_host);
+    cudaFreeHost(d->ids_host);
+    cudaStreamDestroy(d->stream);
+    free(d->graphs);
+    free(d->events);
+    free(d->event_operation);
+    free(d);
+}
+
+static const Backend GPU = {"cuda", 2048, cuda_load, cuda_unload, cuda_open, cuda_close, cuda_forward, cuda_step, cuda_peak};
+
+#ifndef RUN_CUDA_NO_MAIN
+int main(int argc, char **argv) {
+    program = "run_cuda";
+    backend = &GPU;
+    return run(argc, argv);
+}
+#endif
