@@ -186,7 +186,7 @@ static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, c
 }
 
 static float *upload_norm(const Matrix *m, size_t *total, const char *path) {
-    float *p = (float *)device_allocate(m->rows * sizeof(float), total, path);
+    float *p = (float *)device_allocate(round_up(m->rows, COLUMNS) * sizeof(float), total, path);
     CUDA(cudaMemcpy(p, m->data, m->rows * sizeof(float), cudaMemcpyHostToDevice));
     return p;
 }
@@ -330,34 +330,41 @@ __global__ void product_plain(float *out, Weights w, Inputs in, int n) {
 
 /* What a warp has under way of a tile: 32 rows by 128 columns of codes (q8 and q4) or by 64 of FP16. */
 template <int TYPE, int GROUPS> struct Stage {
-    static const int PIECES = TYPE == Q4 ? 2 : 4;           /* of 16 bytes, of 16 rows */
+    static const int PIECES = TYPE == Q4 ? 2 : 4;           /* of 16 bytes a thread, of 16 rows */
     uint4 codes[2][PIECES];
     uint2 scales[2][TYPE == F16 ? 1 : GROUPS];              /* (scale, zero) of row g, of row g + 8 */
 };
 
-/* `k`: of tiles of 128 columns, or of 64 for FP16. */
-template <int TYPE, int GROUPS> __device__ inline void load_stage(Stage<TYPE, GROUPS> &s, const Weights &w, int row_tile, int k) {
-    int lane = threadIdx.x % 32;
+/* Where a thread finds its part of the first tile of the rows from row_tile on, in pieces of 16 bytes; and from one tile to the
+ * next, and from one 8 (FP16) or 16 rows to the next. 32 bits: a matrix has fewer than 2^32 pieces. */
+template <int TYPE, int GROUPS> struct Place {
+    uint32_t codes, scales, row_step;
+    __device__ Place(const Weights &w, int row_tile) {
+        int lane = threadIdx.x % 32;
+        row_step = (uint32_t)w.column_tiles * (TYPE == F16 ? 128 : Stage<TYPE, GROUPS>::PIECES * 32);
+        codes = TYPE == F16 ? (row_tile * 2) * row_step + lane / 4 * (w.column_tiles * 16) + lane % 4 : row_tile * row_step + lane;
+        scales = (uint32_t)row_tile * w.column_tiles * GROUPS * 8 + lane / 4;
+    }
+};
+
+/* k: of tiles of 128 columns, or of 64 for FP16. */
+template <int TYPE, int GROUPS> __device__ inline void load_stage(Stage<TYPE, GROUPS> &s, const Weights &w, const Place<TYPE, GROUPS> &at, int k) {
+    const uint4 *codes = TYPE == F16 ? (const uint4 *)w.halves : w.codes;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
-        if (TYPE == F16) {
-            size_t width = (size_t)w.column_tiles * COLUMNS;
-            const __half *from = w.halves + (size_t)((row_tile + m) * 16 + lane / 4) * width + k * 64 + lane % 4 * 8;
 #pragma unroll
-            for (int p = 0; p < 4; p++) s.codes[m][p] = __ldcs((const uint4 *)(from + p % 2 * 32 + p / 2 * 8 * width));
-        } else {
-            size_t tile = (size_t)(row_tile + m) * w.column_tiles + k;
+        for (int p = 0; p < s.PIECES; p++)
+            s.codes[m][p] = __ldg(TYPE == F16 ? codes + (at.codes + (2 * m + p / 2) * at.row_step + k * 8) + p % 2 * 4
+                                              : codes + (at.codes + m * at.row_step + k * (s.PIECES * 32)) + p * 32);
 #pragma unroll
-            for (int p = 0; p < s.PIECES; p++) s.codes[m][p] = __ldg(&w.codes[(tile * s.PIECES + p) * 32 + lane]);
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) s.scales[m][g] = __ldg((const uint2 *)&w.scales[(tile * GROUPS + g) * 16 + lane / 4 * 2]);
-        }
+        for (int g = 0; g < GROUPS && TYPE != F16; g++)
+            s.scales[m][g] = __ldg((const uint2 *)w.scales + (at.scales + (m * w.column_tiles + k) * (GROUPS * 8)) + g * 8);
     }
 }
 
-/* The codes of a stage as the tensor cores want them, four a register: a[i] for the i-th instruction of a tile. */
+/* A stage as the tensor cores want it, four codes or two halves a register: a[i] for the i-th instruction of a tile. */
 template <int TYPE, int GROUPS> __device__ inline void unpack(uint32_t (*a)[4], const Stage<TYPE, GROUPS> &s, int m) {
-    const uint32_t *words = (const uint32_t *)s.codes[m];   /* q4: [row g, g + 8][4]; q8: [row g, g + 8][8] */
+    const uint32_t *words = (const uint32_t *)s.codes[m];   /* q4: [row g, g + 8][4]; q8: [row g, g + 8][8]; f16: [row g, g + 8][2][4] */
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if (TYPE == Q4) {
@@ -374,217 +381,235 @@ template <int TYPE, int GROUPS> __device__ inline void unpack(uint32_t (*a)[4], 
     }
 }
 
-/* total[row g, g + 8][token 2 q, 2 q + 1] of two tiles of 16 rows by 8 tokens, with 128 columns more. The sum of a group
- * starts at the bits of 1.5 * 2^23 as a float: then its integer's bits are, read as a float, 1.5 * 2^23 more than it (it is less
- * than 2^22: 128 * 255 * 127), and no conversion is needed. x: the activations of token g; scale: of tokens 2 q, 2 q + 1. */
-template <int TYPE, int GROUPS> __device__ inline void add_tile(float total[2][4], const uint32_t a[2][4][4], const Stage<TYPE, GROUPS> &s,
-                                                                const uint4 *x, const float4 *scale) {
-    const uint32_t *b = (const uint32_t *)x;
-    const float magic = 12582912.0f;
-    const int start[4] = {0x4b400000, 0x4b400000, 0x4b400000, 0x4b400000};
+/* Adds a stage's columns to total[tokens][two tiles of 16 rows][row g, g + 8; token 2 q, 2 q + 1], of N times 8 tokens. x: 16 bytes twice
+ * of the activations of token g; scale: (scale, sum) of the tokens 2 q and 2 q + 1. The instructions of a sum wait for one
+ * another, and for long; those of 2 N sums stand side by side, so that there is something to do. */
+template <int TYPE, int GROUPS, int N> __device__ inline void add_tiles(float total[N][2][4], const uint32_t a[2][4][4], const uint2 scales[2][GROUPS],
+                                                                        const uint4 x[N][2], const float4 scale[N][GROUPS]) {
+    const int zero[4] = {0, 0, 0, 0}, COUNT = 4 / GROUPS;
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++)
+    for (int g = 0; g < GROUPS; g++) {
+        int sum[N][2][4];
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
-            int sum[4];
+        for (int i = 0; i < COUNT; i++)
 #pragma unroll
-            for (int i = 0; i < 4 / GROUPS; i++)
-                mma_codes(sum, a[m][g * (4 / GROUPS) + i], b + 2 * (g * (4 / GROUPS) + i), i ? sum : start);
+            for (int t = 0; t < N; t++)
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    const uint32_t *b = (const uint32_t *)x[t] + 2 * (g * COUNT + i);
+                    if (TYPE == F16) mma_halves(total[t][m], a[m][i], b);
+                    else mma_codes(sum[t][m], a[m][g * COUNT + i], b, i ? sum[t][m] : zero);
+                }
+        if (TYPE == F16) return;
+#pragma unroll
+        for (int m = 0; m < 2; m++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float2 w = __half22float2(((const __half2 *)&s.scales[m][g])[h]);
-                total[m][2 * h] = fmaf(w.x * scale[g].x, fmaf(-w.y, scale[g].y, __int_as_float(sum[2 * h]) - magic), total[m][2 * h]);
-                total[m][2 * h + 1] = fmaf(w.x * scale[g].z, fmaf(-w.y, scale[g].w, __int_as_float(sum[2 * h + 1]) - magic), total[m][2 * h + 1]);
+                float2 w = __half22float2(((const __half2 *)&scales[m][g])[h]);
+#pragma unroll
+                for (int t = 0; t < N; t++) {
+                    float *to = total[t][m] + 2 * h;
+                    to[0] = fmaf(w.x * scale[t][g].x, fmaf(-w.y, scale[t][g].y, (float)sum[t][m][2 * h]), to[0]);
+                    to[1] = fmaf(w.x * scale[t][g].z, fmaf(-w.y, scale[t][g].w, (float)sum[t][m][2 * h + 1]), to[1]);
+                }
             }
-        }
+    }
 }
 
 __device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
 
-/* Stores what a warp has of two tiles by 8 tokens. out: [n][w.rows]; or h = silu(gate) * up, [n][units] (w13, where row g is
- * the gate of row g + 8). */
+/* Stores what a warp has of two tiles by 8 tokens. out: [n][w.row_tiles * 16]; or, with `units`, h = silu(gate) * up, [n][units]
+ * (w13, where row g is the gate of row g + 8). */
 __device__ inline void store(float *out, const Weights &w, const float total[2][4], int row_tile, int token, int n, int units) {
-    int lane = threadIdx.x % 32, t = token + lane % 4 * 2;
+    int lane = threadIdx.x % 32, t = token + lane % 4 * 2, row = row_tile * 16 + lane / 4, unit = row_tile * 8 + lane / 4;
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int row = (row_tile + m) * 16 + lane / 4, unit = (row_tile + m) * 8 + lane / 4;
             if (t + i >= n) continue;
-            if (units) { if (unit < units) out[(size_t)(t + i) * units + unit] = silu(total[m][i]) * total[m][i + 2]; continue; }
-            if (row < w.rows) out[(size_t)(t + i) * w.rows + row] = total[m][i];
-            if (row + 8 < w.rows) out[(size_t)(t + i) * w.rows + row + 8] = total[m][i + 2];
+            float *to = out + (size_t)(t + i) * (units ? units : w.row_tiles * 16);
+            if (units) to[unit + 8 * m] = silu(total[m][i]) * total[m][i + 2];
+            else { to[row + 16 * m] = total[m][i]; to[row + 16 * m + 8] = total[m][i + 2]; }
         }
 }
 
-/* For few tokens, where reading the weights is what takes time. A block has 8 warps: ROW_WARPS of 32 rows each, and as many of
- * each as are left, which share the columns. DEPTH stages of each warp are on their way from memory, the first before the
- * kernel before this one has ended. Up to 8 * TOKEN_TILES tokens from `first` on.
- * gridDim.x: blocks of 32 * ROW_WARPS rows. gridDim.y: parts of the columns, each with an out of its own: whoever reads it adds
- * them up. */
-template <int TYPE, int GROUPS, int TOKEN_TILES, int ROW_WARPS, int DEPTH>
-__global__ void __launch_bounds__(256, TOKEN_TILES * GROUPS <= (TYPE == Q4 ? 4 : 2) ? 2 : 1) product_few(float *out, Weights w, Inputs in, int first, int n, int units) {
-    const int COLUMN_WARPS = 8 / ROW_WARPS, PER_TILE = TYPE == F16 ? 2 : 1;
-    __shared__ float4 parts[COLUMN_WARPS > 1 ? (COLUMN_WARPS - 1) * ROW_WARPS : 1][TOKEN_TILES * 2][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_warp = warp % ROW_WARPS, column_warp = warp / ROW_WARPS;
-    int row_tile = (blockIdx.x * ROW_WARPS + row_warp) * 2, all = w.column_tiles * PER_TILE;
-    int k = (int)((long long)all * blockIdx.y / gridDim.y) + column_warp, end = (int)((long long)all * (blockIdx.y + 1) / gridDim.y);
-    bool works = row_tile < w.row_tiles;
-    Stage<TYPE, GROUPS> stages[DEPTH];
-    float total[TOKEN_TILES][2][4] = {};
+/* Adds to the sums of the first of the warps that share rows those of the others, in order. room: [warps - 1][row warps]. */
+template <int TOKEN_TILES> __device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES * 2][32], int warp, int n_warps, int row_warp,
+                                                            int row_warps) {
+    int lane = threadIdx.x % 32;
+    __syncthreads();
+    if (warp)
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) if (works && k + d * COLUMN_WARPS < end) load_stage(stages[d], w, row_tile, k + d * COLUMN_WARPS);
+        for (int t = 0; t < TOKEN_TILES * 2; t++) room[(warp - 1) * row_warps + row_warp][t][lane] = *(float4 *)total[t / 2][t % 2];
+    __syncthreads();
+    for (int other = 0; warp == 0 && other < n_warps - 1; other++)
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES * 2; t++) {
+            float4 more = room[other * row_warps + row_warp][t][lane];
+            float *sum = total[t / 2][t % 2];
+            sum[0] += more.x; sum[1] += more.y; sum[2] += more.z; sum[3] += more.w;
+        }
+}
+
+/* For up to 8 tokens, where reading the weights is all that takes time. A block's 4 warps share 32 rows, each taking every 4th tile of
+ * columns, DEPTH of them on their way at a time, the first before the kernel before this one has ended.
+ * gridDim.x: blocks of 32 rows. gridDim.y: parts of the columns, each with an out of its own, which whoever reads it adds up. */
+template <int TYPE, int GROUPS, int DEPTH>
+__global__ void __launch_bounds__(128, 3) product_few(float *out, Weights w, Inputs in, int n, int units) {
+    __shared__ float4 room[3][2][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_tile = blockIdx.x * 2, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
+    int k = (int)((long long)all * blockIdx.y / gridDim.y) + warp, end = (int)((long long)all * (blockIdx.y + 1) / gridDim.y);
+    Place<TYPE, GROUPS> place(w, row_tile);
+    Stage<TYPE, GROUPS> stages[DEPTH];
+    float total[1][2][4] = {};
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) if (k + 4 * d < end) load_stage(stages[d], w, place, k + 4 * d);
     wait_for_inputs();
 
-    for (; works && k < end; k += DEPTH * COLUMN_WARPS)
+    const uint4 *inputs = TYPE == F16 ? (const uint4 *)in.halves + (size_t)(lane / 4) * w.column_tiles * 16 + lane % 4
+                                      : (const uint4 *)in.q + lane / 4 * 8 + lane % 4 * 2;
+    const float4 *input_scales = (const float4 *)in.scale + lane % 4;
+    uint4 x[2][1][2];                   /* of this tile, and of the next */
+    float4 scale[2][1][GROUPS];
+    auto load_inputs = [&](int at, int k) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) x[at][0][h] = __ldg(inputs + (TYPE == F16 ? (size_t)k * 8 + 4 * h : (size_t)k * in.stride * 8 + h));
+#pragma unroll
+        for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[at][0][g] = __ldg(input_scales + (size_t)(k * GROUPS + g) * (in.stride / 2));
+    };
+    if (k < end) load_inputs(0, k);
+    for (; k < end; k += 4 * DEPTH)
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
-            int now = k + d * COLUMN_WARPS, next = now + DEPTH * COLUMN_WARPS;
-            if (now >= end) break;
-            if (TYPE == F16) {
-                Stage<TYPE, GROUPS> s = stages[d];
-                if (next < end) load_stage(stages[d], w, row_tile, next);
-#pragma unroll
-                for (int t = 0; t < TOKEN_TILES; t++) {
-                    const __half *x = in.halves + (size_t)(first + t * 8 + lane / 4) * w.column_tiles * COLUMNS + now * 64 + lane % 4 * 8;
-#pragma unroll
-                    for (int p = 0; p < 2; p++) {
-                        uint4 b = __ldg((const uint4 *)(x + p * 32));
-                        const uint32_t *bs = (const uint32_t *)&b;
-#pragma unroll
-                        for (int m = 0; m < 2; m++) {
-                            const uint32_t *g = (const uint32_t *)&s.codes[m][p], *g8 = (const uint32_t *)&s.codes[m][p + 2];
-                            const uint32_t a0[4] = {g[0], g8[0], g[1], g8[1]}, a1[4] = {g[2], g8[2], g[3], g8[3]};
-                            mma_halves(total[t][m], a0, bs);
-                            mma_halves(total[t][m], a1, bs + 2);
-                        }
-                    }
-                }
-            } else {
-                uint32_t a[2][4][4];
-                unpack(a[0], stages[d], 0);
-                unpack(a[1], stages[d], 1);
-                Stage<TYPE, GROUPS> s = stages[d];          /* its scales; the codes are in `a` */
-                if (next < end) load_stage(stages[d], w, row_tile, next);
-#pragma unroll
-                for (int t = 0; t < TOKEN_TILES; t++) {
-                    uint4 x[2];
-                    float4 scale[GROUPS];
-                    const uint4 *from = (const uint4 *)(in.q + ((size_t)now * in.stride + first + t * 8 + lane / 4) * COLUMNS + lane % 4 * 32);
-                    x[0] = __ldg(from);
-                    x[1] = __ldg(from + 1);
-#pragma unroll
-                    for (int g = 0; g < GROUPS; g++)
-                        scale[g] = __ldg((const float4 *)(in.scale + (size_t)(now * GROUPS + g) * in.stride + first + t * 8 + lane % 4 * 2));
-                    add_tile<TYPE, GROUPS>(total[t], a, s, x, scale);
-                }
-            }
+            int now = k + 4 * d;
+            uint32_t a[2][4][4];
+            if (now >= end) continue;
+            if (now + 4 < end) load_inputs((d + 1) % 2, now + 4);
+            unpack(a[0], stages[d], 0);
+            unpack(a[1], stages[d], 1);
+            add_tiles<TYPE, GROUPS, 1>(total, a, stages[d].scales, x[d % 2], scale[d % 2]);
+            if (now + 4 * DEPTH < end) load_stage(stages[d], w, place, now + 4 * DEPTH);
         }
-
-    if (COLUMN_WARPS > 1) {             /* the first of the warps that share rows adds the others' sums to its own, in order */
-        if (column_warp)
-#pragma unroll
-            for (int t = 0; t < TOKEN_TILES; t++)
-#pragma unroll
-                for (int m = 0; m < 2; m++) parts[(column_warp - 1) * ROW_WARPS + row_warp][2 * t + m][lane] = *(float4 *)total[t][m];
-        __syncthreads();
-        if (column_warp) return;
-        for (int c = 0; c < COLUMN_WARPS - 1; c++)
-#pragma unroll
-            for (int t = 0; t < TOKEN_TILES; t++)
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    float4 more = parts[c * ROW_WARPS + row_warp][2 * t + m][lane];
-                    total[t][m][0] += more.x; total[t][m][1] += more.y; total[t][m][2] += more.z; total[t][m][3] += more.w;
-                }
-    }
-    out += (size_t)blockIdx.y * n * w.rows;
-    if (works)
-#pragma unroll
-        for (int t = 0; t < TOKEN_TILES; t++) store(out, w, total[t], row_tile, first + t * 8, n, units);
+    add_warps<1>(total, room, warp, 4, 0, 1);
+    if (warp == 0) store(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0], row_tile, 0, n, units);
 }
 
-/* A copy of 16 bytes into shared memory that goes on while the thread computes (from 8.0 on); before, the bytes wait in a
- * register, and land() stores them. */
-typedef struct { uint4 value; uint4 *to; } Copy;
-__device__ inline void start_copy(Copy &c, uint4 *to, const void *from) {
+/* Copies of 16 bytes into shared memory that go on while the thread computes (from 8.0 on); before, the bytes wait in a register, and
+ * land() stores them. */
+typedef struct { uint4 value; uint32_t to; bool wanted; } Copy;
+__device__ inline void start_copy(Copy &c, uint32_t to, const void *from, bool wanted) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from));
+    if (wanted) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
 #else
-    c.value = *(const uint4 *)from;
+    if (wanted) c.value = *(const uint4 *)from;
     c.to = to;
+    c.wanted = wanted;
 #endif
 }
-__device__ inline void land(Copy &c) {
+__device__ inline void land(Copy *copies, int n) {
 #if __CUDA_ARCH__ < 800
-    *c.to = c.value;
+#pragma unroll
+    for (int i = 0; i < n; i++)
+        if (copies[i].wanted) {
+            const uint4 &v = copies[i].value;
+            asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(copies[i].to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+        }
 #endif
 }
-__device__ inline void land_all() {
+__device__ inline void end_group() {            /* of copies */
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;");
+    asm volatile("cp.async.commit_group;");
+#endif
+}
+template <int LATEST> __device__ inline void wait_for_copies() {        /* for all but the last LATEST groups */
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATEST));
 #endif
 }
 
-/* For many tokens, where the tensor cores are what takes time. A block makes 128 rows by 128 tokens: 4 by 2 warps of 32 rows by
- * 64 tokens. Activations go through shared memory, a tile of columns ahead; weights through registers, likewise. A token's
- * 128 bytes have the pieces of 16 exchanged in pairs where the token is odd, so that the threads of a quarter warp meet eight
- * different banks. gridDim.x: blocks of tokens; gridDim.y: of rows. */
-template <int TYPE, int GROUPS>
-__global__ void __launch_bounds__(256, 1) product_many(float *out, Weights w, Inputs in, int n, int units) {
-    __shared__ uint4 x[2][128][8];
-    __shared__ float4 scales[2][GROUPS][64];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_tile = (blockIdx.y * 4 + warp % 4) * 2, half = warp / 4;
-    int token = blockIdx.x * 128;
+/* For more tokens. A block makes 128 rows by 8 TOKEN_TILES TOKEN_WARPS tokens: 4 warps of 32 rows, times TOKEN_WARPS that have
+ * different tokens, times COLUMN_WARPS that have different tiles of columns. Activations go through shared memory, DEPTH steps
+ * ahead; weights through registers, a step ahead. A token's 128 bytes have pieces of 16 exchanged where the token is odd, so
+ * that the threads of a quarter warp meet eight different banks. ABREAST: how many token tiles a warp computes side by side.
+ * gridDim.x: blocks of tokens; y: of 128 rows; z: parts of the columns, as above. */
+template <int TYPE, int GROUPS, int TOKEN_WARPS, int TOKEN_TILES, int COLUMN_WARPS, int BLOCKS, int ABREAST>
+__global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, BLOCKS) product_many(float *out, Weights w, Inputs in, int n, int units) {
+    const int TOKENS = 8 * TOKEN_TILES * TOKEN_WARPS, THREADS = 128 * TOKEN_WARPS * COLUMN_WARPS, DEPTH = COLUMN_WARPS * TOKENS > 64 ? 1 : 3;
+    const int COPIES = COLUMN_WARPS * TOKENS * 8 / THREADS, SCALES = COLUMN_WARPS * GROUPS * TOKENS / 2, ODD = TYPE == F16 ? 4 : 1;
+    const int X = COLUMN_WARPS * TOKENS * 8;                    /* pieces of 16 bytes of a step's activations */
+    __shared__ uint4 x[(DEPTH + 1) * X];                        /* [DEPTH + 1][COLUMN_WARPS][TOKENS][8] */
+    __shared__ float4 scales[(DEPTH + 1) * SCALES];             /* [DEPTH + 1][COLUMN_WARPS][GROUPS][TOKENS / 2] */
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_warp = warp % 4, token_warp = warp / 4 % TOKEN_WARPS, column_warp = warp / 4 / TOKEN_WARPS;
+    int row_tile = (blockIdx.y * 4 + row_warp) * 2, token = blockIdx.x * TOKENS, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
+    int first = (int)((long long)all * blockIdx.z / gridDim.z), end = (int)((long long)all * (blockIdx.z + 1) / gridDim.z);
+    int steps = (end - first + COLUMN_WARPS - 1) / COLUMN_WARPS, k = first + column_warp;
     bool works = row_tile < w.row_tiles;
-    Stage<TYPE, GROUPS> next;
-    Copy copies[5];
-    float total[8][2][4] = {};
-    if (works) load_stage(next, w, row_tile, 0);
+    Place<TYPE, GROUPS> place(w, works ? row_tile : 0);
+    Stage<TYPE, GROUPS> s;
+    float total[TOKEN_TILES][2][4] = {};
+    load_stage(s, w, place, min(k, end - 1));
+
+    /* what this thread copies: COPIES pieces, `apart` from one another, and of the scales, if it is one of the first, one */
+    Copy copies[COPIES + 1];
+    int piece = threadIdx.x % 8, t0 = threadIdx.x / 8 % TOKENS, tile0 = threadIdx.x / 8 / TOKENS, scale_row = threadIdx.x / (TOKENS / 2);
+    const uint4 *from = TYPE == F16 ? (const uint4 *)in.halves + (size_t)(token + t0) * w.column_tiles * 16 + (first + tile0) * 8 + piece
+                                    : (const uint4 *)in.q + ((size_t)(first + tile0) * in.stride + token + t0) * 8 + piece;
+    const float2 *scale_from = in.scale + (size_t)(first * GROUPS + scale_row) * in.stride + token + threadIdx.x % (TOKENS / 2) * 2;
+    uint32_t to = (uint32_t)__cvta_generic_to_shared(x + (tile0 * TOKENS + t0) * 8 + (piece ^ (t0 % 2 * ODD)));
+    uint32_t scale_to = (uint32_t)__cvta_generic_to_shared(scales + threadIdx.x);
+    size_t tile_step = TYPE == F16 ? 8 : (size_t)in.stride * 8, token_step = TYPE == F16 ? (size_t)w.column_tiles * 16 : 8;
+    bool has_scale = TYPE != F16 && threadIdx.x < SCALES;
     wait_for_inputs();
 
-    auto fetch = [&](int k) {           /* tile k of the activations, on its way to x[k % 2] and scales[k % 2] */
-        const uint4 *from = (const uint4 *)(in.q + ((size_t)k * in.stride + token) * COLUMNS);
+    auto fetch = [&](int step) {        /* the activations of a step, on their way */
+        int buffer = step % (DEPTH + 1), left = end - first - step * COLUMN_WARPS;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int at = threadIdx.x + i * 256, t = at / 8, piece = at % 8;
-            start_copy(copies[i], &x[k % 2][t][piece ^ (t & 1)], from + at);
+        for (int i = 0; i < COPIES; i++) {                      /* THREADS / 8 tokens further each, or tiles */
+            int rows = i * (THREADS / 8), tile = rows / TOKENS, t = rows % TOKENS;
+            start_copy(copies[i], to + (buffer * X + rows * 8) * 16, from + tile * tile_step + t * token_step, tile0 + tile < left);
         }
-        int g = threadIdx.x / 64, i = threadIdx.x % 64;
-        if (g < GROUPS) start_copy(copies[4], &((uint4 *)scales[k % 2][g])[i], (const uint4 *)(in.scale + (size_t)(k * GROUPS + g) * in.stride + token) + i);
+        start_copy(copies[COPIES], scale_to + buffer * SCALES * 16, scale_from, has_scale && scale_row / GROUPS < left);
+        from += COLUMN_WARPS * tile_step;
+        scale_from += (size_t)COLUMN_WARPS * GROUPS * in.stride;
+        end_group();
     };
-    auto arrive = [&]() {
-#pragma unroll
-        for (int i = 0; i < 4; i++) land(copies[i]);
-        if (threadIdx.x / 64 < GROUPS) land(copies[4]);
-        land_all();
-        __syncthreads();
-    };
-    fetch(0);
-    arrive();
-    for (int k = 0; k < w.column_tiles; k++) {
+    int b_at = (column_warp * TOKENS + token_warp * TOKEN_TILES * 8 + lane / 4) * 8, odd = lane / 4 % 2 * ODD;
+    int b_piece[2] = {b_at + ((TYPE == F16 ? lane % 4 : lane % 4 * 2) ^ odd), b_at + ((TYPE == F16 ? lane % 4 + 4 : lane % 4 * 2 + 1) ^ odd)};
+    int scale_at = column_warp * GROUPS * (TOKENS / 2) + token_warp * TOKEN_TILES * 4 + lane % 4;
+    for (int step = 0; step < DEPTH; step++) { fetch(step); land(copies, COPIES + 1); }
+    for (int step = 0; step < steps; step++, k += COLUMN_WARPS) {
         uint32_t a[2][4][4];
-        Stage<TYPE, GROUPS> s = next;
-        if (k + 1 < w.column_tiles) fetch(k + 1);
-        unpack(a[0], s, 0);
-        unpack(a[1], s, 1);
-        if (works && k + 1 < w.column_tiles) load_stage(next, w, row_tile, k + 1);
+        uint2 scales_now[2][TYPE == F16 ? 1 : GROUPS];
+        int buffer = step % (DEPTH + 1);
+        wait_for_copies<DEPTH - 1>();
+        __syncthreads();
+        fetch(step + DEPTH);
+        if (COLUMN_WARPS == 1 || k < end) {
+            unpack(a[0], s, 0);
+            unpack(a[1], s, 1);
+            memcpy(scales_now, s.scales, sizeof scales_now);
+            load_stage(s, w, place, min(k + COLUMN_WARPS, end - 1));
 #pragma unroll
-        for (int t = 0; t < 8; t++) {
-            int mine = half * 64 + t * 8 + lane / 4;
-            uint4 b[2];
-            float4 scale[GROUPS];
+            for (int t = 0; t < TOKEN_TILES; t += ABREAST) {
+                uint4 b[ABREAST][2];
+                float4 scale[ABREAST][GROUPS];
 #pragma unroll
-            for (int h = 0; h < 2; h++) b[h] = x[k % 2][mine][(lane % 4 * 2 + h) ^ (mine & 1)];
+                for (int i = 0; i < ABREAST; i++) {
 #pragma unroll
-            for (int g = 0; g < GROUPS; g++) scale[g] = scales[k % 2][g][half * 32 + t * 4 + lane % 4];
-            add_tile<TYPE, GROUPS>(total[t], a, s, b, scale);
+                    for (int h = 0; h < 2; h++) b[i][h] = x[buffer * X + b_piece[h] + (t + i) * 64];
+#pragma unroll
+                    for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[i][g] = scales[buffer * SCALES + scale_at + g * (TOKENS / 2) + (t + i) * 4];
+                }
+                add_tiles<TYPE, GROUPS, ABREAST>(total + t, a, scales_now, b, scale);
+            }
         }
-        arrive();
+        land(copies, COPIES + 1);
     }
-    if (works)
+    if (COLUMN_WARPS > 1) add_warps<TOKEN_TILES>(total, (float4(*)[TOKEN_TILES * 2][32])x, column_warp, COLUMN_WARPS, row_warp, 4);
+    if (!works || column_warp) return;
+    out += (size_t)blockIdx.z * n * w.row_tiles * 16;
 #pragma unroll
-        for (int t = 0; t < 8; t++) store(out, w, total[t], row_tile, token + half * 64 + t * 8, n, units);
+    for (int t = 0; t < TOKEN_TILES; t++) store(out, w, total[t], row_tile, token + (token_warp * TOKEN_TILES + t) * 8, n, units);
 }
 
 /* cuBLAS, for prefill with FP16 weights, if it is installed (it is part of the toolkit); opened when needed, so that nothing must be
@@ -619,40 +644,37 @@ static bool open_cublas(cudaStream_t stream) {
 /* A token of this step, as it is copied to the device, and beside it, at the same index, what else the step must know. */
 typedef struct {
     int id, pos, slot;
-    int tile, tile_tokens;              /* the i-th tile of queries of attention: its first token, and how many */
+    int tile, tile_tokens, tile_pos, tile_slot; /* the i-th tile of queries of attention: its first token, how many, and where */
     int wanted;                         /* the i-th token whose logits are wanted */
     double random;                      /* what its next id is drawn with */
 } Row;
 
-/* Puts activations of a token where a product reads them: the values of `value(column)`, rounded to int8 by group, or as FP16. By
- * the warps of a block; this block takes the groups from `first` on, each `step` further. */
-template <class F> __device__ inline void emit(Inputs in, const Weights &w, int token, int first, int step, F value) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, per_lane = w.group / 32;
-    for (int group = first + warp; group < w.column_tiles * (COLUMNS / w.group); group += step) {
-        float v[4], max = 0;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int column = group * w.group + lane * per_lane + i;
-            v[i] = i < per_lane && column < w.cols ? value(column) : 0;
-            max = fmaxf(max, fabsf(v[i]));
-        }
-        if (w.type == F16) {
-            __half *to = in.halves + (size_t)token * w.column_tiles * COLUMNS + group * w.group + lane * per_lane;
-            for (int i = 0; i < per_lane; i++) to[i] = __float2half_rn(fminf(fmaxf(v[i], -65504.0f), 65504.0f));
-            continue;
-        }
-        for (int other = 16; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
-        float inverse = max > 0 ? 127.0f / max : 0;
-        int sum = 0, quarter = w.group / 4, c = lane * per_lane, s = group % (COLUMNS / w.group);
-        int8_t *to = in.q + ((size_t)(group * w.group / COLUMNS) * in.stride + token) * COLUMNS + c / quarter * 32 + s * quarter + c % quarter;
-        for (int i = 0; i < per_lane; i++) {
-            int q = __float2int_rn(v[i] * inverse);
-            to[i] = (int8_t)q;
-            sum += q;
-        }
-        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
-        if (lane == 0) in.scale[(size_t)group * in.stride + token] = make_float2(max / 127.0f, (float)sum);
+/* Puts 128 activations of a token, a column tile, where the product with w reads them: rounded to int8 by group, or as FP16. By a
+ * warp, each thread of which has four neighbours. */
+__device__ inline void emit(Inputs in, const Weights &w, int token, int tile, float4 x) {
+    int lane = threadIdx.x % 32, group = w.group, c = lane * 4 % group, s = lane * 4 / group;
+    float v[4] = {x.x, x.y, x.z, x.w}, max = 0;
+    if (w.type == F16) {
+        __half2 low, high;
+        for (int i = 0; i < 4; i++) v[i] = fminf(fmaxf(v[i], -65504.0f), 65504.0f);
+        low = __floats2half2_rn(v[0], v[1]);
+        high = __floats2half2_rn(v[2], v[3]);
+        *(uint2 *)(in.halves + ((size_t)token * w.column_tiles + tile) * COLUMNS + lane * 4) = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
+        return;
     }
+    for (int i = 0; i < 4; i++) max = fmaxf(max, fabsf(v[i]));
+    for (int other = group / 8; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
+    float inverse = max > 0 ? 127.0f / max : 0;
+    int sum = 0;
+    uint32_t bytes = 0;
+    for (int i = 0; i < 4; i++) {
+        int q = __float2int_rn(v[i] * inverse);
+        bytes |= (uint32_t)(q & 255) << 8 * i;
+        sum += q;
+    }
+    *(uint32_t *)(in.q + ((size_t)tile * in.stride + token) * COLUMNS + c / (group / 4) * 32 + s * (group / 4) + c % (group / 4)) = bytes;
+    for (int other = group / 8; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    if (c == 0) in.scale[((size_t)tile * (COLUMNS / group) + s) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
 }
 
 /* The sum of x over a block, to all its threads; always in the same order. */
@@ -666,11 +688,11 @@ __device__ inline float block_sum(float x) {
     return x;
 }
 
-/* x[token] = the embedding's row; rotations[token] = cos and sin of RoPE's angles. A block for each token. */
-__global__ void embed(float *x, float2 *rotations, const Row *rows, Weights w, const double *frequencies, int half) {
+/* x[token] = the embedding's row; rotations[token] = cos and sin of RoPE's angles. A block for each token. width: of x's rows. */
+__global__ void embed(float *x, int width, float2 *rotations, const Row *rows, Weights w, const double *frequencies, int half) {
     wait_for_inputs();
     int token = blockIdx.x;
-    for (int i = threadIdx.x; i < w.cols; i += blockDim.x) x[(size_t)token * w.cols + i] = weight_at(w, rows[token].id, i);
+    for (int i = threadIdx.x; i < w.cols; i += blockDim.x) x[(size_t)token * width + i] = weight_at(w, rows[token].id, i);
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
         double sine, cosine;
         sincos(rows[token].pos * frequencies[i], &sine, &cosine);
@@ -679,20 +701,37 @@ __global__ void embed(float *x, float2 *rotations, const Row *rows, Weights w, c
 }
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
- * wanted one. parts: [n_parts][n][dim]. */
-__global__ void __launch_bounds__(1024) norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, float eps, Inputs in,
-                                            Weights w, const Row *rows, bool wanted) {
+ * wanted one, 32 warps that take every 32nd tile of columns each. x: [n][128 * column tiles]; parts: [n_parts][n][part_width]. */
+enum { MAX_PARTS = 8, MAX_TILES = 4 };          /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
+__global__ void __launch_bounds__(1024) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
+                                                  float eps, Inputs in, Weights w, const Row *rows, bool wanted) {
     wait_for_inputs();
-    int dim = w.cols, token = wanted ? rows[blockIdx.x].wanted : blockIdx.x;
-    float *row = x + (size_t)token * dim, squares = 0;
-    for (int i = threadIdx.x; i < dim; i += blockDim.x) {
-        float sum = row[i];
-        for (int p = 0; p < n_parts; p++) sum += parts[((size_t)p * n + token) * dim + i];
-        row[i] = sum;
-        squares = fmaf(sum, sum, squares);
+    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, tile = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float squares = 0;
+    float4 v[MAX_TILES];
+#pragma unroll
+    for (int i = 0; i < MAX_TILES; i++) {
+        if (tile + 32 * i >= w.column_tiles) break;
+        int column = (tile + 32 * i) * COLUMNS + lane * 4;
+        float4 *at = (float4 *)(x + (size_t)token * w.column_tiles * COLUMNS + column), part[MAX_PARTS];
+        v[i] = *at;
+        if (column < part_width)
+#pragma unroll
+            for (int p = 0; p < MAX_PARTS; p++) if (p < n_parts) part[p] = *(const float4 *)(parts + ((size_t)p * n + token) * part_width + column);
+#pragma unroll
+        for (int p = 0; p < MAX_PARTS; p++)
+            if (p < n_parts && column < part_width) { v[i].x += part[p].x; v[i].y += part[p].y; v[i].z += part[p].z; v[i].w += part[p].w; }
+        *at = v[i];
+        squares += (v[i].x * v[i].x + v[i].y * v[i].y) + (v[i].z * v[i].z + v[i].w * v[i].w);
     }
     float scale = 1.0f / sqrtf(block_sum(squares) / (float)dim + eps);
-    emit(in, w, blockIdx.x, 0, blockDim.x / 32, [=](int i) { return weight[i] * (row[i] * scale); });
+#pragma unroll
+    for (int i = 0; i < MAX_TILES; i++) {
+        if (tile + 32 * i >= w.column_tiles) break;
+        float4 weights = *(const float4 *)(weight + (tile + 32 * i) * COLUMNS + lane * 4);
+        emit(in, w, blockIdx.x, tile + 32 * i, make_float4(weights.x * (v[i].x * scale), weights.y * (v[i].y * scale),
+                                                           weights.z * (v[i].z * scale), weights.w * (v[i].w * scale)));
+    }
 }
 
 /* Adds the parts of wqkv's product, turns queries and keys, and puts them where attention reads them, as FP16.
@@ -701,17 +740,17 @@ __global__ void __launch_bounds__(1024) norm_input(float *x, const float *parts,
  * A thread for each pair of elements of a head. */
 typedef struct { int n_heads, n_kv_heads, head_dim, width, ring, window; } Heads;
 
-__global__ void rope_and_cache(__half *queries, __half *keys, __half *values, const float *parts, int n_parts, int n, const float2 *rotations,
+__global__ void rope_and_cache(__half *queries, __half *keys, __half *values, const float *parts, int n_parts, int part_width, int n, const float2 *rotations,
                                const Row *rows, Heads c, float query_scale) {
     wait_for_inputs();
     int half = c.head_dim / 2, at = blockIdx.x * blockDim.x + threadIdx.x, head = at / half, i = at % half, token = blockIdx.y;
-    int n_all = c.n_heads + 2 * c.n_kv_heads, row = n_all * c.head_dim;
+    int n_all = c.n_heads + 2 * c.n_kv_heads;
     if (head >= n_all) return;
     float a = 0, b = 0;
-    for (int p = 0; p < n_parts; p++) {
-        const float *part = parts + ((size_t)p * n + token) * row + head * c.head_dim;
-        a += part[i];
-        b += part[i + half];
+#pragma unroll
+    for (int p = 0; p < MAX_PARTS; p++) {
+        const float *part = parts + ((size_t)p * n + token) * part_width + head * c.head_dim;
+        if (p < n_parts) { a += part[i]; b += part[i + half]; }
     }
     if (head < c.n_heads + c.n_kv_heads) {
         float2 r = rotations[(size_t)token * half + i];
@@ -738,39 +777,54 @@ __global__ void rope_and_cache(__half *queries, __half *keys, __half *values, co
     }
 }
 
-/* Activations that stand in memory as FP32, [n][w.cols], into the product with w. blockIdx.y: the token. */
+/* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. A warp for each tile of columns, 8 in a
+ * block; blockIdx.y: the token. */
 __global__ void quantize_input(const float *x, Inputs in, Weights w) {
     wait_for_inputs();
-    const float *row = x + (size_t)blockIdx.y * w.cols;
-    emit(in, w, blockIdx.y, blockIdx.x * 8, gridDim.x * 8, [=](int i) { return row[i]; });
+    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
+    if (tile < w.column_tiles) emit(in, w, token, tile, *(const float4 *)(x + ((size_t)token * w.column_tiles + tile) * COLUMNS + threadIdx.x % 32 * 4));
 }
 
-/* The same, of what cuBLAS made of w13: [n][16 rows a tile], gate and up. */
-__global__ void swiglu_input(const float *h13, int rows, Inputs in, Weights w) {
+/* The same, of what cuBLAS made of w13: [n][part_width], eight gates, then the eight they are multiplied with, and so on. */
+__global__ void swiglu_input(const float *h13, int part_width, Inputs in, Weights w) {
     wait_for_inputs();
-    const float *row = h13 + (size_t)blockIdx.y * rows;
-    emit(in, w, blockIdx.y, blockIdx.x * 8, gridDim.x * 8, [=](int i) { return silu(row[i / 8 * 16 + i % 8]) * row[i / 8 * 16 + i % 8 + 8]; });
+    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y, unit = tile * COLUMNS + threadIdx.x % 32 * 4, at = unit / 8 * 16 + unit % 8;
+    if (tile >= w.column_tiles) return;
+    float4 gate = make_float4(0, 0, 0, 0), up = gate;
+    if (at < part_width) {
+        gate = *(const float4 *)(h13 + (size_t)token * part_width + at);
+        up = *(const float4 *)(h13 + (size_t)token * part_width + at + 8);
+    }
+    emit(in, w, token, tile, make_float4(silu(gate.x) * up.x, silu(gate.y) * up.y, silu(gate.z) * up.z, silu(gate.w) * up.w));
 }
 
-/* The same, of what attention found in each span. spans: [n_spans][n][n_heads][head_dim]; softmax: [n_spans][n][n_heads] of
- * (maximum, sum), the maximum as an exponent of two. */
+/* The same, of what attention found in each span. spans: [n_spans][n][n_heads][width]; softmax: [n_spans][n][n_heads] of (maximum, sum),
+ * the maximum as an exponent of two. */
 __global__ void attention_input(const float *spans, const float2 *softmax, int n_spans, int n, Heads c, Inputs in, Weights w) {
     wait_for_inputs();
-    int token = blockIdx.y;
-    emit(in, w, token, blockIdx.x * 8, gridDim.x * 8, [=](int i) {
-        size_t head = (size_t)token * c.n_heads + i / c.head_dim, step = (size_t)n * c.n_heads;
-        if (n_spans == 1) return spans[head * c.head_dim + i % c.head_dim] / softmax[head].y;
+    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
+    float out[4];
+    if (tile >= w.column_tiles) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int column = tile * COLUMNS + threadIdx.x % 32 * 4 + i;
+        size_t head = (size_t)token * c.n_heads + column / c.head_dim, step = (size_t)n * c.n_heads;
+        const float *of_head = spans + head * c.width + column % c.head_dim;
         float max = -INFINITY, sum = 0, x = 0;
+        out[i] = 0;
+        if (column >= w.cols) continue;
+        if (n_spans == 1) { out[i] = *of_head / softmax[head].y; continue; }
         for (int s = 0; s < n_spans; s++) max = fmaxf(max, softmax[head + s * step].x);
         for (int s = 0; s < n_spans; s++) {
             float2 of = softmax[head + s * step];
             if (of.y == 0) continue;
             float share = exp2f(of.x - max);
-            x = fmaf(share, spans[(head + s * step) * c.head_dim + i % c.head_dim], x);
+            x = fmaf(share, of_head[s * step * c.width], x);
             sum = fmaf(share, of.y, sum);
         }
-        return x / sum;
-    });
+        out[i] = x / sum;
+    }
+    emit(in, w, token, tile, make_float4(out[0], out[1], out[2], out[3]));
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -786,7 +840,7 @@ __global__ void attention_plain(float *out, float2 *softmax, const __half *queri
     const __half *q = queries + (size_t)at * c.width;
     size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + head / (c.n_heads / c.n_kv_heads)) * c.ring * c.width;
     float max = -INFINITY, sum = 0;
-    for (int d = 0; d < c.head_dim; d++) out[(size_t)at * c.head_dim + d] = 0;
+    for (int d = 0; d < c.head_dim; d++) out[(size_t)at * c.width + d] = 0;
     for (int pass = 0; pass < 2; pass++)
         for (int p = first_position(rows[token].pos, c.window); p <= rows[token].pos; p++) {
             float score = 0;
@@ -795,7 +849,7 @@ __global__ void attention_plain(float *out, float2 *softmax, const __half *queri
             float e = exp2f(score - max);
             sum += e;
             for (int d = 0; d < c.head_dim; d++)
-                out[(size_t)at * c.head_dim + d] += e * __half2float(values[cache + ((size_t)(p % c.ring / 32) * c.width + d) * 32 + p % c.ring % 32]);
+                out[(size_t)at * c.width + d] += e * __half2float(values[cache + ((size_t)(p % c.ring / 32) * c.width + d) * 32 + p % c.ring % 32]);
         }
     softmax[at] = make_float2(max, sum);
 }
@@ -817,14 +871,14 @@ __global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, co
     int index = SPLIT ? blockIdx.x : blockIdx.x * 4 + warp, group = c.n_heads / c.n_kv_heads, heads = min(group, 16);
     if (index >= n_tiles * parts) return;
     Row tile = rows[index / parts];
-    int part = index % parts, kv_head = blockIdx.y, first_pos = rows[tile.tile].pos, n_rows = tile.tile_tokens * heads;
+    int part = index % parts, kv_head = blockIdx.y, first_pos = tile.tile_pos, n_rows = tile.tile_tokens * heads;
     int from = first_position(first_pos, c.window), to = first_pos + tile.tile_tokens;
     if (SPLIT) {
         int start = (from / span + (int)blockIdx.z) * span;
         from = max(from, start);
         to = min(to, start + span);
     }
-    size_t cache = ((size_t)rows[tile.tile].slot * c.n_kv_heads + kv_head) * c.ring * WIDTH;
+    size_t cache = ((size_t)tile.tile_slot * c.n_kv_heads + kv_head) * c.ring * WIDTH;
     keys += cache;
     values += cache;
 
@@ -849,6 +903,9 @@ __global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, co
     for (int start = from / 32 * 32 + (SPLIT ? warp * 32 : 0); start < to; start += SPLIT ? 128 : 32) {
         const __half *k = keys + (size_t)(start % c.ring) * WIDTH, *v = values + (size_t)(start % c.ring) * WIDTH;
         float score[4][4] = {};
+        uint4 value[WIDTH / 8];         /* asked for before the scores, which take their time */
+#pragma unroll
+        for (int d = 0; d < WIDTH / 8; d++) value[d] = *(const uint4 *)(v + (8 * d + g) * 32 + 8 * q);
 #pragma unroll
         for (int t = 0; t < 4; t++)     /* 8 keys: column 2 q + i of the t-th is key 8 q + 2 t + i, as the values want it */
 #pragma unroll
@@ -889,9 +946,8 @@ __global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, co
         const uint32_t p0[4] = {p[0][0], p[0][1], p[1][0], p[1][1]}, p1[4] = {p[2][0], p[2][1], p[3][0], p[3][1]};
 #pragma unroll
         for (int d = 0; d < WIDTH / 8; d++) {
-            uint4 x = *(const uint4 *)(v + (8 * d + g) * 32 + 8 * q);
-            mma_halves(sum[d], p0, &x.x);
-            mma_halves(sum[d], p1, &x.z);
+            mma_halves(sum[d], p0, &value[d].x);
+            mma_halves(sum[d], p1, &value[d].z);
         }
     }
 #pragma unroll
@@ -907,9 +963,7 @@ __global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, co
             if (q == 0) softmax[head[h]] = make_float2(max[h], total[h]);
 #pragma unroll
             for (int d = 0; d < WIDTH / 8; d++)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    if (8 * d + 2 * q + i < c.head_dim) out[(size_t)head[h] * c.head_dim + 8 * d + 2 * q + i] = sum[d][2 * h + i];
+                *(float2 *)(out + (size_t)head[h] * WIDTH + 8 * d + 2 * q) = make_float2(sum[d][2 * h], sum[d][2 * h + 1]);
         }
         return;
     }
@@ -921,8 +975,8 @@ __global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, co
             *(float2 *)&shared_out[warp][g + 8 * h][8 * d + 2 * q] = make_float2(sum[d][2 * h], sum[d][2 * h + 1]);
     }
     __syncthreads();
-    for (int at = threadIdx.x; at < n_rows * c.head_dim; at += 128) {
-        int row = at / c.head_dim, d = at % c.head_dim, of_head = part * heads + row % heads;
+    for (int at = threadIdx.x; at < n_rows * WIDTH; at += 128) {
+        int row = at / WIDTH, d = at % WIDTH, of_head = part * heads + row % heads;
         if (of_head >= group) continue;
         float largest = -INFINITY, x = 0, l = 0;
         for (int w = 0; w < 4; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
@@ -933,7 +987,7 @@ __global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, co
             l = fmaf(share, of.y, l);
         }
         size_t to_head = of_span + (size_t)(tile.tile + row / heads) * c.n_heads + kv_head * group + of_head;
-        out[to_head * c.head_dim + d] = x;
+        out[to_head * WIDTH + d] = x;
         if (d == 0) softmax[to_head] = make_float2(largest, l);
     }
 }
@@ -961,12 +1015,12 @@ __device__ inline Mass scan(Mass x, Mass *all) {
     return before + x;
 }
 
-/* The next id, as sample() in run.c finds it; a block of 1,024 threads for each wanted token. logits: [n][vocab], overwritten. */
-__global__ void __launch_bounds__(1024) sample_kernel(float *logits, int vocab, float temperature, float top_p, const Row *rows, int *ids) {
+/* The next id, as sample() in run.c finds it; a block of 1,024 threads for each wanted token. logits: [n][width], overwritten. */
+__global__ void __launch_bounds__(1024) sample_kernel(float *logits, int width, int vocab, float temperature, float top_p, const Row *rows, int *ids) {
     __shared__ Mass mass[1024], best_of[32], above_shared;
     __shared__ int digit_shared;
     wait_for_inputs();
-    float *p = logits + (size_t)blockIdx.x * vocab;
+    float *p = logits + (size_t)blockIdx.x * width;
     int thread = threadIdx.x;
     Mass best = 0, all;
     for (int i = thread; i < vocab; i += 1024) {        /* floats order as their bits do, once those of negative ones are inverted */
@@ -1040,7 +1094,8 @@ typedef struct {
     bool     overlap;                   /* kernels may start before the one before has ended */
     size_t   bytes, room;               /* device memory that is taken, the model's included; tokens there is room for, a multiple of 128 */
     Heads    heads;
-    float   *x, *parts, *h, *spans, *logits;    /* [room, dim]; of products, [parts, room, rows]; [room, hidden_dim]; of attention */
+    float   *x, *parts, *h, *spans, *logits;    /* [room, dim]; of products, [parts, room, rows]; [room, hidden_dim]; of attention; widths
+                                           rounded up, the rest 0 */
     float2  *softmax, *rotations;
     __half  *queries, *keys, *values;   /* keys, values: [n_layers, n_slots, n_kv_heads, ring * width] */
     double  *frequencies;
@@ -1081,28 +1136,31 @@ static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, un
     CUDA(cudaEventRecord(d->events[d->n_events++], d->stream));
 }
 
-template <int TYPE, int GROUPS> static void launch_few(Device *d, int operation, float *out, const Weights &w, int tiles, int n_parts, int first, int n, int units) {
-    unsigned pairs = (unsigned)w.row_tiles / 2, parts = (unsigned)n_parts;
-    if (tiles <= 1) launch(d, operation, product_few<TYPE, GROUPS, 1, 1, TYPE == Q4 && GROUPS < 4 ? 2 : 1>, dim3(pairs, parts), 256, out, w, d->in, first, n, units);
-    else if (tiles <= 2) launch(d, operation, product_few<TYPE, GROUPS, 2, 2, 1>, dim3((pairs + 1) / 2, parts), 256, out, w, d->in, first, n, units);
-    else if (tiles <= 4) launch(d, operation, product_few<TYPE, GROUPS, 4, 4, 1>, dim3((pairs + 3) / 4, parts), 256, out, w, d->in, first, n, units);
-    else launch(d, operation, product_few<TYPE, GROUPS, 8, 4, 1>, dim3((pairs + 3) / 4, parts), 256, out, w, d->in, first, n, units);
+template <int TYPE, int GROUPS> static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
+    unsigned rows = (unsigned)w.row_tiles / 8 + (w.row_tiles % 8 > 0), z = (unsigned)parts;
+    auto many = [&](auto kernel, int tokens, int threads) { launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units); };
+    const int DEPTH = TYPE == Q4 && GROUPS == 1 ? 4 : 2;
+    if (tiles == 1) launch(d, operation, product_few<TYPE, GROUPS, DEPTH>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
+    else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, 1, 2>, 16, 256);
+    else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, 1, 2>, 32, 256);
+    else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
+    else many(product_many<TYPE, GROUPS, 2, 8, 1, 1, 2>, 128, 256);
 }
 
 /* Token tiles of 8 that a decoding step's products are made for: by the slots there are, not by the tokens of this step, so that a
- * sequence does not notice when another ends. 0: a step is as wide as a prefill. */
+ * sequence does not notice when another ends. 16: a prefill's. */
 static int token_tiles(const State *s) {
-    return s->decoding && s->n_slots <= 64 ? (int)blocks_of(s->n_slots, 8) : 0;
+    size_t n = s->n_slots;
+    return !s->decoding || n > 64 ? 16 : n > 32 ? 8 : n > 16 ? 4 : n > 8 ? 2 : 1;
 }
 
 /* Into how many parts the columns are cut so that there are two blocks for each multiprocessor. */
 static int product_parts(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
-    int tiles = token_tiles(s), row_warps = tiles <= 1 ? 1 : tiles <= 2 ? 2 : 4, blocks = (w.row_tiles / 2 + row_warps - 1) / row_warps;
-    if (!tiles || w.column_tiles < 16) return 1;
-    int parts = 2 * d->multiprocessors / blocks, most = w.column_tiles / (8 / row_warps) / 2;
+    int tiles = token_tiles(s), blocks = tiles == 1 ? w.row_tiles / 2 : (w.row_tiles + 7) / 8;
+    int parts = (tiles == 1 ? 3 : 2) * d->multiprocessors / blocks, most = w.column_tiles / 8;
     parts = parts < most ? parts : most;
-    return parts < 1 ? 1 : parts > 8 ? 8 : parts;
+    return tiles == 16 || parts < 1 ? 1 : parts > 8 ? 8 : parts;
 }
 
 /* out: [parts][n][w.rows], or with `units` SwiGLU's [n][units]; returns the number of parts. */
@@ -1115,25 +1173,25 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
     s->bytes += w.bytes;
     if (!n) return parts;
     if (w.type == F16) {
-        if (!tiles && open_cublas(d->stream)) {
+        if (tiles == 16 && open_cublas(d->stream)) {
             float one = 1, none = 0;
             float *to = units ? d->parts : out;
             int width = w.column_tiles * COLUMNS;
-            if (cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, w.rows, n, width, &one, w.halves, CUDA_R_16F, width, d->in.halves,
-                            CUDA_R_16F, width, &none, to, CUDA_R_32F, w.rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
+            if (cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, w.row_tiles * 16, n, width, &one, w.halves, CUDA_R_16F, width, d->in.halves,
+                            CUDA_R_16F, width, &none, to, CUDA_R_32F, w.row_tiles * 16, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
                 die("cuBLAS: a product of [%d, %d] with %d tokens failed", w.rows, w.cols, n);
             return 0;                   /* which tells w13's caller that SwiGLU is still to be done */
         }
-        for (int first = 0; first < n; first += tiles ? 8 * tiles : 64) launch_few<F16, 1>(d, operation, out, w, tiles ? tiles : 8, parts, first, n, units);
-        return parts;
+        launch_product<F16, 1>(d, operation, out, w, tiles, parts, n, units);
+    } else if (w.type == Q4) {
+        if (w.group == 128) launch_product<Q4, 1>(d, operation, out, w, tiles, parts, n, units);
+        else if (w.group == 64) launch_product<Q4, 2>(d, operation, out, w, tiles, parts, n, units);
+        else launch_product<Q4, 4>(d, operation, out, w, tiles, parts, n, units);
+    } else {
+        if (w.group == 128) launch_product<Q8, 1>(d, operation, out, w, tiles, parts, n, units);
+        else if (w.group == 64) launch_product<Q8, 2>(d, operation, out, w, tiles, parts, n, units);
+        else launch_product<Q8, 4>(d, operation, out, w, tiles, parts, n, units);
     }
-    auto many = [&](auto kernel) { launch(d, operation, kernel, dim3((unsigned)(n + 127) / 128, (unsigned)(w.row_tiles + 7) / 8), 256, out, w, d->in, n, units); };
-#define BY_GROUP(TYPE)                                                                                                                       \
-    if (w.group == 128) { if (tiles) launch_few<TYPE, 1>(d, operation, out, w, tiles, parts, 0, n, units); else many(product_many<TYPE, 1>); } \
-    else if (w.group == 64) { if (tiles) launch_few<TYPE, 2>(d, operation, out, w, tiles, parts, 0, n, units); else many(product_many<TYPE, 2>); } \
-    else { if (tiles) launch_few<TYPE, 4>(d, operation, out, w, tiles, parts, 0, n, units); else many(product_many<TYPE, 4>); }
-    if (w.type == Q4) { BY_GROUP(Q4) }
-    else { BY_GROUP(Q8) }
     return parts;
 }
 
@@ -1151,33 +1209,35 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     Device *d = (Device *)s->device;
     const Header *c = &s->model->c;
     const DeviceModel *m = (const DeviceModel *)s->model->device;
-    int half = (int)c->head_dim / 2, n_parts = 0, hidden_dim = (int)c->hidden_dim, group = (int)(c->n_heads / c->n_kv_heads), parts = (group + 15) / 16;
+    int half = (int)c->head_dim / 2, n_parts = 0, group = (int)(c->n_heads / c->n_kv_heads), parts = (group + 15) / 16;
     unsigned tokens = (unsigned)n, pairs = (c->n_heads + 2 * c->n_kv_heads) * (unsigned)half;
     size_t layer_cache = s->n_slots * c->n_kv_heads * s->ring * s->head_width;
     float query_scale = 1.44269504f / sqrtf((float)c->head_dim);
-    auto spread = [](const Weights &w) { return (unsigned)blocks_of((size_t)w.column_tiles * (COLUMNS / w.group), 8); };
+    auto spread = [](const Weights &w) { return (unsigned)(w.column_tiles + 7) / 8; };
+    int width = (int)round_up(c->dim, COLUMNS), part_width = 0;
 
-    launch(d, EMBEDDING, embed, dim3(tokens), 256, d->x, d->rotations, d->rows, m->embedding, d->frequencies, half);
+    launch(d, EMBEDDING, embed, dim3(tokens), 256, d->x, width, d->rotations, d->rows, m->embedding, d->frequencies, half);
     for (size_t l = 0; l < c->n_layers; l++) {
         __half *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
-        launch(d, NORM, norm_input, dim3(tokens), 1024, d->x, d->parts, n_parts, n, m->rms_att[l], c->norm_eps, d->in, m->wqkv[l], d->rows, false);
+        launch(d, NORM, norm_input, dim3(tokens), 1024, d->x, d->parts, n_parts, part_width, n, m->rms_att[l], (int)c->dim, c->norm_eps, d->in, m->wqkv[l], d->rows, false);
         n_parts = device_product(s, WQKV, d->parts, m->wqkv[l], n, 0, false);
-        launch(d, ROPE, rope_and_cache, dim3((pairs + 255) / 256, tokens), 256, d->queries, keys, values, d->parts, n_parts ? n_parts : 1, n, d->rotations,
+        launch(d, ROPE, rope_and_cache, dim3((pairs + 255) / 256, tokens), 256, d->queries, keys, values, d->parts, n_parts ? n_parts : 1, m->wqkv[l].row_tiles * 16, n, d->rotations,
                d->rows, d->heads, query_scale);
         if (s->head_width == 32) launch_attention<32>(s, keys, values, n, n_tiles, parts, n_spans);
         else if (s->head_width == 64) launch_attention<64>(s, keys, values, n, n_tiles, parts, n_spans);
         else launch_attention<128>(s, keys, values, n, n_tiles, parts, n_spans);
         launch(d, ATTENTION, attention_input, dim3(spread(m->wo[l]), tokens), 256, d->spans, d->softmax, s->decoding ? n_spans : 1, n, d->heads, d->in, m->wo[l]);
         n_parts = device_product(s, WO, d->parts, m->wo[l], n, 0, false);
-        launch(d, NORM, norm_input, dim3(tokens), 1024, d->x, d->parts, n_parts ? n_parts : 1, n, m->rms_ffn[l], c->norm_eps, d->in, m->w13[l], d->rows, false);
-        if (device_product(s, W13, d->h, m->w13[l], n, hidden_dim, false))
+        launch(d, NORM, norm_input, dim3(tokens), 1024, d->x, d->parts, n_parts ? n_parts : 1, m->wo[l].row_tiles * 16, n, m->rms_ffn[l], (int)c->dim, c->norm_eps, d->in, m->w13[l], d->rows, false);
+        if (device_product(s, W13, d->h, m->w13[l], n, m->w2[l].column_tiles * COLUMNS, false))
             launch(d, SWIGLU, quantize_input, dim3(spread(m->w2[l]), tokens), 256, d->h, d->in, m->w2[l]);
-        else launch(d, SWIGLU, swiglu_input, dim3(spread(m->w2[l]), tokens), 256, d->parts, m->w13[l].rows, d->in, m->w2[l]);
+        else launch(d, SWIGLU, swiglu_input, dim3(spread(m->w2[l]), tokens), 256, d->parts, m->w13[l].row_tiles * 16, d->in, m->w2[l]);
         n_parts = device_product(s, W2, d->parts, m->w2[l], n, 0, false);
         n_parts = n_parts ? n_parts : 1;
+        part_width = m->w2[l].row_tiles * 16;
     }
     if (!n_want) return;
-    launch(d, NORM, norm_input, dim3((unsigned)n_want), 1024, d->x, d->parts, n_parts, n, m->rms_final, c->norm_eps, d->in, m->wcls, d->rows, true);
+    launch(d, NORM, norm_input, dim3((unsigned)n_want), 1024, d->x, d->parts, n_parts, part_width, n, m->rms_final, (int)c->dim, c->norm_eps, d->in, m->wcls, d->rows, true);
     device_product(s, CLASSIFIER, d->logits, m->wcls, n_want, 0, true);
 }
 
@@ -1199,6 +1259,8 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, 
             tile = &d->rows_host[(*n_tiles)++];
             tile->tile = (int)i;
             tile->tile_tokens = 0;
+            tile->tile_pos = (int)pos;
+            tile->tile_slot = (int)tokens[i].slot;
             n_reads += (double)(pos + 1 - first);
         }
         tile->tile_tokens++;
@@ -1220,7 +1282,7 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, 
         size_t none = 0;
         cudaFree(d->logits);
         d->logits_room = (size_t)*n_want;
-        d->logits = (float *)device_allocate(d->logits_room * c->vocab_size * sizeof(float), &none, s->model->path);
+        d->logits = (float *)device_allocate(d->logits_room * round_up(c->vocab_size, 32) * sizeof(float), &none, s->model->path);
         d->bytes += none;
     }
 }
@@ -1243,7 +1305,8 @@ static void cuda_forward(State *s, const Token *tokens, size_t n, float *logits)
     prepare(s, tokens, n, NULL, &n_want, &n_tiles, &n_spans);
     CUDA(cudaMemcpyAsync(d->rows, d->rows_host, n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
     launch_forward(s, (int)n, n_want, n_tiles, n_spans);
-    if (n_want) CUDA(cudaMemcpyAsync(logits, d->logits, (size_t)n_want * s->model->c.vocab_size * sizeof(float), cudaMemcpyDeviceToHost, d->stream));
+    size_t vocab = s->model->c.vocab_size * sizeof(float), pitch = (size_t)((const DeviceModel *)s->model->device)->wcls.row_tiles * 16 * sizeof(float);
+    if (n_want) CUDA(cudaMemcpy2DAsync(logits, vocab, d->logits, pitch, vocab, (size_t)n_want, cudaMemcpyDeviceToHost, d->stream));
     CUDA(cudaStreamSynchronize(d->stream));
     read_events(s);
 }
@@ -1253,7 +1316,7 @@ static void launch_step(State *s, int n, int n_want, int n_tiles, int n_spans, f
     CUDA(cudaMemcpyAsync(d->rows, d->rows_host, (size_t)n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
     launch_forward(s, n, n_want, n_tiles, n_spans);
     if (!n_want) return;
-    launch(d, SAMPLING, sample_kernel, dim3((unsigned)n_want), 1024, d->logits, (int)s->model->c.vocab_size, temperature, top_p, d->rows, d->ids);
+    launch(d, SAMPLING, sample_kernel, dim3((unsigned)n_want), 1024, d->logits, ((const DeviceModel *)s->model->device)->wcls.row_tiles * 16, (int)s->model->c.vocab_size, temperature, top_p, d->rows, d->ids);
     CUDA(cudaMemcpyAsync(d->ids_host, d->ids, (size_t)n_want * sizeof(int), cudaMemcpyDeviceToHost, d->stream));
 }
 
@@ -1308,6 +1371,7 @@ static void cuda_open(State *s) {
     s->kv_size = sizeof(__half);
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
+    if (c->dim > 32 * MAX_TILES * COLUMNS) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, 32 * MAX_TILES * COLUMNS);
     Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window};
     d->heads = heads;
     d->room = round_up(s->chunk, 128);
@@ -1316,16 +1380,16 @@ static void cuda_open(State *s) {
 
     /* sizes of all that a step needs, and whether it fits */
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv_dim = q_dim + 2ull * c->n_kv_heads * c->head_dim, slots = min_size(s->n_slots, d->room);
-    size_t widest_out = qkv_dim > c->dim ? qkv_dim : c->dim, part_rows = d->room > 8 * 64 ? d->room : 8 * 64;
+    size_t widest_out = round_up(qkv_dim > c->dim ? qkv_dim : c->dim, 32), part_rows = d->room > MAX_PARTS * 64 ? d->room : MAX_PARTS * 64;
     size_t widest_in = round_up(c->dim > q_dim ? (c->dim > c->hidden_dim ? c->dim : c->hidden_dim) : (q_dim > c->hidden_dim ? q_dim : c->hidden_dim), COLUMNS);
     bool half_weights = m->layers[0].wqkv.type < Q8 || m->wcls.type < Q8 || m->layers[0].w13.type < Q8;
     size_t parts = part_rows * widest_out;
-    if (half_weights && d->room * 2 * round_up(c->hidden_dim, 8) > parts) parts = d->room * 2 * round_up(c->hidden_dim, 8);
+    if (half_weights && d->room * round_up(2 * c->hidden_dim, 32) > parts) parts = d->room * round_up(2 * c->hidden_dim, 32);
     size_t span_rows = slots * (size_t)d->max_spans > d->room ? slots * (size_t)d->max_spans : d->room;
     s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * s->ring * s->head_width * sizeof(__half);
     const struct { void **to; size_t bytes; } all[] = {
-        {(void **)&d->x, d->room * c->dim * sizeof(float)}, {(void **)&d->parts, parts * sizeof(float)},
-        {(void **)&d->h, d->room * c->hidden_dim * sizeof(float)}, {(void **)&d->spans, span_rows * q_dim * sizeof(float)},
+        {(void **)&d->x, d->room * round_up(c->dim, COLUMNS) * sizeof(float)}, {(void **)&d->parts, parts * sizeof(float)},
+        {(void **)&d->h, d->room * round_up(c->hidden_dim, COLUMNS) * sizeof(float)}, {(void **)&d->spans, span_rows * c->n_heads * s->head_width * sizeof(float)},
         {(void **)&d->softmax, span_rows * c->n_heads * sizeof(float2)}, {(void **)&d->rotations, d->room * (c->head_dim / 2) * sizeof(float2)},
         {(void **)&d->queries, d->room * c->n_heads * s->head_width * sizeof(__half)}, {(void **)&d->keys, s->kv_bytes / 2},
         {(void **)&d->values, s->kv_bytes / 2}, {(void **)&d->frequencies, c->head_dim / 2 * sizeof(double)},
