@@ -55,7 +55,7 @@ __device__ inline void wait_for_inputs() {
  * The rows of w13 change places: 8 of the gate, then the 8 of up that they are multiplied with. So both stand in the
  * same thread. */
 typedef struct {
-    int     type, group;                /* F16, Q8 or Q4 */
+    int     type, group, shift;         /* F16, Q8 or Q4; shift: group is 2^shift */
     int     rows, cols, row_tiles, column_tiles;
     uint4  *codes;
     __half2 *scales;
@@ -163,6 +163,7 @@ static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, c
     memset(&w, 0, sizeof w);
     w.type = m->type < Q8 ? F16 : m->type;
     w.group = (int)m->group;
+    w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
     w.rows = gate ? (int)round_up((size_t)gate, 8) * 2 : (int)m->rows;
     w.cols = (int)m->cols;
     w.row_tiles = (int)blocks_of((size_t)w.rows, 32) * 2;       /* a warp takes two at once */
@@ -469,26 +470,27 @@ __global__ void __launch_bounds__(128, 3) product_few(float *out, Weights w, Inp
     const uint4 *inputs = TYPE == F16 ? (const uint4 *)in.halves + (size_t)(lane / 4) * w.column_tiles * 16 + lane % 4
                                       : (const uint4 *)in.q + lane / 4 * 8 + lane % 4 * 2;
     const float4 *input_scales = (const float4 *)in.scale + lane % 4;
-    uint4 x[2][1][2];                   /* of this tile, and of the next */
-    float4 scale[2][1][GROUPS];
-    auto load_inputs = [&](int at, int k) {
+    uint4 x[DEPTH][1][2] = {};
+    float4 scale[DEPTH][1][GROUPS];
+    auto load_inputs = [&](int d, int k) {                      /* of the tokens that there are */
 #pragma unroll
-        for (int h = 0; h < 2; h++) x[at][0][h] = __ldg(inputs + (TYPE == F16 ? (size_t)k * 8 + 4 * h : (size_t)k * in.stride * 8 + h));
+        for (int h = 0; h < 2; h++)
+            if (lane / 4 < n) x[d][0][h] = __ldg(inputs + (TYPE == F16 ? (size_t)k * 8 + 4 * h : (size_t)k * in.stride * 8 + h));
 #pragma unroll
-        for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[at][0][g] = __ldg(input_scales + (size_t)(k * GROUPS + g) * (in.stride / 2));
+        for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[d][0][g] = __ldg(input_scales + (size_t)(k * GROUPS + g) * (in.stride / 2));
     };
-    if (k < end) load_inputs(0, k);
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) if (k + 4 * d < end) load_inputs(d, k + 4 * d);
     for (; k < end; k += 4 * DEPTH)
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
-            int now = k + 4 * d;
+            int now = k + 4 * d, next = now + 4 * DEPTH;
             uint32_t a[2][4][4];
             if (now >= end) continue;
-            if (now + 4 < end) load_inputs((d + 1) % 2, now + 4);
             unpack(a[0], stages[d], 0);
             unpack(a[1], stages[d], 1);
-            add_tiles<TYPE, GROUPS, 1>(total, a, stages[d].scales, x[d % 2], scale[d % 2]);
-            if (now + 4 * DEPTH < end) load_stage(stages[d], w, place, now + 4 * DEPTH);
+            add_tiles<TYPE, GROUPS, 1>(total, a, stages[d].scales, x[d], scale[d]);
+            if (next < end) { load_stage(stages[d], w, place, next); load_inputs(d, next); }
         }
     add_warps<1>(total, room, warp, 4, 0, 1);
     if (warp == 0) store(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0], row_tile, 0, n, units);
@@ -652,7 +654,7 @@ typedef struct {
 /* Puts 128 activations of a token, a column tile, where the product with w reads them: rounded to int8 by group, or as FP16. By a
  * warp, each thread of which has four neighbours. */
 __device__ inline void emit(Inputs in, const Weights &w, int token, int tile, float4 x) {
-    int lane = threadIdx.x % 32, group = w.group, c = lane * 4 % group, s = lane * 4 / group;
+    int lane = threadIdx.x % 32, group = w.group, shift = w.shift, c = lane * 4 & (group - 1), s = lane * 4 >> shift;
     float v[4] = {x.x, x.y, x.z, x.w}, max = 0;
     if (w.type == F16) {
         __half2 low, high;
@@ -672,9 +674,9 @@ __device__ inline void emit(Inputs in, const Weights &w, int token, int tile, fl
         bytes |= (uint32_t)(q & 255) << 8 * i;
         sum += q;
     }
-    *(uint32_t *)(in.q + ((size_t)tile * in.stride + token) * COLUMNS + c / (group / 4) * 32 + s * (group / 4) + c % (group / 4)) = bytes;
+    *(uint32_t *)(in.q + ((size_t)tile * in.stride + token) * COLUMNS + (c >> (shift - 2)) * 32 + (s << (shift - 2)) + (c & (group / 4 - 1))) = bytes;
     for (int other = group / 8; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
-    if (c == 0) in.scale[((size_t)tile * (COLUMNS / group) + s) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
+    if (c == 0) in.scale[((size_t)(tile << (7 - shift)) + s) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
 }
 
 /* The sum of x over a block, to all its threads; always in the same order. */
@@ -701,9 +703,9 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
 }
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
- * wanted one, 32 warps that take every 32nd tile of columns each. x: [n][128 * column tiles]; parts: [n_parts][n][part_width]. */
-enum { MAX_PARTS = 8, MAX_TILES = 4 };          /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
-__global__ void __launch_bounds__(1024) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
+ * wanted one, 16 warps that take every 16th tile of columns each. x: [n][128 * column tiles]; parts: [n_parts][n][part_width]. */
+enum { MAX_PARTS = 8, MAX_TILES = 8, NORM_WARPS = 16 };  /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
+__global__ void __launch_bounds__(32 * NORM_WARPS) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
                                                   float eps, Inputs in, Weights w, const Row *rows, bool wanted) {
     wait_for_inputs();
     int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, tile = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -711,8 +713,8 @@ __global__ void __launch_bounds__(1024) norm_input(float *x, const float *parts,
     float4 v[MAX_TILES];
 #pragma unroll
     for (int i = 0; i < MAX_TILES; i++) {
-        if (tile + 32 * i >= w.column_tiles) break;
-        int column = (tile + 32 * i) * COLUMNS + lane * 4;
+        if (tile + NORM_WARPS * i >= w.column_tiles) break;
+        int column = (tile + NORM_WARPS * i) * COLUMNS + lane * 4;
         float4 *at = (float4 *)(x + (size_t)token * w.column_tiles * COLUMNS + column), part[MAX_PARTS];
         v[i] = *at;
         if (column < part_width)
@@ -727,9 +729,9 @@ __global__ void __launch_bounds__(1024) norm_input(float *x, const float *parts,
     float scale = 1.0f / sqrtf(block_sum(squares) / (float)dim + eps);
 #pragma unroll
     for (int i = 0; i < MAX_TILES; i++) {
-        if (tile + 32 * i >= w.column_tiles) break;
-        float4 weights = *(const float4 *)(weight + (tile + 32 * i) * COLUMNS + lane * 4);
-        emit(in, w, blockIdx.x, tile + 32 * i, make_float4(weights.x * (v[i].x * scale), weights.y * (v[i].y * scale),
+        if (tile + NORM_WARPS * i >= w.column_tiles) break;
+        float4 weights = *(const float4 *)(weight + (tile + NORM_WARPS * i) * COLUMNS + lane * 4);
+        emit(in, w, blockIdx.x, tile + NORM_WARPS * i, make_float4(weights.x * (v[i].x * scale), weights.y * (v[i].y * scale),
                                                            weights.z * (v[i].z * scale), weights.w * (v[i].w * scale)));
     }
 }
@@ -1139,10 +1141,10 @@ static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, un
 template <int TYPE, int GROUPS> static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
     unsigned rows = (unsigned)w.row_tiles / 8 + (w.row_tiles % 8 > 0), z = (unsigned)parts;
     auto many = [&](auto kernel, int tokens, int threads) { launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units); };
-    const int DEPTH = TYPE == Q4 && GROUPS == 1 ? 4 : 2;
+    const int DEPTH = TYPE == Q4 && GROUPS == 1 ? 3 : TYPE == Q8 && GROUPS == 4 ? 1 : 2;
     if (tiles == 1) launch(d, operation, product_few<TYPE, GROUPS, DEPTH>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
-    else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, 1, 2>, 16, 256);
-    else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, 1, 2>, 32, 256);
+    else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, GROUPS == 4 ? 1 : 2, 2>, 16, 256);
+    else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 1 ? 2 : 1, TYPE == Q4 && GROUPS == 1 ? 2 : 1>, 32, 256);
     else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
     else many(product_many<TYPE, GROUPS, 2, 8, 1, 1, 2>, 128, 256);
 }
@@ -1219,7 +1221,7 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     launch(d, EMBEDDING, embed, dim3(tokens), 256, d->x, width, d->rotations, d->rows, m->embedding, d->frequencies, half);
     for (size_t l = 0; l < c->n_layers; l++) {
         __half *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
-        launch(d, NORM, norm_input, dim3(tokens), 1024, d->x, d->parts, n_parts, part_width, n, m->rms_att[l], (int)c->dim, c->norm_eps, d->in, m->wqkv[l], d->rows, false);
+        launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, part_width, n, m->rms_att[l], (int)c->dim, c->norm_eps, d->in, m->wqkv[l], d->rows, false);
         n_parts = device_product(s, WQKV, d->parts, m->wqkv[l], n, 0, false);
         launch(d, ROPE, rope_and_cache, dim3((pairs + 255) / 256, tokens), 256, d->queries, keys, values, d->parts, n_parts ? n_parts : 1, m->wqkv[l].row_tiles * 16, n, d->rotations,
                d->rows, d->heads, query_scale);
@@ -1228,7 +1230,7 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
         else launch_attention<128>(s, keys, values, n, n_tiles, parts, n_spans);
         launch(d, ATTENTION, attention_input, dim3(spread(m->wo[l]), tokens), 256, d->spans, d->softmax, s->decoding ? n_spans : 1, n, d->heads, d->in, m->wo[l]);
         n_parts = device_product(s, WO, d->parts, m->wo[l], n, 0, false);
-        launch(d, NORM, norm_input, dim3(tokens), 1024, d->x, d->parts, n_parts ? n_parts : 1, m->wo[l].row_tiles * 16, n, m->rms_ffn[l], (int)c->dim, c->norm_eps, d->in, m->w13[l], d->rows, false);
+        launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts ? n_parts : 1, m->wo[l].row_tiles * 16, n, m->rms_ffn[l], (int)c->dim, c->norm_eps, d->in, m->w13[l], d->rows, false);
         if (device_product(s, W13, d->h, m->w13[l], n, m->w2[l].column_tiles * COLUMNS, false))
             launch(d, SWIGLU, quantize_input, dim3(spread(m->w2[l]), tokens), 256, d->h, d->in, m->w2[l]);
         else launch(d, SWIGLU, swiglu_input, dim3(spread(m->w2[l]), tokens), 256, d->parts, m->w13[l].row_tiles * 16, d->in, m->w2[l]);
@@ -1237,7 +1239,7 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
         part_width = m->w2[l].row_tiles * 16;
     }
     if (!n_want) return;
-    launch(d, NORM, norm_input, dim3((unsigned)n_want), 1024, d->x, d->parts, n_parts, part_width, n, m->rms_final, (int)c->dim, c->norm_eps, d->in, m->wcls, d->rows, true);
+    launch(d, NORM, norm_input, dim3((unsigned)n_want), 32 * NORM_WARPS, d->x, d->parts, n_parts, part_width, n, m->rms_final, (int)c->dim, c->norm_eps, d->in, m->wcls, d->rows, true);
     device_product(s, CLASSIFIER, d->logits, m->wcls, n_want, 0, true);
 }
 
@@ -1371,7 +1373,7 @@ static void cuda_open(State *s) {
     s->kv_size = sizeof(__half);
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
-    if (c->dim > 32 * MAX_TILES * COLUMNS) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, 32 * MAX_TILES * COLUMNS);
+    if (c->dim > NORM_WARPS * MAX_TILES * COLUMNS) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, NORM_WARPS * MAX_TILES * COLUMNS);
     Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window};
     d->heads = heads;
     d->room = round_up(s->chunk, 128);
