@@ -453,45 +453,41 @@ template <int TOKEN_TILES> __device__ inline void add_warps(float total[][2][4],
 }
 
 /* For up to 8 tokens, where reading the weights is all that takes time. A block's 4 warps share 32 rows, each taking every 4th tile of
- * columns, DEPTH of them on their way at a time, the first before the kernel before this one has ended.
+ * columns: the next is on its way while others compute, the first before the kernel before this one has ended. That little is
+ * asked for ahead leaves registers for many blocks, which is worth more (SPEED.md).
  * gridDim.x: blocks of 32 rows. gridDim.y: parts of the columns, each with an out of its own, which whoever reads it adds up. */
-template <int TYPE, int GROUPS, int DEPTH>
-__global__ void __launch_bounds__(128, 3) product_few(float *out, Weights w, Inputs in, int n, int units) {
+enum { FEW_BLOCKS = 6 };                /* of a multiprocessor */
+template <int TYPE, int GROUPS>
+__global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4) product_few(float *out, Weights w, Inputs in, int n, int units) {
     __shared__ float4 room[3][2][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_tile = blockIdx.x * 2, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
     int k = (int)((long long)all * blockIdx.y / gridDim.y) + warp, end = (int)((long long)all * (blockIdx.y + 1) / gridDim.y);
     Place<TYPE, GROUPS> place(w, row_tile);
-    Stage<TYPE, GROUPS> stages[DEPTH];
+    Stage<TYPE, GROUPS> s;
     float total[1][2][4] = {};
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) if (k + 4 * d < end) load_stage(stages[d], w, place, k + 4 * d);
+    if (k < end) load_stage(s, w, place, k);
     wait_for_inputs();
 
     const uint4 *inputs = TYPE == F16 ? (const uint4 *)in.halves + (size_t)(lane / 4) * w.column_tiles * 16 + lane % 4
                                       : (const uint4 *)in.q + lane / 4 * 8 + lane % 4 * 2;
     const float4 *input_scales = (const float4 *)in.scale + lane % 4;
-    uint4 x[DEPTH][1][2] = {};
-    float4 scale[DEPTH][1][GROUPS];
-    auto load_inputs = [&](int d, int k) {                      /* of the tokens that there are */
+    uint4 x[1][2] = {};
+    float4 scale[1][GROUPS];
+    auto load_inputs = [&](int k) {     /* of the tokens that there are */
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            if (lane / 4 < n) x[d][0][h] = __ldg(inputs + (TYPE == F16 ? (size_t)k * 8 + 4 * h : (size_t)k * in.stride * 8 + h));
+            if (lane / 4 < n) x[0][h] = __ldg(inputs + (TYPE == F16 ? (size_t)k * 8 + 4 * h : (size_t)k * in.stride * 8 + h));
 #pragma unroll
-        for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[d][0][g] = __ldg(input_scales + (size_t)(k * GROUPS + g) * (in.stride / 2));
+        for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[0][g] = __ldg(input_scales + (size_t)(k * GROUPS + g) * (in.stride / 2));
     };
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) if (k + 4 * d < end) load_inputs(d, k + 4 * d);
-    for (; k < end; k += 4 * DEPTH)
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            int now = k + 4 * d, next = now + 4 * DEPTH;
-            uint32_t a[2][4][4];
-            if (now >= end) continue;
-            unpack(a[0], stages[d], 0);
-            unpack(a[1], stages[d], 1);
-            add_tiles<TYPE, GROUPS, 1>(total, a, stages[d].scales, x[d], scale[d]);
-            if (next < end) { load_stage(stages[d], w, place, next); load_inputs(d, next); }
-        }
+    if (k < end) load_inputs(k);
+    for (; k < end; k += 4) {
+        uint32_t a[2][4][4];
+        unpack(a[0], s, 0);
+        unpack(a[1], s, 1);
+        add_tiles<TYPE, GROUPS, 1>(total, a, s.scales, x, scale);
+        if (k + 4 < end) { load_stage(s, w, place, k + 4); load_inputs(k + 4); }
+    }
     add_warps<1>(total, room, warp, 4, 0, 1);
     if (warp == 0) store(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0], row_tile, 0, n, units);
 }
@@ -705,7 +701,7 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
  * wanted one, 16 warps that take every 16th tile of columns each. x: [n][128 * column tiles]; parts: [n_parts][n][part_width]. */
 enum { MAX_PARTS = 8, MAX_TILES = 8, NORM_WARPS = 16 };  /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
-__global__ void __launch_bounds__(32 * NORM_WARPS) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
+__global__ void __launch_bounds__(32 * NORM_WARPS, 2) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
                                                   float eps, Inputs in, Weights w, const Row *rows, bool wanted) {
     wait_for_inputs();
     int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, tile = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -715,14 +711,16 @@ __global__ void __launch_bounds__(32 * NORM_WARPS) norm_input(float *x, const fl
     for (int i = 0; i < MAX_TILES; i++) {
         if (tile + NORM_WARPS * i >= w.column_tiles) break;
         int column = (tile + NORM_WARPS * i) * COLUMNS + lane * 4;
-        float4 *at = (float4 *)(x + (size_t)token * w.column_tiles * COLUMNS + column), part[MAX_PARTS];
+        float4 *at = (float4 *)(x + (size_t)token * w.column_tiles * COLUMNS + column);
         v[i] = *at;
-        if (column < part_width)
+        for (int p0 = 0; p0 < n_parts && column < part_width; p0 += 4) {
+            float4 part[4];
 #pragma unroll
-            for (int p = 0; p < MAX_PARTS; p++) if (p < n_parts) part[p] = *(const float4 *)(parts + ((size_t)p * n + token) * part_width + column);
+            for (int p = 0; p < 4; p++) if (p0 + p < n_parts) part[p] = *(const float4 *)(parts + ((size_t)(p0 + p) * n + token) * part_width + column);
 #pragma unroll
-        for (int p = 0; p < MAX_PARTS; p++)
-            if (p < n_parts && column < part_width) { v[i].x += part[p].x; v[i].y += part[p].y; v[i].z += part[p].z; v[i].w += part[p].w; }
+            for (int p = 0; p < 4; p++)
+                if (p0 + p < n_parts) { v[i].x += part[p].x; v[i].y += part[p].y; v[i].z += part[p].z; v[i].w += part[p].w; }
+        }
         *at = v[i];
         squares += (v[i].x * v[i].x + v[i].y * v[i].y) + (v[i].z * v[i].z + v[i].w * v[i].w);
     }
@@ -736,47 +734,55 @@ __global__ void __launch_bounds__(32 * NORM_WARPS) norm_input(float *x, const fl
     }
 }
 
-/* Adds the parts of wqkv's product, turns queries and keys, and puts them where attention reads them, as FP16.
- *   queries: [n][n_heads][width], times 1 / sqrt(head_dim) and log2(e), because attention's softmax is in powers of two
+/* wqkv's product becomes what attention reads, as FP16: its parts are added up, queries and keys turned.
+ *   queries: [n][n_heads][width], times query_scale = log2(e) / sqrt(head_dim), because attention's softmax is in powers of two
  *   keys:    [slot][n_kv_heads][ring][width];  values: [slot][n_kv_heads][ring / 32][width][32]
- * A thread for each pair of elements of a head. */
-typedef struct { int n_heads, n_kv_heads, head_dim, width, ring, window; } Heads;
+ * width: head_dim rounded up to a power of two. */
+typedef struct { int n_heads, n_kv_heads, head_dim, width, ring, window; float query_scale; } Heads;
 
-__global__ void rope_and_cache(__half *queries, __half *keys, __half *values, const float *parts, int n_parts, int part_width, int n, const float2 *rotations,
-                               const Row *rows, Heads c, float query_scale) {
-    wait_for_inputs();
-    int half = c.head_dim / 2, at = blockIdx.x * blockDim.x + threadIdx.x, head = at / half, i = at % half, token = blockIdx.y;
-    int n_all = c.n_heads + 2 * c.n_kv_heads;
-    if (head >= n_all) return;
-    float a = 0, b = 0;
+/* The parts of a product, [n][tokens][width], which are still to be added up. */
+typedef struct { const float *parts; int n, width; } Product;
+
+/* Elements i and i + head_dim / 2 of head `head` of a token: the parts of its product added up, and turned if it is no value. */
+__device__ inline float2 turned_pair(const float *parts, int n_parts, int part_width, int n, const float2 *rotations, int token, int head, int i, const Heads &c) {
+    int half = c.head_dim / 2;
+    float2 x = make_float2(0, 0);
 #pragma unroll
     for (int p = 0; p < MAX_PARTS; p++) {
-        const float *part = parts + ((size_t)p * n + token) * part_width + head * c.head_dim;
-        if (p < n_parts) { a += part[i]; b += part[i + half]; }
+        const float *part = parts + ((size_t)p * n + token) * part_width + head * c.head_dim + i;
+        if (p < n_parts) { x.x += part[0]; x.y += part[half]; }
     }
+    if (head >= c.n_heads + c.n_kv_heads) return x;
+    float2 r = rotations[(size_t)token * half + i];
+    return make_float2(x.x * r.x - x.y * r.y, x.y * r.x + x.x * r.y);
+}
+
+/* Puts a pair of a key or value where attention reads it; head: from n_heads on; keys, values: the slot's. */
+__device__ inline void store_pair(__half *keys, __half *values, float2 x, int pos, int head, int i, const Heads &c) {
+    int kv_head = (head - c.n_heads) % c.n_kv_heads, at = pos % c.ring, half = c.head_dim / 2;
+    __half a = __float2half_rn(fminf(fmaxf(x.x, -65504.0f), 65504.0f)), b = __float2half_rn(fminf(fmaxf(x.y, -65504.0f), 65504.0f));
+    size_t of_head = (size_t)kv_head * c.ring * c.width;
     if (head < c.n_heads + c.n_kv_heads) {
-        float2 r = rotations[(size_t)token * half + i];
-        float turned = a * r.x - b * r.y;
-        b = b * r.x + a * r.y;
-        a = turned;
-    }
-    if (head < c.n_heads) {
-        __half *to = queries + ((size_t)token * c.n_heads + head) * c.width;
-        to[i] = __float2half_rn(a * query_scale);
-        to[i + half] = __float2half_rn(b * query_scale);
-        return;
-    }
-    int kv_head = (head - c.n_heads) % c.n_kv_heads, slot = rows[token].pos % c.ring;
-    size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + kv_head) * c.ring * c.width;
-    __half x = __float2half_rn(fminf(fmaxf(a, -65504.0f), 65504.0f)), y = __float2half_rn(fminf(fmaxf(b, -65504.0f), 65504.0f));
-    if (head < c.n_heads + c.n_kv_heads) {
-        keys[cache + (size_t)slot * c.width + i] = x;
-        keys[cache + (size_t)slot * c.width + i + half] = y;
+        keys[of_head + (size_t)at * c.width + i] = a;
+        keys[of_head + (size_t)at * c.width + i + half] = b;
     } else {
-        __half *to = values + cache + (size_t)(slot / 32) * c.width * 32 + slot % 32;
-        to[i * 32] = x;
-        to[(i + half) * 32] = y;
+        __half *to = values + of_head + (size_t)(at / 32) * c.width * 32 + at % 32;
+        to[i * 32] = a;
+        to[(i + half) * 32] = b;
     }
+}
+
+/* What attention starts from, in a prefill. A block: [heads][head_dim / 2]. */
+__global__ void rope_and_cache(__half *queries, __half *keys, __half *values, Product qkv, int n, const float2 *rotations, const Row *rows, Heads c) {
+    wait_for_inputs();
+    int head = blockIdx.x * blockDim.y + threadIdx.y, i = threadIdx.x, token = blockIdx.y;
+    if (head >= c.n_heads + 2 * c.n_kv_heads) return;
+    float2 x = turned_pair(qkv.parts, qkv.n, qkv.width, n, rotations, token, head, i, c);
+    size_t cache = (size_t)rows[token].slot * c.n_kv_heads * c.ring * c.width;
+    if (head >= c.n_heads) { store_pair(keys + cache, values + cache, x, rows[token].pos, head, i, c); return; }
+    __half *to = queries + ((size_t)token * c.n_heads + head) * c.width;
+    to[i] = __float2half_rn(x.x * c.query_scale);
+    to[i + c.head_dim / 2] = __float2half_rn(x.y * c.query_scale);
 }
 
 /* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. A warp for each tile of columns, 8 in a
@@ -858,52 +864,32 @@ __global__ void attention_plain(float *out, float2 *softmax, const __half *queri
 
 /* A warp takes 16 queries - neighbouring tokens of a sequence, and the heads that share a key head - and goes over their keys
  * by 32, with a running maximum (FlashAttention-2, Dao 2023). Scores and values are two products on the tensor cores: what the
- * first leaves in a thread is what the second wants there.
- * SPLIT (decoding): a block's 4 warps take the same queries and every fourth 32 keys of a span of `span` positions, and a block
- * is there for each span. Otherwise (prefill) each warp has queries of its own and all their keys.
- * WIDTH: head_dim rounded up to a power of two. Tile i is rows[i / parts].tile with the heads of part i % parts.
- * gridDim.x: tiles, or blocks of 4; y: key heads; z: spans. */
-template <int WIDTH, bool SPLIT>
-__global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, const __half *queries, const __half *keys, const __half *values,
-                                                 const Row *rows, int n, int n_tiles, int parts, int span, Heads c) {
-    __shared__ float shared_out[SPLIT ? 4 : 1][SPLIT ? 16 : 1][WIDTH + 4];
-    __shared__ float2 shared_softmax[4][16];
-    wait_for_inputs();
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
-    int index = SPLIT ? blockIdx.x : blockIdx.x * 4 + warp, group = c.n_heads / c.n_kv_heads, heads = min(group, 16);
-    if (index >= n_tiles * parts) return;
-    Row tile = rows[index / parts];
-    int part = index % parts, kv_head = blockIdx.y, first_pos = tile.tile_pos, n_rows = tile.tile_tokens * heads;
-    int from = first_position(first_pos, c.window), to = first_pos + tile.tile_tokens;
-    if (SPLIT) {
-        int start = (from / span + (int)blockIdx.z) * span;
-        from = max(from, start);
-        to = min(to, start + span);
-    }
-    size_t cache = ((size_t)tile.tile_slot * c.n_kv_heads + kv_head) * c.ring * WIDTH;
-    keys += cache;
-    values += cache;
-
+ * first leaves in a thread is what the second wants there. This much both kernels below share.
+ * WIDTH: head_dim rounded up to a power of two. q, q8: the queries of row g, row g + 8, in shared or global memory, or NULL. */
+template <int WIDTH> struct Attention {
     uint32_t a[WIDTH / 32][2][4];       /* the queries: of 32 elements, of two instructions */
-    int pos[2], first[2];               /* of row g, row g + 8 */
-    int head[2];                        /* where their output goes, in heads; -1: nowhere */
+    float sum[WIDTH / 8][4], max[2], total[2];
+
+    __device__ Attention(const __half *const q[2]) {
+        int lane = threadIdx.x % 32;
+        memset(sum, 0, sizeof sum);
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int row = g + 8 * h, token = tile.tile + row / heads, of_head = part * heads + row % heads;
-        bool valid = row < n_rows && of_head < group;
-        pos[h] = first_pos + min(row / heads, tile.tile_tokens - 1);
-        first[h] = first_position(pos[h], c.window);
-        head[h] = valid ? token * c.n_heads + kv_head * group + of_head : -1;
+        for (int h = 0; h < 2; h++) {
+            max[h] = -INFINITY;
+            total[h] = 0;
 #pragma unroll
-        for (int j = 0; j < WIDTH / 32; j++) {
-            uint4 x = make_uint4(0, 0, 0, 0);
-            if (valid) x = *(const uint4 *)(queries + (size_t)head[h] * WIDTH + 32 * j + 8 * q);
-            a[j][0][h] = x.x; a[j][0][2 + h] = x.y; a[j][1][h] = x.z; a[j][1][2 + h] = x.w;
+            for (int j = 0; j < WIDTH / 32; j++) {
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (q[h]) x = *(const uint4 *)(q[h] + 32 * j + 8 * (lane % 4));
+                a[j][0][h] = x.x; a[j][0][2 + h] = x.y; a[j][1][h] = x.z; a[j][1][2 + h] = x.w;
+            }
         }
     }
-    float sum[WIDTH / 8][4] = {}, max[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-    for (int start = from / 32 * 32 + (SPLIT ? warp * 32 : 0); start < to; start += SPLIT ? 128 : 32) {
-        const __half *k = keys + (size_t)(start % c.ring) * WIDTH, *v = values + (size_t)(start % c.ring) * WIDTH;
+
+    /* The 32 positions from `start` on, of which row g sees those from first[0] to pos[0], row g + 8 those from first[1] to pos[1]. */
+    __device__ inline void add(const __half *keys, const __half *values, int ring, int start, const int first[2], const int pos[2]) {
+        int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+        const __half *k = keys + (size_t)(start % ring) * WIDTH, *v = values + (size_t)(start % ring) * WIDTH;
         float score[4][4] = {};
         uint4 value[WIDTH / 8];         /* asked for before the scores, which take their time */
 #pragma unroll
@@ -919,13 +905,13 @@ __global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, co
         uint32_t p[4][2];               /* e^(score - max) as FP16: [t][row g, row g + 8] */
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            if (start + 31 > pos[h] || start < first[h] || start + 31 >= to)
+            if (start + 31 > pos[h] || start < first[h])
 #pragma unroll
                 for (int t = 0; t < 4; t++)
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         int at = start + 8 * q + 2 * t + i;
-                        if (at > pos[h] || at < first[h] || at >= to) score[t][2 * h + i] = -INFINITY;
+                        if (at > pos[h] || at < first[h]) score[t][2 * h + i] = -INFINITY;
                     }
             float largest = max[h];
 #pragma unroll
@@ -952,44 +938,122 @@ __global__ void __launch_bounds__(128) attention(float *out, float2 *softmax, co
             mma_halves(sum[d], p1, &value[d].z);
         }
     }
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        total[h] += __shfl_xor_sync(~0u, total[h], 1);
-        total[h] += __shfl_xor_sync(~0u, total[h], 2);
-    }
-    size_t of_span = SPLIT ? (size_t)blockIdx.z * n * c.n_heads : 0;
-    if (!SPLIT) {
+
+    __device__ inline void finish() {   /* puts together the sums of the four threads that share a row */
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            if (head[h] < 0) continue;
-            if (q == 0) softmax[head[h]] = make_float2(max[h], total[h]);
-#pragma unroll
-            for (int d = 0; d < WIDTH / 8; d++)
-                *(float2 *)(out + (size_t)head[h] * WIDTH + 8 * d + 2 * q) = make_float2(sum[d][2 * h], sum[d][2 * h + 1]);
+            total[h] += __shfl_xor_sync(~0u, total[h], 1);
+            total[h] += __shfl_xor_sync(~0u, total[h], 2);
         }
-        return;
     }
+};
+
+/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is rows[i / parts].tile with the heads of part
+ * i % parts, 16 at most. out: [n][n_heads][WIDTH]; softmax: [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
+template <int WIDTH>
+__global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *softmax, const __half *queries, const __half *keys, const __half *values,
+                                                         const Row *rows, int n_tiles, int parts, Heads c) {
+    wait_for_inputs();
+    int lane = threadIdx.x % 32, index = blockIdx.x * 4 + threadIdx.x / 32, group = c.n_heads / c.n_kv_heads, heads = min(group, 16), kv_head = blockIdx.y;
+    if (index >= n_tiles * parts) return;
+    Row tile = rows[index / parts];
+    size_t cache = ((size_t)tile.tile_slot * c.n_kv_heads + kv_head) * c.ring * WIDTH;
+    const __half *query[2];
+    int pos[2], first[2], head[2];      /* of row g, row g + 8; where their output goes, in heads, or -1 */
 #pragma unroll
-    for (int h = 0; h < 2; h++) {       /* the four warps' sums, put together */
-        if (q == 0) shared_softmax[warp][g + 8 * h] = make_float2(max[h], total[h]);
+    for (int h = 0; h < 2; h++) {
+        int row = lane / 4 + 8 * h, of_tile = min(row / heads, tile.tile_tokens - 1), of_group = index % parts * heads + row % heads;
+        bool valid = row < tile.tile_tokens * heads && of_group < group;
+        pos[h] = tile.tile_pos + of_tile;
+        first[h] = first_position(pos[h], c.window);
+        head[h] = valid ? (tile.tile + of_tile) * c.n_heads + kv_head * group + of_group : -1;
+        query[h] = valid ? queries + (size_t)head[h] * WIDTH : NULL;
+    }
+    Attention<WIDTH> sums(query);
+    for (int start = first_position(tile.tile_pos, c.window) / 32 * 32; start < tile.tile_pos + tile.tile_tokens; start += 32)
+        sums.add(keys + cache, values + cache, c.ring, start, first, pos);
+    sums.finish();
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if (head[h] < 0) continue;
+        if (lane % 4 == 0) softmax[head[h]] = make_float2(sums.max[h], sums.total[h]);
 #pragma unroll
         for (int d = 0; d < WIDTH / 8; d++)
-            *(float2 *)&shared_out[warp][g + 8 * h][8 * d + 2 * q] = make_float2(sum[d][2 * h], sum[d][2 * h + 1]);
+            *(float2 *)(out + (size_t)head[h] * WIDTH + 8 * d + 2 * (lane % 4)) = make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
+    }
+}
+
+/* Decoding: a block is there for a token, a key head with up to 16 of its query heads, and a span of positions, of which its 4 warps
+ * take every fourth 32. It makes the queries from wqkv's product itself, and in the last span the token's key and value.
+ * With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to out,
+ * [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
+template <int WIDTH>
+__global__ void __launch_bounds__(128) attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, __half *keys, __half *values,
+                                                        const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool straight) {
+    __shared__ __align__(16) __half query[16][WIDTH];
+    __shared__ float shared_out[4][16][WIDTH + 4];
+    __shared__ float2 shared_softmax[4][16];
+    wait_for_inputs();
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / parts, kv_head = blockIdx.y, half = c.head_dim / 2;
+    int group = c.n_heads / c.n_kv_heads, first_head = kv_head * group + (int)blockIdx.x % parts * 16, n_heads = min(16, (kv_head + 1) * group - first_head);
+    int pos = rows[token].pos, from = first_position(pos, c.window), to = pos + 1, start = (from / span + (int)blockIdx.z) * span;
+    from = max(from, start);
+    to = min(to, start + span);
+    size_t cache = (size_t)rows[token].slot * c.n_kv_heads * c.ring * WIDTH, of_head = cache + (size_t)kv_head * c.ring * WIDTH;
+    bool last = from <= pos && pos < to;
+
+    for (int at = threadIdx.x; from < to && at < (n_heads + 2 * last) * half; at += 128) {
+        int row = at / half, i = at % half, head = row < n_heads ? first_head + row : c.n_heads + kv_head + (row - n_heads) * c.n_kv_heads;
+        float2 x = turned_pair(qkv.parts, qkv.n, qkv.width, n, rotations, token, head, i, c);
+        if (row >= n_heads) { store_pair(keys + cache, values + cache, x, pos, head, i, c); continue; }
+        query[row][i] = __float2half_rn(x.x * c.query_scale);
+        query[row][i + half] = __float2half_rn(x.y * c.query_scale);
+    }
+    for (int at = threadIdx.x; at < n_heads * (WIDTH - c.head_dim); at += 128) query[at / (WIDTH - c.head_dim)][c.head_dim + at % (WIDTH - c.head_dim)] = 0;
+    __syncthreads();
+    const __half *rows_of[2] = {lane / 4 < n_heads ? query[lane / 4] : NULL, lane / 4 + 8 < n_heads ? query[lane / 4 + 8] : NULL};
+    int first[2] = {from, from}, until[2] = {to - 1, to - 1};
+    Attention<WIDTH> sums(rows_of);
+    for (int at = from / 32 * 32 + warp * 32; at < to; at += 128) sums.add(keys + of_head, values + of_head, c.ring, at, first, until);
+    sums.finish();
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if (lane % 4 == 0) shared_softmax[warp][lane / 4 + 8 * h] = make_float2(sums.max[h], sums.total[h]);
+#pragma unroll
+        for (int d = 0; d < WIDTH / 8; d++)
+            *(float2 *)&shared_out[warp][lane / 4 + 8 * h][8 * d + 2 * (lane % 4)] = make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
     }
     __syncthreads();
-    for (int at = threadIdx.x; at < n_rows * WIDTH; at += 128) {
-        int row = at / WIDTH, d = at % WIDTH, of_head = part * heads + row % heads;
-        if (of_head >= group) continue;
-        float largest = -INFINITY, x = 0, l = 0;
+    auto merged = [&](int row, int d, float *l) {       /* the four warps' sums, put together: element d, and the sum of exponentials */
+        float largest = -INFINITY, x = 0;
+        *l = 0;
         for (int w = 0; w < 4; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
         for (int w = 0; w < 4; w++) {
             float2 of = shared_softmax[w][row];
             float share = of.y == 0 ? 0 : exp2f(of.x - largest);
             x = fmaf(share, shared_out[w][row][d], x);
-            l = fmaf(share, of.y, l);
+            *l = fmaf(share, of.y, *l);
         }
-        size_t to_head = of_span + (size_t)(tile.tile + row / heads) * c.n_heads + kv_head * group + of_head;
-        out[to_head * WIDTH + d] = x;
+        return x;
+    };
+    if (straight) {
+        for (int tile = warp; tile < n_heads * c.head_dim / COLUMNS; tile += 4) {
+            float v[4], l;
+            for (int i = 0; i < 4; i++) {
+                int column = tile * COLUMNS + lane * 4 + i;
+                v[i] = merged(column / c.head_dim, column % c.head_dim, &l);
+                v[i] /= l;
+            }
+            emit(in, wo, token, first_head * c.head_dim / COLUMNS + tile, make_float4(v[0], v[1], v[2], v[3]));
+        }
+        return;
+    }
+    for (int at = threadIdx.x; at < n_heads * WIDTH; at += 128) {
+        int row = at / WIDTH, d = at % WIDTH;
+        float largest = -INFINITY, l;
+        size_t to_head = ((size_t)blockIdx.z * n + token) * c.n_heads + first_head + row;
+        out[to_head * WIDTH + d] = merged(row, d, &l);
+        for (int w = 0; w < 4; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
         if (d == 0) softmax[to_head] = make_float2(largest, l);
     }
 }
@@ -1115,12 +1179,12 @@ typedef struct {
 
 /* Launches a kernel of operation `operation` (for -P). */
 template <class... P, class... A>
-static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, unsigned block, A... arguments) {
+static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, dim3 block, A... arguments) {
     cudaLaunchConfig_t config;
     cudaLaunchAttribute attribute;
     memset(&config, 0, sizeof config);
     config.gridDim = grid;
-    config.blockDim = dim3(block);
+    config.blockDim = block;
     config.stream = d->stream;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -1141,8 +1205,7 @@ static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, un
 template <int TYPE, int GROUPS> static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
     unsigned rows = (unsigned)w.row_tiles / 8 + (w.row_tiles % 8 > 0), z = (unsigned)parts;
     auto many = [&](auto kernel, int tokens, int threads) { launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units); };
-    const int DEPTH = TYPE == Q4 && GROUPS == 1 ? 3 : TYPE == Q8 && GROUPS == 4 ? 1 : 2;
-    if (tiles == 1) launch(d, operation, product_few<TYPE, GROUPS, DEPTH>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
+    if (tiles == 1) launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
     else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, GROUPS == 4 ? 1 : 2, 2>, 16, 256);
     else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 1 ? 2 : 1, TYPE == Q4 && GROUPS == 1 ? 2 : 1>, 32, 256);
     else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
@@ -1160,7 +1223,7 @@ static int token_tiles(const State *s) {
 static int product_parts(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
     int tiles = token_tiles(s), blocks = tiles == 1 ? w.row_tiles / 2 : (w.row_tiles + 7) / 8;
-    int parts = (tiles == 1 ? 3 : 2) * d->multiprocessors / blocks, most = w.column_tiles / 8;
+    int parts = (tiles == 1 ? FEW_BLOCKS : 2) * d->multiprocessors / blocks, most = w.column_tiles / 8;
     parts = parts < most ? parts : most;
     return tiles == 16 || parts < 1 ? 1 : parts > 8 ? 8 : parts;
 }
@@ -1197,13 +1260,24 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
     return parts;
 }
 
-template <int WIDTH> static void launch_attention(State *s, __half *keys, __half *values, int n, int n_tiles, int parts, int n_spans) {
+/* From wqkv's product to the input of the one with wo. */
+template <int WIDTH> static void launch_attention(State *s, Product qkv, __half *keys, __half *values, int n, int n_tiles, int n_spans, const Weights &wo) {
     Device *d = (Device *)s->device;
-    unsigned tiles = (unsigned)(n_tiles * parts), kv_heads = (unsigned)d->heads.n_kv_heads;
-    if (s->decoding) launch(d, ATTENTION, attention<WIDTH, true>, dim3(tiles, kv_heads, (unsigned)n_spans), 128, d->spans, d->softmax, d->queries,
-                            keys, values, d->rows, n, n_tiles, parts, d->span, d->heads);
-    else launch(d, ATTENTION, attention<WIDTH, false>, dim3((tiles + 3) / 4, kv_heads), 128, d->spans, d->softmax, d->queries, keys, values, d->rows,
-                n, n_tiles, parts, d->span, d->heads);
+    const Heads &c = d->heads;
+    int group = c.n_heads / c.n_kv_heads;
+    unsigned parts = (unsigned)(group + 15) / 16, kv_heads = (unsigned)c.n_kv_heads, half = (unsigned)c.head_dim / 2, heads = 256 / half, tokens = (unsigned)n;
+    bool straight = s->decoding && n_spans == 1 && parts == 1 && group * c.head_dim % COLUMNS == 0;
+    if (s->decoding)
+        launch(d, ATTENTION, attention_decode<WIDTH>, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 128, d->spans, d->softmax, qkv, d->rotations, keys, values,
+               d->rows, n, (int)parts, d->span, c, d->in, wo, straight);
+    else {
+        launch(d, ROPE, rope_and_cache, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + heads - 1) / heads, tokens), dim3(half, heads), d->queries, keys, values,
+               qkv, n, d->rotations, d->rows, c);
+        launch(d, ATTENTION, attention_prefill<WIDTH>, dim3((n_tiles * parts + 3) / 4, kv_heads), 128, d->spans, d->softmax, d->queries, keys, values, d->rows,
+               n_tiles, (int)parts, c);
+    }
+    if (!straight)
+        launch(d, ATTENTION, attention_input, dim3((unsigned)(wo.column_tiles + 7) / 8, tokens), 256, d->spans, d->softmax, s->decoding ? n_spans : 1, n, c, d->in, wo);
 }
 
 /* All launches of a forward over n tokens, n_want of them wanted. The logits are in d->logits afterwards. */
@@ -1211,29 +1285,24 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     Device *d = (Device *)s->device;
     const Header *c = &s->model->c;
     const DeviceModel *m = (const DeviceModel *)s->model->device;
-    int half = (int)c->head_dim / 2, n_parts = 0, group = (int)(c->n_heads / c->n_kv_heads), parts = (group + 15) / 16;
-    unsigned tokens = (unsigned)n, pairs = (c->n_heads + 2 * c->n_kv_heads) * (unsigned)half;
+    int half = (int)c->head_dim / 2, n_parts = 0, width = (int)round_up(c->dim, COLUMNS), part_width = 0;
+    unsigned tokens = (unsigned)n;
     size_t layer_cache = s->n_slots * c->n_kv_heads * s->ring * s->head_width;
-    float query_scale = 1.44269504f / sqrtf((float)c->head_dim);
-    auto spread = [](const Weights &w) { return (unsigned)(w.column_tiles + 7) / 8; };
-    int width = (int)round_up(c->dim, COLUMNS), part_width = 0;
 
     launch(d, EMBEDDING, embed, dim3(tokens), 256, d->x, width, d->rotations, d->rows, m->embedding, d->frequencies, half);
     for (size_t l = 0; l < c->n_layers; l++) {
         __half *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
         launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, part_width, n, m->rms_att[l], (int)c->dim, c->norm_eps, d->in, m->wqkv[l], d->rows, false);
         n_parts = device_product(s, WQKV, d->parts, m->wqkv[l], n, 0, false);
-        launch(d, ROPE, rope_and_cache, dim3((pairs + 255) / 256, tokens), 256, d->queries, keys, values, d->parts, n_parts ? n_parts : 1, m->wqkv[l].row_tiles * 16, n, d->rotations,
-               d->rows, d->heads, query_scale);
-        if (s->head_width == 32) launch_attention<32>(s, keys, values, n, n_tiles, parts, n_spans);
-        else if (s->head_width == 64) launch_attention<64>(s, keys, values, n, n_tiles, parts, n_spans);
-        else launch_attention<128>(s, keys, values, n, n_tiles, parts, n_spans);
-        launch(d, ATTENTION, attention_input, dim3(spread(m->wo[l]), tokens), 256, d->spans, d->softmax, s->decoding ? n_spans : 1, n, d->heads, d->in, m->wo[l]);
+        Product qkv = {d->parts, n_parts ? n_parts : 1, m->wqkv[l].row_tiles * 16};
+        if (s->head_width == 32) launch_attention<32>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
+        else if (s->head_width == 64) launch_attention<64>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
+        else launch_attention<128>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
         n_parts = device_product(s, WO, d->parts, m->wo[l], n, 0, false);
         launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts ? n_parts : 1, m->wo[l].row_tiles * 16, n, m->rms_ffn[l], (int)c->dim, c->norm_eps, d->in, m->w13[l], d->rows, false);
         if (device_product(s, W13, d->h, m->w13[l], n, m->w2[l].column_tiles * COLUMNS, false))
-            launch(d, SWIGLU, quantize_input, dim3(spread(m->w2[l]), tokens), 256, d->h, d->in, m->w2[l]);
-        else launch(d, SWIGLU, swiglu_input, dim3(spread(m->w2[l]), tokens), 256, d->parts, m->w13[l].row_tiles * 16, d->in, m->w2[l]);
+            launch(d, SWIGLU, quantize_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->h, d->in, m->w2[l]);
+        else launch(d, SWIGLU, swiglu_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->parts, m->w13[l].row_tiles * 16, d->in, m->w2[l]);
         n_parts = device_product(s, W2, d->parts, m->w2[l], n, 0, false);
         n_parts = n_parts ? n_parts : 1;
         part_width = m->w2[l].row_tiles * 16;
@@ -1374,7 +1443,8 @@ static void cuda_open(State *s) {
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
     if (c->dim > NORM_WARPS * MAX_TILES * COLUMNS) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, NORM_WARPS * MAX_TILES * COLUMNS);
-    Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window};
+    Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window,
+                   1.44269504f / sqrtf((float)c->head_dim)};
     d->heads = heads;
     d->room = round_up(s->chunk, 128);
     d->span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 128;
