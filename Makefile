@@ -1,12 +1,17 @@
 # make            run and quantize, for the machine at hand
+# make run_cuda   the same for an NVIDIA GPU; needs the CUDA Toolkit
 # make demo       32 sequences from a small trained model, on the screen in a few seconds
 # make demo-lora  a LoRA adapter: the same prompt without and with it, and both perplexities
 # make bench      speed beside this machine's ceilings, and llama.cpp where it is installed; hours and 26 GB (52 with llama.cpp)
+# make test_cuda  the tests on a GPU
 # make test       everything that can be tested here; sets up what the Python tests need under build/
 CC      = cc
 PYTHON  = python3
 CFLAGS  = -O3 -march=native -Wall -Wextra
 OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp || echo -Wno-unknown-pragmas)
+NVCC    = nvcc
+ARCH    = native
+NVCCFLAGS = -O3 -arch=$(if $(filter native,$(ARCH)),native,sm_$(ARCH)) -diag-suppress 128,161,177
 SANITIZE = -g -O2 -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
 
 all: run quantize
@@ -25,6 +30,17 @@ build/test_all_sanitized: test_all.c quantize.c run.c
 	@mkdir -p build
 	$(CC) $(SANITIZE) $(OPENMP) test_all.c -lm -o $@
 
+# for the GPU at hand; ARCH=75 for a T4, ARCH=90 for an H200
+run_cuda: run_cuda.cu run.c
+	$(NVCC) $(NVCCFLAGS) run_cuda.cu -o $@
+
+build/test_cuda: test_all.c quantize.c run_cuda.cu run.c
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) -x cu test_all.c -o $@
+
+test_cuda: build/test_cuda
+	build/test_cuda
+
 demo: run
 	./run demo/tiny-mistral-q8.bin -i "Once upon a time" -b 32 -n 200
 
@@ -42,6 +58,6 @@ test: run quantize build/test_all build/test_all_sanitized
 	$(PYTHON) tests/run_tests.py $(TEST_FLAGS)
 
 clean:
-	rm -rf run quantize build
+	rm -rf run run_cuda quantize build
 
-.PHONY: all demo demo-lora bench test clean
+.PHONY: all demo demo-lora bench test test_cuda clean

@@ -280,7 +280,7 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
     out.file_size = end;
 
     FILE *f = open_output(out_path);
-    static const unsigned char zeros[64];
+    static const unsigned char zeros[64] = {0};
     double start = now();
     fwrite(&out, sizeof out, 1, f);
     fwrite(to, sizeof(Tensor), in.n_tensors, f);

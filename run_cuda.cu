@@ -666,7 +666,7 @@ __device__ inline void emit(Inputs in, const Weights &w, int token, int tile, fl
     int sum = 0;
     uint32_t bytes = 0;
     for (int i = 0; i < 4; i++) {
-        int q = __float2int_rn(v[i] * inverse);
+        int q = __float_as_int(fmaf(v[i], inverse, 12582912.0f)) - 0x4b400000;      /* to nearest, as in run.c */
         bytes |= (uint32_t)(q & 255) << 8 * i;
         sum += q;
     }
@@ -747,11 +747,12 @@ typedef struct { const float *parts; int n, width; } Product;
 __device__ inline float2 turned_pair(const float *parts, int n_parts, int part_width, int n, const float2 *rotations, int token, int head, int i, const Heads &c) {
     int half = c.head_dim / 2;
     float2 x = make_float2(0, 0);
+    const float *part = parts + (size_t)token * part_width + head * c.head_dim + i;
+    size_t step = (size_t)n * part_width;
+    if (n_parts == 1) x = make_float2(part[0], part[half]);
+    else
 #pragma unroll
-    for (int p = 0; p < MAX_PARTS; p++) {
-        const float *part = parts + ((size_t)p * n + token) * part_width + head * c.head_dim + i;
-        if (p < n_parts) { x.x += part[0]; x.y += part[half]; }
-    }
+        for (int p = 0; p < MAX_PARTS; p++, part += step) if (p < n_parts) { x.x += part[0]; x.y += part[half]; }
     if (head >= c.n_heads + c.n_kv_heads) return x;
     float2 r = rotations[(size_t)token * half + i];
     return make_float2(x.x * r.x - x.y * r.y, x.y * r.x + x.x * r.y);
@@ -1207,7 +1208,7 @@ template <int TYPE, int GROUPS> static void launch_product(Device *d, int operat
     auto many = [&](auto kernel, int tokens, int threads) { launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units); };
     if (tiles == 1) launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
     else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, GROUPS == 4 ? 1 : 2, 2>, 16, 256);
-    else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 1 ? 2 : 1, TYPE == Q4 && GROUPS == 1 ? 2 : 1>, 32, 256);
+    else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 4 ? 1 : 2, 2>, 32, 256);
     else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
     else many(product_many<TYPE, GROUPS, 2, 8, 1, 1, 2>, 128, 256);
 }
@@ -1510,7 +1511,7 @@ static void cuda_close(State *s) {
 
 static const Backend GPU = {"cuda", 2048, cuda_load, cuda_unload, cuda_open, cuda_close, cuda_forward, cuda_step, cuda_peak};
 
-#ifndef RUN_CUDA_NO_MAIN
+#ifndef TESTING
 int main(int argc, char **argv) {
     program = "run_cuda";
     backend = &GPU;

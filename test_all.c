@@ -9,6 +9,9 @@
  * fails. Random numbers are seeded: a failure comes again. */
 #define TESTING
 #define RUN_NO_MAIN
+#ifdef __CUDACC__              /* make test_cuda: the same tests, and those of the GPU */
+#include "run_cuda.cu"
+#endif
 #include "quantize.c"
 #include <sys/wait.h>     /* waitpid */
 
@@ -329,7 +332,7 @@ static void chunked_forward(const Model *m, const int *ids, size_t n, size_t chu
         Token tokens[MOST];
         size_t count = 0, n_own = 0;
         for (size_t i = 0; i < n_slots; i++) {
-            size_t n_feed = i == slot ? min_size(chunk, n - done) : random_below(4);
+            size_t n_feed = i == slot ? min_size(chunk, n - done) : random_below(chunk == 1 ? 2 : 4);
             for (size_t j = 0; j < n_feed && fed[i] < n; j++, count++) {
                 tokens[count].id = i == slot ? ids[fed[i]] : (int)random_below(vocab);
                 tokens[count].pos = fed[i]++;
@@ -338,7 +341,8 @@ static void chunked_forward(const Model *m, const int *ids, size_t n, size_t chu
                 n_own += i == slot;
             }
         }
-        forward(&s, tokens, count, got);
+        s.decoding = chunk == 1;        /* matters to a GPU alone */
+        m->backend->forward(&s, tokens, count, got);
         memcpy(logits + done * vocab, got, n_own * vocab * sizeof(float));
         done += n_own;
     }
@@ -706,11 +710,182 @@ static int tokenize(const char *path) {
     return 0;
 }
 
+#ifdef __CUDACC__
+/* ---- the GPU ------------------------------------------------------------------------------------------------------
+ * What is compared was computed by the CPU, in plain C; the tolerances are shares of the largest number there. */
+
+/* Every product kernel, in shapes that fill no tile, with from 1 to 130 tokens. Integers within a group are exact on both sides:
+ * what differs is the order of the groups' FP32 sums, and with FP16 weights that activations are rounded to FP16. */
+static void test_cuda_products(void) {
+    static const size_t SHAPES[][2] = {{5, 7}, {33, 130}, {64, 128}, {100, 300}, {257, 1000}, {300, 4100}}, COUNTS[] = {1, 3, 8, 9, 17, 33, 64, 65, 130};
+    enum { ROOM = 256 };
+    for (size_t kind = 0; kind < N_KINDS; kind++)
+        for (size_t shape = 0; shape < sizeof SHAPES / sizeof *SHAPES; shape++) {
+            size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1], none = 0, width = round_up(cols, COLUMNS), out_width = round_up(rows, 32);
+            float *w = (float *)allocate(rows * cols, 4, "test"), *x = (float *)allocate(ROOM * width, 4, "test");
+            float *expect = (float *)allocate(ROOM * rows, 4, "test"), *got = (float *)allocate(MAX_PARTS * ROOM * out_width, 4, "test");
+            float *packed = (float *)allocate(ROOM * cols, 4, "test");
+            for (size_t i = 0; i < rows * cols; i++) w[i] = random_float();
+            for (size_t t = 0; t < ROOM; t++) for (size_t k = 0; k < cols; k++) packed[t * cols + k] = x[t * width + k] = random_float();
+            Matrix m = make_matrix(KINDS[kind].type, KINDS[kind].group, w, rows, cols);
+            Activations a = {(float *)allocate(ROOM * width, 4, "test"), NULL, (float *)allocate(ROOM * width / 32, 4, "test"), (float *)allocate(ROOM * width / 32, 4, "test")};
+            a.q = (int8_t *)a.x;
+            Model model;
+            State s;
+            Device d;
+            memset(&model, 0, sizeof model);
+            memset(&s, 0, sizeof s);
+            memset(&d, 0, sizeof d);
+            model.layers = (Layer *)allocate(1, sizeof(Layer), "test");
+            s.model = &model;
+            s.device = &d;
+            d.multiprocessors = 20;
+            void *staging = device_allocate(m.bytes, &none, "test");
+            Weights weights = upload(&m, 0, staging, &none, "test");
+            float *device_x = (float *)device_allocate(ROOM * width * 4, &none, "test"), *device_out = (float *)device_allocate(MAX_PARTS * ROOM * out_width * 4, &none, "test");
+            d.parts = device_out;
+            d.in.q = (int8_t *)device_allocate(ROOM * width, &none, "test");
+            d.in.scale = (float2 *)device_allocate(ROOM * width / 32 * 8, &none, "test");
+            d.in.halves = (__half *)device_allocate(ROOM * width * 2, &none, "test");
+            d.in.stride = ROOM;
+            CUDA(cudaMemcpy(device_x, x, ROOM * width * 4, cudaMemcpyHostToDevice));
+            double tolerance = m.type < Q8 ? 2e-3 : 2e-5;
+            for (size_t count = 0; count < sizeof COUNTS / sizeof *COUNTS; count++) {
+                size_t n = COUNTS[count];
+                matmul(expect, packed, &m, &a, n);
+                double largest = 0;
+                for (size_t i = 0; i < n * rows; i++) largest = fmax(largest, fabs(expect[i]));
+                quantize_input<<<dim3((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n), 256>>>(device_x, d.in, weights);
+                for (int way = 0; way < 3; way++) {     /* plainly; as decoding does; as prefill does */
+                    s.decoding = way == 1;
+                    s.n_slots = n;
+                    CUDA(cudaMemset(device_out, 0xff, MAX_PARTS * ROOM * out_width * 4));       /* NaN */
+                    int parts = 1, stride = weights.row_tiles * 16;
+                    if (way == 0) { product_plain<<<dim3((unsigned)(rows + 127) / 128, (unsigned)n), 128>>>(device_out, weights, d.in, (int)n); stride = (int)rows; }
+                    else parts = device_product(&s, WQKV, device_out, weights, (int)n, 0, false);
+                    CUDA(cudaMemcpy(got, device_out, MAX_PARTS * ROOM * out_width * 4, cudaMemcpyDeviceToHost));
+                    double worst = 0;
+                    for (size_t t = 0; t < n; t++)
+                        for (size_t r = 0; r < rows; r++) {
+                            double sum = 0;
+                            for (int p = 0; p < (parts ? parts : 1); p++) sum += got[((size_t)p * n + t) * stride + r];
+                            double off = fabs(sum - expect[t * rows + r]);
+                            if (!(off <= worst)) worst = off;
+                        }
+                    CHECK(worst <= tolerance * largest, "%s groups of %u [%zu, %zu], %zu tokens, way %d: off by %g of %g", KINDS[kind].type,
+                          KINDS[kind].group, rows, cols, n, way, worst, largest);
+                }
+            }
+            void *on_device[] = {staging, device_x, device_out, d.in.q, d.in.scale, d.in.halves};
+            for (size_t i = 0; i < 6; i++) cudaFree(on_device[i]);
+            free_weights(&weights);
+            void *on_host[] = {w, x, expect, got, packed, a.x, a.scale, a.sum, (void *)m.data, model.layers};
+            for (size_t i = 0; i < 10; i++) free(on_host[i]);
+        }
+}
+
+static Model load_on(const Backend *where, const char *path) {
+    backend = where;
+    Model m = load_model(path);
+    backend = &CPU;
+    return m;
+}
+
+/* Logits of a model without one even dimension, its window crossed four times, in prefill of all sizes and in decoding, beside other
+ * sequences and alone. */
+static void test_cuda_forward(void) {
+    static float expect[LENGTH * 512], got[LENGTH * 512];
+    int ids[LENGTH];
+    for (size_t kind = 0; kind < N_KINDS; kind++) {
+        const char *path = odd_model(KINDS[kind].type, KINDS[kind].group);
+        Model cpu = load_on(&CPU, path), gpu = load_on(&GPU, path);
+        size_t vocab = cpu.c.vocab_size;
+        for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(vocab);
+        chunked_forward(&cpu, ids, LENGTH, 1, 0, 1, expect);
+        double largest = 0, tolerance = cpu.layers[0].wqkv.type < Q8 ? 2e-3 : 1e-2;
+        for (size_t i = 0; i < LENGTH * vocab; i++) largest = fmax(largest, fabs(expect[i]));
+        static const size_t WAYS[][3] = {{1, 0, 1}, {1, 3, 7}, {1, 11, 12}, {1, 20, 30}, {1, 5, 50}, {LENGTH, 0, 1}, {7, 1, 3}, {33, 0, 2}};
+        for (size_t way = 0; way < sizeof WAYS / sizeof *WAYS; way++) {
+            chunked_forward(&gpu, ids, LENGTH, WAYS[way][0], WAYS[way][1], WAYS[way][2], got);
+            double worst = 0;
+            for (size_t i = 0; i < LENGTH * vocab; i++) { double off = fabs(got[i] - expect[i]); if (!(off <= worst)) worst = off; }
+            CHECK(worst <= tolerance * largest, "%s groups of %u, chunks of %zu in %zu slots: off by %g of %g", KINDS[kind].type, KINDS[kind].group,
+                  WAYS[way][0], WAYS[way][2], worst, largest);
+        }
+        free_model(&cpu);
+        free_model(&gpu);
+    }
+}
+
+/* A sequence of a batch does not depend on the others, nor on when they end; the same batch twice is the same. */
+static void test_cuda_batch(void) {
+    Model m = load_on(&GPU, odd_model("q4", 32));
+    static const size_t slot_counts[] = {1, 5, 12, 32};
+    for (size_t k = 0; k < 4; k++) {
+        size_t slots = slot_counts[k];
+        Sequence *all = run_batch(&m, 32, 0, slots, 40, 110, 90), *again = run_batch(&m, 32, 0, slots, 40, 110, 90);
+        for (size_t i = 0; i < 32; i++) {
+            CHECK(same_sequence(&all[i], &again[i]), "sequence %zu of the same batch of %zu differs", i, slots);
+            Sequence *one = run_batch(&m, 1, i, slots, 40, 110, 90);
+            CHECK(same_sequence(&all[i], one), "sequence %zu in %zu slots differs when it is alone", i, slots);
+            free_sequences(one, 1);
+        }
+        free_sequences(all, 32);
+        free_sequences(again, 32);
+    }
+    Sequence *none = run_batch(&m, 3, 0, 2, 0, 4000, 90);
+    for (size_t i = 0; i < 3; i++) CHECK(none[i].n_ids == none[i].n_prompt && none[i].n_fed == none[i].n_prompt, "no tokens asked for");
+    free_sequences(none, 3);
+    free_model(&m);
+}
+
+/* Draws like the CPU's sampler: the same id but where a random number falls on the edge between two. */
+static void test_cuda_sampler(void) {
+    enum { N = 3001, DRAWS = 4000 };
+    static float logits[N], copy[N];
+    size_t none = 0;
+    float *device_logits = (float *)device_allocate(N * 4, &none, "test"), tops[] = {1, 0.95f, 0.5f, 0};
+    Row *row = (Row *)device_allocate(sizeof(Row), &none, "test"), host;
+    int *device_id = (int *)device_allocate(4, &none, "test"), id;
+    for (int i = 0; i < N; i++) logits[i] = 6 * random_float();
+    logits[17] = logits[18] = logits[19] = 5.9f;
+    memset(&host, 0, sizeof host);
+    for (int k = 0; k < 4; k++) {
+        int differs = 0;
+        for (int draw = 0; draw < DRAWS; draw++) {
+            float temperature = draw % 7 == 6 ? 0 : 0.8f;
+            host.random = uniform(&rng);
+            memcpy(copy, logits, sizeof copy);
+            int expect = sample(copy, N, temperature, tops[k], host.random);
+            CUDA(cudaMemcpy(device_logits, logits, sizeof logits, cudaMemcpyHostToDevice));
+            CUDA(cudaMemcpy(row, &host, sizeof host, cudaMemcpyHostToDevice));
+            sample_kernel<<<1, 1024>>>(device_logits, N, N, temperature, tops[k], row, device_id);
+            CUDA(cudaMemcpy(&id, device_id, 4, cudaMemcpyDeviceToHost));
+            CHECK(id == expect || (temperature > 0 && tops[k] > 0), "greedy: %d, not %d", id, expect);
+            differs += id != expect;
+        }
+        CHECK(differs <= DRAWS / 1000, "top_p %g: %d of %d ids differ", tops[k], differs, DRAWS);
+    }
+    for (int i = 0; i < N; i++) copy[i] = NAN;
+    CUDA(cudaMemcpy(device_logits, copy, sizeof copy, cudaMemcpyHostToDevice));
+    sample_kernel<<<1, 1024>>>(device_logits, N, N, 0.8f, 0.9f, row, device_id);
+    CUDA(cudaMemcpy(&id, device_id, 4, cudaMemcpyDeviceToHost));
+    CHECK(id >= 0 && id < N, "NaN logits give id %d", id);
+    cudaFree(device_logits);
+    cudaFree(row);
+    cudaFree(device_id);
+}
+#endif
+
 int main(int argc, char **argv) {
     static const struct { const char *name; void (*run)(void); } TESTS[] = {
         {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations},
         {"group_product", test_group_product}, {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
-        {"sampler", test_sampler}, {"batch", test_batch}, {"decode", test_decode}, {"damaged_files", test_damaged_files}};
+        {"sampler", test_sampler}, {"batch", test_batch}, {"decode", test_decode}, {"damaged_files", test_damaged_files},
+#ifdef __CUDACC__
+        {"cuda_products", test_cuda_products}, {"cuda_forward", test_cuda_forward}, {"cuda_batch", test_cuda_batch}, {"cuda_sampler", test_cuda_sampler},
+#endif
+    };
     int passed = 0, failed = 0;
     program = "test_all";
     if (argc == 3 && !strcmp(argv[1], "tokenize")) return tokenize(argv[2]);
