@@ -10,16 +10,18 @@ or a pipe alike. What the format cannot hold exactly is refused by name, never a
 Top to bottom: config.json, the weights, the tokenizer, the file, the command line. What reads safetensors files, and
 merges LoRA adapters into what is read, is in lora_merge.py.
 """
-import argparse, contextlib, json, math, os, re, struct, sys, time
+import argparse, contextlib, json, math, os, re, signal, struct, sys, time
 from types import SimpleNamespace
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take a while: until outcome() Ctrl-C ends this without a word
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # where lora_merge.py is, whatever imports this file
 try:
     import numpy as np
     from google.protobuf.message import DecodeError
-    from lora_merge import (  # noqa: F401  Weights is for those who import this
+    from lora_merge import (
         BASE_QUANT_HELP, NUMPY, Bad, MergedWeights, Weights, adapter_argument, demand, form, outcome, progress, read,
-        read_json, rounded, show)
+        read_json, rounded, show, temporary)
     from sentencepiece import sentencepiece_model_pb2
 except ImportError as error:
     sys.exit(f"export.py: Python: {error} (pip install -r requirements.txt)")
@@ -328,16 +330,8 @@ def output(path):
         with open(1 if path == "-" else path, "wb", closefd=path != "-") as file:
             yield file
         return
-    path = os.path.realpath(path)  # a link stays a link
-    temporary = f"{path}.tmp.{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with temporary(path) as name, open(name, "wb") as file:
+        yield file
 
 
 def align(n):
@@ -380,20 +374,27 @@ def write_checkpoint(file, name, c, chat, tokenizer, tensors, weights):
 # ---------------------------------------------------------------------------- the command line
 
 
-def export(directory, out, dtype, adapters=(), base_quant=None):
-    """Write the model in a Hugging Face directory to the file `out` ("-": standard output), the matrices as
-    "f16" or "f32", with LoRA adapters merged in: [(directory, weight)], on a base rounded to base_quant (MergedWeights).
-    Returns a line that sums it up. Raises Bad for bad input, OSError if `out` cannot be written."""
+def open_model(directory, adapters=(), base_quant=None):
+    """The model in a Hugging Face directory as MergedWeights; adapters, base_quant: as there. Raises Bad for bad input."""
     if not os.path.isdir(directory):
         raise Bad(f"{directory}: not a directory (give the one that holds config.json)")
     config = read_json(os.path.join(directory, "config.json"))
     with form("config.json"):
-        read_config(config)  # says what is wrong with it before anything else is looked at
-    weights = MergedWeights(directory, config, adapters, base_quant)
+        c = read_config(config)  # says what is wrong with it before anything else is looked at
+    base = Weights(directory)
+    model_tensors(c, base, "f32")  # the base must be whole by itself before adapters are compared with it
+    return MergedWeights(base, config, adapters, base_quant)
+
+
+def export(directory, out, dtype, adapters=(), base_quant=None):
+    """Write the model in a Hugging Face directory to the file `out` ("-": standard output), the matrices as
+    "f16" or "f32", with LoRA adapters merged in: [(directory, weight)], on a base rounded to base_quant (MergedWeights).
+    Returns a line that sums it up. Raises Bad for bad input, OSError if `out` cannot be written."""
+    weights = open_model(directory, adapters, base_quant)
     c = read_config(weights.config)
     tensors = model_tensors(c, weights, dtype)
     t = read_tokenizer(weights.tokenizer, c.vocab_size)
-    bos, eos = sequence_ids(directory, weights.tokenizer, config, t, c.vocab_size)
+    bos, eos = sequence_ids(directory, weights.tokenizer, weights.config, t, c.vocab_size)
     tokenizer, chat = pack_tokenizer(t, bos, eos), chat_template(weights.tokenizer, t)
     name = "+".join(os.path.basename(os.path.abspath(each)) for each in (directory, *(adapter for adapter, _ in adapters)))
     with output(out) as file:
@@ -420,8 +421,7 @@ def main():
     out = "standard output" if args.out == "-" else args.out
     status, lines = outcome("export.py", out, lambda: [
         f"{out}: {export(args.directory, args.out, args.dtype, args.lora, args.base_quant)}"])
-    if status or args.out != "-" or sys.stderr.isatty():
-        print(*lines, file=sys.stderr)
+    print(*lines, file=sys.stderr)
     return status
 
 

@@ -17,6 +17,8 @@ a 4-bit base, the merged weights, the directory, the command line.
 import argparse, contextlib, json, math, os, re, shutil, signal, struct, sys, time
 from types import SimpleNamespace
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take a while: until outcome() Ctrl-C ends this without a word
 try:
     import ml_dtypes  # importing it is also what makes numpy, and so safetensors, know bfloat16
     import numpy as np
@@ -33,8 +35,18 @@ class Bad(Exception):
 
 def outcome(program, out, work):
     """Run work(), which makes `out` and returns lines that sum it up: (0, the lines), or (1, [what went wrong])."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up first
+    # Signals that end a program raise KeyboardInterrupt in work(), which then cleans up; what is ignored (nohup) stays so.
+    handlers = {number: handler for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
+
+    def stop(*_):
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)  # a second signal must not end the cleaning up
+        raise KeyboardInterrupt
+
     try:
+        for number in handlers:
+            signal.signal(number, stop)
         status, lines = 0, work()
     except Bad as error:
         status, lines = 1, [f"{program}: {error}"]
@@ -44,7 +56,17 @@ def outcome(program, out, work):
         status, lines = 1, [f"{program}: {out}: interrupted"]
     except MemoryError:
         status, lines = 1, [f"{program}: {out}: no memory"]
-    return status, [" ".join(line.split()) for line in lines]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return status, [printable(line) for line in lines]
+
+
+def printable(text):
+    """Text as one line for a terminal, of 1005 characters at most: what a file's names and numbers put into it may be
+    long, and control characters in it would be obeyed."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return text if len(text) <= 1000 else f"{text[:700]} ... {text[-300:]}"
 
 
 def show(value):
@@ -87,6 +109,26 @@ def read_json(path, optional=False):
         return dict(value.items())  # fails for what is no object
 
 
+@contextlib.contextmanager
+def temporary(path):
+    """The name beside `path` of a file or directory to be made: renamed to it in the end, removed if anything goes wrong."""
+    path = os.path.realpath(path)  # a link stays a link
+    name = f"{path}.tmp.{os.getpid()}"
+
+    def remove():
+        shutil.rmtree(name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+    remove()  # left by a process that was killed and had this one's number
+    try:
+        yield name
+        os.replace(name, path)
+    except BaseException:
+        remove()
+        raise
+
+
 def progress(started, done, total):
     """On a terminal, rewrite the line: percent, MB/s, time left; `started` in seconds of time.monotonic()."""
     if sys.stderr.isatty():
@@ -115,7 +157,7 @@ class Weights:
     """The tensors of a directory's safetensors files by their names there, read in pieces."""
 
     def __init__(self, directory, file="model.safetensors"):
-        shards = [os.path.join(directory, file)]
+        self.directory, shards = directory, [os.path.join(directory, file)]
         index = shards[0] + ".index.json"
         if not os.path.exists(shards[0]) and os.path.exists(index):
             with form(index):
@@ -413,14 +455,14 @@ def pieces(shape):
 class MergedWeights(Weights):
     """The Weights of a base with adapters merged in; without any, the base's own.
 
-    directory: the base's; config: the object in its config.json; adapters: [(directory, weight)] in the order in which
-    they are merged; base_quant: None, or "nf4": the base's linear layers are first rounded as bitsandbytes does.
+    base: Weights; config: the object in its config.json; adapters: [(directory, weight)] in the order in which they are
+    merged; base_quant: None, or "nf4": the base's linear layers are first rounded as bitsandbytes does.
     Attributes: config, with the result's vocab_size and tie_word_embeddings; tokenizer, the directory with its
     tokenizer: an adapter's, if that resized the vocabulary and brings one."""
 
-    def __init__(self, directory, config, adapters=(), base_quant=None):
-        self.base, self.base_quant, self.config, self.tokenizer = Weights(directory), base_quant, dict(config), directory
-        self.tensors, self.used = dict(self.base.tensors), set()
+    def __init__(self, base, config, adapters=(), base_quant=None):
+        self.base, self.base_quant, self.config, self.tokenizer = base, base_quant, dict(config), base.directory
+        self.tensors, self.used = dict(base.tensors), set()
         self.sources = {}  # tensor -> (Weights, name there), where that is not (self.base, tensor)
         self.changes = {}  # tensor -> [Lora or Tokens] in the order of the adapters
         self.loaded = self.merged = None, None  # (tensor, its changes as functions); ((tensor, start), merged rows)
@@ -602,17 +644,11 @@ TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "spec
 @contextlib.contextmanager
 def new_directory(path):
     """A directory that becomes `path`: a temporary one beside it, renamed when whole, removed if anything goes wrong."""
-    path = os.path.abspath(path)
     if os.path.lexists(path):
         raise Bad(f"{path}: exists already (remove it, or give another name)")
-    temporary = f"{path}.tmp.{os.getpid()}"
-    os.mkdir(temporary)
-    try:
-        yield temporary
-        os.rename(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with temporary(path) as name:
+        os.mkdir(name)
+        yield name
 
 
 def write_safetensors(path, metadata, tensors, weights):
@@ -646,7 +682,7 @@ def merge(base, adapters, out, dtype=None, base_quant=None):
     config = read_json(os.path.join(base, "config.json"))
     for key, wanted in ("model_type", "mistral"), ("quantization_config", None):
         demand("config.json", key, config.get(key), wanted)
-    weights = MergedWeights(base, config, adapters, base_quant)
+    weights = MergedWeights(Weights(base), config, adapters, base_quant)
     shards = {}  # file name -> [(tensor, type)]
     for name, (shard, shape, own) in weights.tensors.items():
         weights.check(name, shape)
@@ -659,25 +695,25 @@ def merge(base, adapters, out, dtype=None, base_quant=None):
         weights.config[key] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
 
     started, written = time.monotonic(), 0
-    with new_directory(out) as temporary:
+    with new_directory(out) as directory:
         def save(name, data):
-            with open(os.path.join(temporary, name), "wb") as file:
+            with open(os.path.join(directory, name), "wb") as file:
                 file.write(data)
 
         for shard, tensors in shards.items():
             with weights.open(os.path.join(base, shard)) as file:
                 metadata = {"format": "pt", **(file.metadata() or {})}  # transformers wants to be told
-            for n in write_safetensors(os.path.join(temporary, shard), metadata, tensors, weights):
+            for n in write_safetensors(os.path.join(directory, shard), metadata, tensors, weights):
                 written += n
                 progress(started, written, total)
         if list(shards) != ["model.safetensors"]:
             places = {name: shard for shard, tensors in shards.items() for name, _ in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": places}
             save("model.safetensors.index.json", json.dumps(index, indent=2).encode())
-        for directory, names in (base, ["generation_config.json"]), (weights.tokenizer, TOKENIZER):
+        for source, names in (base, ["generation_config.json"]), (weights.tokenizer, TOKENIZER):
             for name in names:
-                if os.path.exists(os.path.join(directory, name)):
-                    save(name, read(os.path.join(directory, name)))
+                if os.path.exists(os.path.join(source, name)):
+                    save(name, read(os.path.join(source, name)))
         # last: what a kill leaves behind has no config.json, and is no model to anyone
         save("config.json", json.dumps(weights.config, indent=2).encode())
     return [*weights.report(), f"{out}: {total / 1e6:.1f} MB in {len(shards)} file{'s' * (len(shards) > 1)}, "

@@ -110,7 +110,7 @@ def test_as_peft(tmp_path, base, line):
     if not adapters:  # the 4-bit base by itself, which only export.py has a use for
         status, text = call(export, base, tmp_path / "nf4.bin", "--dtype", "f32", *options)
         assert status == 0, text
-        weights = lora_merge.MergedWeights(str(base), json.loads((base / "config.json").read_text()), [], "nf4")
+        weights = lora_merge.MergedWeights(lora_merge.Weights(base), json.loads((base / "config.json").read_text()), [], "nf4")
         got = {name: weights.rows(name, 0, x.shape[0]).reshape(x.shape) for name, x in expected.items()}
         assert all(np.array_equal(got[name], {**expected, **changed}[name]) for name in got)  # bitsandbytes' bits
         return
@@ -366,7 +366,7 @@ def test_rows_do_not_depend_on_the_slice(tmp_path):
         f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.lora_magnitude_vector": m})
 
     def weights():
-        return lora_merge.MergedWeights(str(directory), config, [(str(tmp_path / "a"), 1.0)], "nf4")
+        return lora_merge.MergedWeights(lora_merge.Weights(directory), config, [(str(tmp_path / "a"), 1.0)], "nf4")
 
     whole = weights().rows(name + ".weight", 0, 1030)
     x = tensors[name + ".weight"].ravel()
