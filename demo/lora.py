@@ -19,7 +19,8 @@ WIDTH = 52
 
 def python():
     """A Python that can run export.py."""
-    if all(importlib.util.find_spec(name) for name in ("numpy", "ml_dtypes", "safetensors", "sentencepiece")):
+    needs = "numpy", "ml_dtypes", "safetensors", "sentencepiece", "google", "google.protobuf"  # a package before its parts
+    if all(importlib.util.find_spec(name) for name in needs):
         return sys.executable
     sys.path.insert(0, os.path.join(ROOT, "tests"))
     import run_tests
