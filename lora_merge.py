@@ -6,7 +6,7 @@
 For a weight W [out, in] of the base, an adapter holds two thin matrices A [r, in] and B [out, r]. The merged weight is
 W + scaling B A: a model like any other, which costs nothing more to run. OUT becomes a Hugging Face directory with the
 base's shards and types; `export.py --lora` writes a checkpoint at once, through the same code. What the PEFT library
-saves is read as PEFT 0.21 reads it, and what is not merged here is refused by name.
+saves is read as PEFT 0.21 reads it. What is not merged here, and a base that export.py would not take, is refused by name.
 
 Sources: LoRA arXiv 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, QLoRA (NF4) 2305.14314; for what they leave open,
 PEFT's tuners/lora/, tuners/tuners_utils.py, utils/other.py and utils/save_and_load.py.
@@ -157,19 +157,25 @@ class Weights:
     """The tensors of a directory's safetensors files by their names there, read in pieces."""
 
     def __init__(self, directory, file="model.safetensors"):
-        self.directory, shards = directory, [os.path.join(directory, file)]
+        self.directory, shards, places = directory, [os.path.join(directory, file)], {}
         index = shards[0] + ".index.json"
         if not os.path.exists(shards[0]) and os.path.exists(index):
             with form(index):
-                shards = [os.path.join(directory, name) for name in sorted(set(read_json(index)["weight_map"].values()))]
+                places = read_json(index)["weight_map"]
+                shards = [os.path.join(directory, name) for name in sorted(set(places.values()))]
         self.tensors, self.used = {}, set()  # name -> (shard, shape, type); the names that were checked
         for shard in shards:
             with self.open(shard) as file:
                 for name in file.keys():
                     part = file.get_slice(name)
+                    if name in self.tensors:
+                        raise Bad(f"{name}: in {self.tensors[name][0]} and in {shard} (which of the two counts?)")
                     self.tensors[name] = shard, part.get_shape(), part.get_dtype()
                     if not math.prod(part.get_shape() or [0]):
                         raise Bad(f"{name}: the shape is {part.get_shape()} in {os.path.basename(shard)}")
+        for name in places:
+            if name not in self.tensors:
+                raise Bad(f"{name}: named in {index}, but in none of its files (download them again)")
 
     def open(self, shard):
         """A safetensors file, opened; Bad if it is absent or cut."""
@@ -184,18 +190,24 @@ class Weights:
         """Bad unless the tensor is there, has this shape, which follows from `reason`, and is of a type that is read."""
         if name not in self.tensors:
             raise Bad(f"{name}: this tensor is missing")
-        shard, found, dtype = self.tensors[name]
+        shard, found, _ = self.tensors[name]
         if found != shape:
             raise Bad(f"{name}: the shape is {found} in {os.path.basename(shard)}, but {shape} by {reason}")
-        if dtype not in NUMPY:
-            raise Bad(f"{name}: the type is {dtype} (only BF16, F16 and F32 are supported)")
+        self.check_type(name)
         self.used.add(name)
+
+    def check_type(self, name):
+        """Bad unless a tensor is of a type that is read."""
+        shard, _, dtype = self.tensors[name]
+        if dtype not in NUMPY:
+            raise Bad(f"{name}: the type is {dtype} in {os.path.basename(shard)} (only BF16, F16 and F32 are supported)")
 
     def rows(self, name, start, stop):
         """Rows start to stop - 1 of a tensor [out, in], as f32 [stop - start, in]; of a vector, as [stop - start, 1].
 
         All values of weights come through here. The shard is opened anew for every piece: that costs
         little and gives back what was mapped, so that memory does not grow with the shards."""
+        self.check_type(name)
         with self.open(self.tensors[name][0]) as file:
             rows = file.get_slice(name)[start:stop]
         return rows.astype(np.float32).reshape(stop - start, -1)
@@ -206,11 +218,14 @@ class Weights:
 EMBEDDING, CLASSIFIER = "model.embed_tokens.weight", "lm_head.weight"
 LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 
-# Keys of adapter_config.json that are read, with PEFT's defaults (target_modules: for Mistral).
+# Keys of adapter_config.json that are read, with PEFT's defaults (target_modules: for Mistral). A value has the default's
+# type, or this one.
 DEFAULTS = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False,
             "target_modules": ["q_proj", "v_proj"], "exclude_modules": [], "layers_to_transform": [],
             "layers_pattern": [], "modules_to_save": [], "trainable_token_indices": {}, "ensure_weight_tying": False,
             "init_lora_weights": True}
+OTHER_TYPES = {"lora_alpha": float, "target_modules": str, "exclude_modules": str, "layers_to_transform": int,
+               "layers_pattern": str, "trainable_token_indices": list, "init_lora_weights": str}
 # Keys that do not change what a trained adapter computes. fan_in_fan_out is one of them because PEFT turns it off for
 # linear layers, and Mistral has no others; the biases are not because they show in the tensors.
 WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "fan_in_fan_out",
@@ -220,7 +235,7 @@ WITHOUT_EFFECT = {"auto_mapping", "base_model_name_or_path", "bias", "corda_conf
 INIT = [True, False, "gaussian", "eva", "orthogonal", "mica"]
 
 
-def read_config(path):
+def read_adapter_config(path):
     """The object in adapter_config.json as a namespace of the keys in DEFAULTS; Bad, naming the key, for any other kind
     of adapter and any variant of LoRA that is not merged here."""
     values = read_json(path)
@@ -228,7 +243,12 @@ def read_config(path):
     for key, value in values.items():
         if key not in DEFAULTS and key not in WITHOUT_EFFECT and value:
             raise Bad(f"{path}: {key} is {show(value)} (this variant of LoRA is not supported)")
-    c = SimpleNamespace(**{**DEFAULTS, **{key: values[key] for key in DEFAULTS if values.get(key) is not None}})
+    values = {key: values[key] for key in DEFAULTS if values.get(key) is not None}
+    for key, value in values.items():
+        kinds = [type(DEFAULTS[key]), *([OTHER_TYPES[key]] if key in OTHER_TYPES else [])]
+        if type(value) not in kinds:
+            raise Bad(f"{path}: {key} is {show(value)} ({' or '.join(kind.__name__ for kind in kinds)} is expected)")
+    c = SimpleNamespace(**{**DEFAULTS, **values})
     if c.init_lora_weights not in INIT:
         raise Bad(f"{path}: init_lora_weights is {show(c.init_lora_weights)}, which changed the base before training "
                   "(save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it)")
@@ -262,9 +282,7 @@ def is_target(c, module):
 
 def is_saved(c, module):
     """Whether modules_to_save names a module, or one that it is in, by the end of its name: PEFT's _set_trainable()."""
-    parts = module.split(".")
-    parents = [".".join(parts[:n + 1]) for n in range(len(parts))]
-    return any(parent.endswith(name) for parent in parents for name in c.modules_to_save)
+    return any(re.search(re.escape(name) + r"(\.|$)", module) for name in c.modules_to_save)
 
 
 def rank_and_scaling(c, module):
@@ -273,7 +291,7 @@ def rank_and_scaling(c, module):
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
     r, alpha = pick(c.rank_pattern, c.r), pick(c.alpha_pattern, c.lora_alpha)
-    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(r) is not int or not 0 < r < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 2**128:
         raise ValueError(f"rank {show(r)} and alpha {show(alpha)} for {module}")
     return r, alpha / math.sqrt(r) if c.use_rslora else alpha / r
 
@@ -291,10 +309,9 @@ class Adapter:
     must be taken once. `weight` multiplies the scaling, as PEFT's set_scale() does."""
 
     def __init__(self, directory, weight=1.0):
-        self.name, self.weight, self.directory = os.path.basename(os.path.abspath(directory)), weight, directory
-        self.where = os.path.join(directory, "adapter_config.json")
+        self.name, self.weight, self.where = directory, weight, os.path.join(directory, "adapter_config.json")
         with form(self.where):
-            self.c = read_config(self.where)
+            self.c = read_adapter_config(self.where)
         safe, pickle = (os.path.join(directory, "adapter_model." + kind) for kind in ("safetensors", "bin"))
         if os.path.exists(pickle) and not os.path.exists(safe):
             raise Bad(f"{pickle}: a pickle, which is not read (PEFT's save_pretrained() makes safetensors of it)")
@@ -327,8 +344,6 @@ class Adapter:
 
     def load(self, name):
         """A tensor as f32 [out, in], a vector as [out, 1]."""
-        if self.weights.tensors[name][2] not in NUMPY:
-            raise Bad(f"{name}: type {self.weights.tensors[name][2]} in {self.name} (only {', '.join(NUMPY)} are read)")
         return self.weights.rows(name, 0, self.weights.tensors[name][1][0])
 
     def finish(self, base):
@@ -374,6 +389,8 @@ class Lora:
         if adapter.c.use_dora:
             parts.append(("lora_magnitude_vector", [cols if self.embedding else out]))
         self.names = [adapter.take(module, part, size, f"the base's {shape} and rank {r}") for part, size in parts]
+        if not abs(scaling * adapter.weight) <= float(np.finfo(np.float32).max):
+            raise Bad(f"{adapter.where}: the scaling of {module} is {scaling:g}, times {adapter.weight:g}: too large for f32")
         self.scaling = np.float32(scaling * adapter.weight)
         adapter.loras.append((r, scaling))
 
@@ -455,10 +472,15 @@ def pieces(shape):
 class MergedWeights(Weights):
     """The Weights of a base with adapters merged in; without any, the base's own.
 
-    base: Weights; config: the object in its config.json; adapters: [(directory, weight)] in the order in which they are
-    merged; base_quant: None, or "nf4": the base's linear layers are first rounded as bitsandbytes does.
-    Attributes: config, with the result's vocab_size and tie_word_embeddings; tokenizer, the directory with its
-    tokenizer: an adapter's, if that resized the vocabulary and brings one."""
+    base: Weights whose names, shapes and types are those of a model; config: the object in its config.json; adapters:
+    [(directory, weight)] in the order in which they are merged; base_quant: None, or "nf4": the base's linear layers are
+    first rounded as bitsandbytes does. Attributes: config, with the result's vocab_size and tie_word_embeddings;
+    tokenizer, the directory with its tokenizer: an adapter's, if that resized the vocabulary and brings one.
+
+    First each adapter in turn plans, in add(): a tensor that it replaces goes to `sources`, what it does to one to
+    `changes`, and what does not fit is refused, by names, shapes and types. Then settle() decides what is known after the
+    last adapter only: the size of the vocabulary, and whether the embedding is still tied. Matrices are read and multiplied
+    in rows() alone, a piece at a time, as the result is written."""
 
     def __init__(self, base, config, adapters=(), base_quant=None):
         self.base, self.base_quant, self.config, self.tokenizer = base, base_quant, dict(config), base.directory
@@ -466,15 +488,11 @@ class MergedWeights(Weights):
         self.sources = {}  # tensor -> (Weights, name there), where that is not (self.base, tensor)
         self.changes = {}  # tensor -> [Lora or Tokens] in the order of the adapters
         self.loaded = self.merged = None, None  # (tensor, its changes as functions); ((tensor, start), merged rows)
-        self.moved = {}  # tensor -> [squared length of its change, that of the base], of what has been read
+        self.moved = {}  # tensor -> (squared length of its change, that of the base), of what has been read
         self.adapters = [Adapter(*adapter) for adapter in adapters]
-        self.tied = config.get("tie_word_embeddings") is True and EMBEDDING in self.tensors
+        self.tied = bool(config.get("tie_word_embeddings"))
         if self.tied:  # for now a tensor of its own with the embedding's values; settle() sees what became of it
             self.tensors[CLASSIFIER], self.sources[CLASSIFIER] = self.tensors[EMBEDDING], (self.base, EMBEDDING)
-        if adapters:
-            for name in EMBEDDING, CLASSIFIER:
-                if name not in self.tensors:
-                    raise Bad(f"{name}: this tensor is missing")
         for adapter in self.adapters:
             self.add(adapter)
         self.settle()
@@ -520,8 +538,8 @@ class MergedWeights(Weights):
         if self.is_equal(name, adapter.weights, source):
             return
         self.may_replace(adapter, source, name in self.changes or self.source(name)[0] is not self.base)
-        if new != shape and any(os.path.exists(os.path.join(adapter.directory, file)) for file in TOKENIZER[:2]):
-            self.tokenizer = adapter.directory
+        if new != shape and any(os.path.exists(os.path.join(adapter.name, file)) for file in TOKENIZER[:2]):
+            self.tokenizer = adapter.name
         self.tensors[name], self.sources[name] = (shard, new, dtype), (adapter.weights, source)
         adapter.replaced += 1
 
@@ -534,6 +552,8 @@ class MergedWeights(Weights):
                 name = {"embed_tokens": EMBEDDING, "lm_head": CLASSIFIER}[key.removeprefix("model.")]
                 if not all(type(id) is int and 0 <= id < self.tensors[name][1][0] for id in ids):
                     raise ValueError(f"{show(ids)} for {name} {self.tensors[name][1]}")
+                if name in tokens or len(set(ids)) < len(ids):
+                    raise ValueError(f"{show(ids)}: twice for {name}")
                 if ids:
                     tokens[name] = ids
         if self.tied and tokens:  # PEFT keeps them tied; what it may save of the classifier is a copy
@@ -608,28 +628,34 @@ class MergedWeights(Weights):
         """A piece of a tensor, f32 [stop - start, in]; the last one is kept, since readers take it in several bites."""
         if self.merged[0] == (name, start):
             return self.merged[1]
-        if self.loaded[0] != name:
-            def base_pieces():
-                return ((piece[0], self.base_rows(name, *piece)) for piece in pieces(self.tensors[name][1]))
-            self.loaded = name, [change.load(base_pieces) for change in self.changes.get(name, [])]
-        base = x = self.base_rows(name, start, stop)
-        with np.errstate(all="ignore"):  # what is not finite is found by rounded()
+        changes = self.changes.get(name, [])
+        with np.errstate(all="ignore"):  # what is not finite is found here or by rounded()
+            if self.loaded[0] != name:
+                def base_pieces():
+                    return ((piece[0], self.base_rows(name, *piece)) for piece in pieces(self.tensors[name][1]))
+                self.loaded = name, [change.load(base_pieces) for change in changes]
+            base = x = self.base_rows(name, start, stop)
             for apply in self.loaded[1]:
                 x = apply(x, base, start)
-            if self.loaded[1]:
-                moved = self.moved.setdefault(name, [0.0, 0.0])
-                for i, part in enumerate((x - base, base)):
-                    moved[i] += float(np.vdot(part, part))
+            if changes:
+                new, old = (float(np.square(part, dtype=np.float64).sum()) for part in (x - base, base))
+                if math.isfinite(old) and not math.isfinite(new):
+                    raise Bad(f"{name}: not finite with {'; '.join(str(change.adapter) for change in changes)} "
+                              "(the scaling is too large, or the adapter is damaged)")
+                moved = self.moved.get(name, (0, 0))
+                self.moved[name] = moved[0] + new, moved[1] + old
         self.merged = (name, start), x
         return x
 
     def report(self):
         """Lines for the user, after all rows have been read: each adapter, how much changed, and where most."""
-        parts = []
-        if self.moved:
-            change, name = max((math.sqrt(new / old) if old else math.inf, name)
-                               for name, (new, old) in self.moved.items())
-            parts += [f"matrices changed: {len(self.moved)}, largest relative change {100 * change:.3g}% ({name})"]
+        parts = [f"matrices changed: {len(self.moved)}"] * bool(self.moved)
+        moved = [(math.sqrt(new / old), name) for name, (new, old) in self.moved.items() if old]
+        if moved:
+            parts += ["largest relative change {:.3g}% ({})".format(100 * max(moved)[0], max(moved)[1])]
+        replaced = sum(weights is not self.base for weights, _ in self.sources.values())
+        if replaced:
+            parts += [f"tensors replaced: {replaced}"]
         if self.base_quant:
             parts += [f"rounded to {self.base_quant} before: {sum(map(self.is_rounded, self.tensors))}"]
         return [*map(str, self.adapters), ", ".join(parts)] if parts else []
@@ -643,7 +669,7 @@ TOKENIZER = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "spec
 
 @contextlib.contextmanager
 def new_directory(path):
-    """A directory that becomes `path`: a temporary one beside it, renamed when whole, removed if anything goes wrong."""
+    """A directory that becomes `path`, where nothing may be yet: temporary()."""
     if os.path.lexists(path):
         raise Bad(f"{path}: exists already (remove it, or give another name)")
     with temporary(path) as name:
@@ -652,7 +678,7 @@ def new_directory(path):
 
 
 def write_safetensors(path, metadata, tensors, weights):
-    """Write a safetensors file a piece at a time; yields the bytes written so far after each.
+    """Write a safetensors file a piece at a time; yields the number of bytes of each.
 
     metadata: {str: str}; tensors: [(name, "F32", "F16" or "BF16")]; their shapes and values are those of `weights`."""
     tensors = sorted(tensors, key=lambda tensor: -NUMPY[tensor[1]].itemsize)  # so that each is aligned to its type
@@ -677,37 +703,34 @@ def merge(base, adapters, out, dtype=None, base_quant=None):
 
     base, out: directories; adapters: [(directory, weight)]; dtype: None, as each tensor is in the base, or "F32", "F16",
     "BF16"; base_quant: None or "nf4". Raises Bad for bad input, OSError if `out` cannot be written."""
-    if not os.path.isdir(base):
-        raise Bad(f"{base}: not a directory (give the one that holds config.json)")
-    config = read_json(os.path.join(base, "config.json"))
-    for key, wanted in ("model_type", "mistral"), ("quantization_config", None):
-        demand("config.json", key, config.get(key), wanted)
-    weights = MergedWeights(Weights(base), config, adapters, base_quant)
-    shards = {}  # file name -> [(tensor, type)]
-    for name, (shard, shape, own) in weights.tensors.items():
-        weights.check(name, shape)
+    import export  # here, because it imports this file; its checks of a model are wanted here too
+    weights = export.open_model(base, adapters, base_quant)
+    shards = {}  # path in the base -> [(tensor, type)]
+    for name, (shard, _, own) in weights.tensors.items():
+        weights.check_type(name)  # also of what is no part of the model
         keep = dtype is None or not name.endswith(".weight")  # rotary_emb.inv_freq must not be rounded
-        shards.setdefault(os.path.basename(shard), []).append((name, own if keep else dtype))
+        shards.setdefault(shard, []).append((name, own if keep else dtype))
     total = sum(math.prod(weights.tensors[name][1]) * NUMPY[kind].itemsize
                 for tensors in shards.values() for name, kind in tensors)
     if dtype:
-        key = "dtype" if "dtype" in config else "torch_dtype"
+        key = "dtype" if "dtype" in weights.config else "torch_dtype"
         weights.config[key] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
 
-    started, written = time.monotonic(), 0
+    started, written, places = time.monotonic(), 0, {}
     with new_directory(out) as directory:
         def save(name, data):
             with open(os.path.join(directory, name), "wb") as file:
                 file.write(data)
 
-        for shard, tensors in shards.items():
-            with weights.open(os.path.join(base, shard)) as file:
-                metadata = {"format": "pt", **(file.metadata() or {})}  # transformers wants to be told
-            for n in write_safetensors(os.path.join(directory, shard), metadata, tensors, weights):
+        for number, (shard, tensors) in enumerate(shards.items(), 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            places.update(dict.fromkeys([name for name, _ in tensors], file))
+            with weights.open(shard) as base_file:
+                metadata = {"format": "pt", **(base_file.metadata() or {})}  # transformers wants to be told
+            for n in write_safetensors(os.path.join(directory, file), metadata, tensors, weights):
                 written += n
                 progress(started, written, total)
-        if list(shards) != ["model.safetensors"]:
-            places = {name: shard for shard, tensors in shards.items() for name, _ in tensors}
+        if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": places}
             save("model.safetensors.index.json", json.dumps(index, indent=2).encode())
         for source, names in (base, ["generation_config.json"]), (weights.tokenizer, TOKENIZER):
@@ -724,17 +747,13 @@ def merge(base, adapters, out, dtype=None, base_quant=None):
 
 
 def adapter_argument(text):
-    """The argument ADAPTER or ADAPTER:WEIGHT as (directory, weight)."""
+    """The argument ADAPTER or ADAPTER:WEIGHT as (directory, weight); what is the name of a directory is no weight."""
     directory, colon, weight = text.rpartition(":")
     if not colon or os.path.isdir(text):
         return text, 1.0
-    try:
-        value = float(weight)
-    except ValueError:
-        return text, 1.0  # then the colon is a part of the name
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"the weight in {text} is not finite")
-    return directory, value
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", weight) or not math.isfinite(float(weight)):
+        raise argparse.ArgumentTypeError(f"{printable(text)}: no such directory, and after the colon no number like 0.5 or -2")
+    return directory, float(weight)
 
 
 BASE_QUANT_HELP = "for adapters trained on a 4-bit base (QLoRA): round the base's linear layers first"
@@ -750,7 +769,7 @@ def main():
     parser.add_argument("out", metavar="OUT", help="the directory to make")
     parser.add_argument("--dtype", choices=("f32", "f16", "bf16"), help="of all weights (default: as in the base)")
     parser.add_argument("--base-quant", choices=("nf4",), help=BASE_QUANT_HELP)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # options may also stand between the adapters and OUT
     sys.stderr = sys.stderr or open(os.devnull, "w")
     status, lines = outcome("lora_merge.py", args.out, lambda: merge(
         args.base, args.adapters, args.out, args.dtype and args.dtype.upper(), args.base_quant))
@@ -759,4 +778,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import lora_merge  # as export.py knows it, not a second time as __main__: one class Bad
+    sys.exit(lora_merge.main())

@@ -1,6 +1,8 @@
 """Tests of lora_merge.py and of export.py --lora: against what PEFT itself makes (tests/golden/lora, lora-treasure.json, both by
 make_golden_lora.py), and what must be refused. Needs numpy, ml_dtypes, safetensors, sentencepiece, protobuf, pytest; ./run."""
+import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -41,17 +43,19 @@ with open(os.path.join(HERE, "golden", "lora-treasure.json")) as golden_file:
 # of the largest value. A wrong scaling, rank or order is thousands of times larger.
 TOLERANCE = 5e-7
 
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]  # what ends the scripts, cleanly
+
 
 def call(module, *arguments):
     """A script's main() in this process: exit status and what it says."""
-    text, argv, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    text, argv, handlers = io.StringIO(), sys.argv, [signal.getsignal(number) for number in STOPS]
     sys.argv = [module.__file__, *map(str, arguments)]
     try:
         with contextlib.redirect_stderr(text):
             return module.main(), text.getvalue()
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
+        assert [signal.getsignal(number) for number in STOPS] == handlers
 
 
 def merge(*arguments):
@@ -139,7 +143,7 @@ def test_treasure_as_peft(tmp_path):
             assert np.array_equal(x, base[name])
     change = {name: np.linalg.norm(got[name] - base[name]) / np.linalg.norm(base[name]) for name in golden}
     most = max(change, key=change.get)
-    assert text.splitlines()[:2] == ["lora-treasure: LoRA, rank 8, scaling 2, matrices: 42",
+    assert text.splitlines()[:2] == [f"{TREASURE}: LoRA, rank 8, scaling 2, matrices: 42",
                                      f"matrices changed: 42, largest relative change {100 * change[most]:.3g}% ({most})"]
 
 
@@ -250,7 +254,8 @@ def test_weights_and_order(tmp_path):
     near(got[Q0 + ".weight"], tensors[Q0 + ".weight"] + first[Q0])
     near(got[V1 + ".weight"], tensors[V1 + ".weight"] + first[V1] - second[V1] / 4)
     near(got[DOWN + ".weight"], tensors[DOWN + ".weight"] - second[DOWN] / 4)
-    assert text.startswith("first: LoRA, rank 3, scaling 2, matrices: 2\nsecond:2: LoRA, rank 3, scaling 2 times -0.25, matrices: 2\n"
+    assert text.startswith(f"{tmp_path}/first: LoRA, rank 3, scaling 2, matrices: 2\n"
+                           f"{tmp_path}/second:2: LoRA, rank 3, scaling 2 times -0.25, matrices: 2\n"
                            "matrices changed: 3, largest relative change ")
     got, _ = merge(directory, tmp_path / "second:2", tmp_path / "whole")  # a colon in the name
     near(got[V1 + ".weight"], tensors[V1 + ".weight"] + second[V1])
@@ -276,7 +281,7 @@ def test_weights_and_order(tmp_path):
 def test_targets(tmp_path, config, module, expected):
     """What PEFT 0.21.2's check_target_module_exists() says (all-linear: what it is replaced by)."""
     (tmp_path / "c.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-    assert lora_merge.is_target(lora_merge.read_config(str(tmp_path / "c.json")), module) is expected
+    assert lora_merge.is_target(lora_merge.read_adapter_config(str(tmp_path / "c.json")), module) is expected
 
 
 def test_resized_vocabulary_and_tokenizer(tmp_path):
@@ -294,6 +299,7 @@ def test_resized_vocabulary_and_tokenizer(tmp_path):
         out = tmp_path / ("out-" + adapter)
         got, text = merge(directory, tmp_path / adapter, out, "--dtype", "f32")
         assert all(np.array_equal(got[name], x) for name, x in new.items()) and "whole tensors: 2" in text
+        assert re.search(r"matrices changed: 1, largest relative change .*\), tensors replaced: 2\n", text)
         assert json.loads((out / "config.json").read_text())["vocab_size"] == 80
         assert sorted(name for name in os.listdir(out) if "token" in name) == files
         assert exported(out) == exported(directory, "--lora", tmp_path / adapter)
@@ -335,8 +341,9 @@ def test_tied_embedding(tmp_path, saved, ensure):
     assert exported(tmp_path / "out") == exported(directory, "--lora", tmp_path / "a")
 
 
-def test_tied_tokens(tmp_path):
-    config = {**ODD, "tie_word_embeddings": True}
+@pytest.mark.parametrize("yes", [True, 1])
+def test_tied_tokens(tmp_path, yes):
+    config = {**ODD, "tie_word_embeddings": yes}
     tensors = random_tensors(config, ["F32"])
     directory = hf_directory(tmp_path / "base", config, tensors)
     rows = np.random.default_rng(2).standard_normal((2, 40), dtype=np.float32)
@@ -406,6 +413,7 @@ def refused(base, *adapters, words, options=()):
         status, text = call(module, *arguments)
         assert status == 1, text
         assert text.startswith(os.path.basename(module.__file__) + ": ") and text.count("\n") == 1, text
+        assert len(text) < 1100 and text[:-1].isprintable(), text
         for word in words:
             assert word in text, text
         assert sorted(os.listdir(base.parent)) == before
@@ -439,7 +447,12 @@ def adapter(odd):
     ({"target_modules": "("}, ["adapter_config.json"]),
     ({"target_modules": 7}, ["adapter_config.json"]), ({"rank_pattern": {"(": 3}}, ["adapter_config.json"]),
     ({"rank_pattern": [1]}, ["adapter_config.json"]),
-    ({"r": 0}, ["adapter_config.json", "rank 0"]), ({"r": "3"}, ["adapter_config.json", '"3"']),
+    ({"r": 0}, ["adapter_config.json", "rank 0"]), ({"r": "3"}, ["adapter_config.json", '"3"', "int is expected"]),
+    *(({key: "no"}, ["adapter_config.json", key, '"no"', "bool is expected"]) for key in ("use_rslora", "use_dora", "ensure_weight_tying")),
+    ({"modules_to_save": "lm_head"}, ["modules_to_save", '"lm_head"', "list is expected"]), ({"r": True}, ["r is true"]),
+    ({"layers_to_transform": "0"}, ["layers_to_transform", '"0"', "list or int"]), ({"init_lora_weights": 1}, ["init_lora_weights is 1"]),
+    ({"r": 10**4000}, ["adapter_config.json", "rank 1000", "..."]), ({"lora_alpha": 10**4000}, ["adapter_config.json", "alpha 1000", "..."]),
+    ({"lora_alpha": 1e300}, ["adapter_config.json", "alpha 1e+300"]), ({"r": 1, "lora_alpha": 3.4028236e38}, ["[84, 1]"]),
     ({"lora_alpha": None, "alpha_pattern": {"q_proj": "x"}}, ["alpha"]),
     ({"lora_alpha": float("nan")}, ["alpha NaN"]),
     ({"r": 4}, [f"{Q0}.lora_B.weight", "[84, 3]", "[84, 4]", "[84, 40]", "rank 4"]),
@@ -450,6 +463,8 @@ def adapter(odd):
     ({"use_dora": True}, [f"{Q0}.lora_magnitude_vector", "missing"]),
     ({"modules_to_save": ["lm_head"]}, ["lm_head.weight", "missing", "modules_to_save"]),
     ({"trainable_token_indices": [3]}, ["trainable_tokens_delta", "missing"]), ({"trainable_token_indices": [77]}, ["trainable_token_indices", "77"]),
+    ({"trainable_token_indices": [5, 3, 5]}, ["trainable_token_indices", "[5, 3, 5]", "twice"]),
+    ({"trainable_token_indices": {"embed_tokens": [5], "model.embed_tokens": [6]}}, ["trainable_token_indices", "twice"]),
     ({"trainable_token_indices": {"wte": [1]}}, ["trainable_token_indices", "wte"]), ({"trainable_token_indices": 5}, ["trainable_token_indices"])])
 def test_config_refused(odd, adapter, config, words):
     small_adapter(adapter, **config)
@@ -470,7 +485,8 @@ P = "base_model.model."
     ({f"{P}{Q0}.lora_B.weight": None}, {}, [f"{Q0}.lora_B.weight", "missing"]),
     ({f"{P}{Q0}.lora_B.weight": np.zeros((84, 3), np.int8)}, {}, [f"{Q0}.lora_B.weight", "I8"]),
     ({f"{P}{Q0}.lora_B.weight": np.full((84, 3), np.nan, np.float32)}, {}, [f"{Q0}.weight", "not finite"]),
-    ({f"{P}{Q0}.lora_B.weight": np.full((84, 3), 1e38, np.float32)}, {}, [f"{Q0}.weight"]),
+    ({f"{P}{Q0}.lora_B.weight": np.full((84, 3), 1e38, np.float32)}, {"lora_alpha": 3e30}, [f"{Q0}.weight", "not finite", "scaling 1e+30"]),
+    ({f"{P}{Q0}.\x1b[31m\x9b\n" + 5000 * "x": zeros(1)}, {}, ["\\x1b[31m\\x9b xxx", "not a part of a LoRA"]),
     ({f"{P}{Q0}.lora_magnitude_vector": zeros(84)}, {}, [f"{Q0}.lora_magnitude_vector", "[84]", "not used"]),
     ({f"{P}{Q0}.lora_magnitude_vector": zeros(40)}, {"use_dora": True}, [f"{Q0}.lora_magnitude_vector", "[40]", "[84]"]),
     ({f"{P}{Q0}.lora_magnitude_vector": zeros(84), f"{P}{Q0}.lora_B.weight": zeros(84, 3)}, {"use_dora": True, "lora_alpha": 0}, None),
@@ -554,6 +570,9 @@ def test_files_refused(odd, adapter):
 
 @pytest.mark.parametrize("change, words", [
     ({"model_type": "llama"}, ["config.json", "model_type", '"llama"']),
+    ({"architectures": ["MistralForSequenceClassification"]}, ["config.json", "architectures", "MistralForSequenceClassification"]),
+    ({"num_hidden_layers": 3}, ["model.layers.2.", "missing"]), ({"num_hidden_layers": 1}, ["model.layers.1.", "no place"]),
+    ({"tie_word_embeddings": 1, "vocab_size": 78}, [EMBEDDING, "[77, 40]", "[78, 40]"]),
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, ["quantization_config", "bitsandbytes"])])
 def test_base_refused(tmp_path, change, words):
     small_adapter(tmp_path / "a")
@@ -562,13 +581,85 @@ def test_base_refused(tmp_path, change, words):
 
 def test_base_tensors_refused(tmp_path):
     small_adapter(tmp_path / "a")
-    for i, (name, value) in enumerate([(Q0 + ".weight", np.zeros((84, 40), np.int8)), (CLASSIFIER, None)]):
+    for i, (name, value) in enumerate([
+            (Q0 + ".weight", np.zeros((84, 40), np.int8)), (CLASSIFIER, None), (V1 + ".weight", None), ("model.norm.weight", None)]):
         tensors = {**random_tensors(ODD), name: value}
         directory = hf_directory(tmp_path / f"base{i}", tensors={name: x for name, x in tensors.items() if x is not None})
         refused(directory, tmp_path / "a", words=[name])
+    small_adapter(tmp_path / "saved", modules_to_save=["embed_tokens"], change={P + EMBEDDING: zeros(77, 40)})
+    small_adapter(tmp_path / "tokens", trainable_token_indices=[1],
+                  change={f"{P}model.embed_tokens.token_adapter.trainable_tokens_delta": zeros(1, 40)})
+    for i, (value, word) in enumerate([(np.zeros((77, 40), ml_dtypes.float8_e4m3fn), "F8_E4M3"), (zeros(77), "[77]")]):
+        directory = hf_directory(tmp_path / f"embedding{i}", tensors={**random_tensors(ODD), EMBEDDING: value})
+        for name in "saved", "tokens":
+            refused(directory, tmp_path / name, words=[EMBEDDING, word])
+    extra = hf_directory(tmp_path / "extra", tensors={**random_tensors(ODD), "x.lm_head.weight": np.zeros((3, 3), np.int8)})
+    status, text = call(lora_merge, extra, tmp_path / "a", tmp_path / "out")  # of no concern to export.py
+    assert status == 1 and "x.lm_head.weight" in text and "I8" in text
     large = {**random_tensors(ODD), V1 + ".weight": np.full((42, 40), 70000, np.float32)}
     status, text = call(lora_merge, hf_directory(tmp_path / "large", tensors=large), tmp_path / "a", tmp_path / "out", "--dtype", "f16")
     assert status == 1 and V1 in text and "70000" in text and "--dtype f32" in text
+
+
+def change_index(directory, change):
+    """Rewrite a base's index; change: {tensor: shard}, added to it."""
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"].update(change)
+    path.write_text(json.dumps(index))
+    return index["weight_map"]
+
+
+def test_shards_refused(tmp_path):
+    small_adapter(tmp_path / "a")
+    lacking = hf_directory(tmp_path / "lacking", shards=3)
+    change_index(lacking, {"model.layers.2.mlp.up_proj.weight": "model-00002-of-00003.safetensors"})
+    refused(lacking, tmp_path / "a", words=["model.layers.2.mlp.up_proj.weight", "index.json", "none"])
+    twice = hf_directory(tmp_path / "twice", shards=2)
+    first, second = sorted(twice.glob("*.safetensors"))
+    save_file({**load_file(first), **load_file(second)}, second)
+    refused(twice, tmp_path / "a", words=[sorted(load_file(first))[0], str(first), str(second)])
+
+
+def test_shards_in_folders(tmp_path):
+    """Two of one name, in folders of the base: OUT has them side by side under the usual names."""
+    small_adapter(tmp_path / "a")
+    directory = hf_directory(tmp_path / "base", shards=2)
+    expected, _ = merge(directory, tmp_path / "a", tmp_path / "flat")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    for shard in set(index.values()):
+        folder = directory / shard.split("-")[1]
+        folder.mkdir()
+        (directory / shard).rename(folder / "model.safetensors")
+    change_index(directory, {name: shard.split("-")[1] + "/model.safetensors" for name, shard in index.items()})
+    got, _ = merge(directory, tmp_path / "a", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "flat"))
+    assert got.keys() == expected.keys() and all(np.array_equal(x, expected[name]) for name, x in got.items())
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+def test_report_of_large_and_of_equal_names(tmp_path):
+    directory = hf_directory(tmp_path / "base", tensors={**random_tensors(ODD, ["F32"]), V1 + ".weight": zeros(42, 40)})
+    for name in "one", "two":
+        (tmp_path / name).mkdir()
+        small_adapter(tmp_path / name / "checkpoint-9", (Q0, V1), lora_alpha=1e30)
+    _, text = merge(directory, tmp_path / "one" / "checkpoint-9", tmp_path / "two" / "checkpoint-9", tmp_path / "out")
+    assert [line.split(": ")[0] for line in text.splitlines()[:2]] == [str(tmp_path / name / "checkpoint-9") for name in ("one", "two")]
+    assert re.search(rf"matrices changed: 2, largest relative change \d\.\d+e\+\d\d% \({Q0}\.weight\)\n", text)  # what was 0 has no ratio
+
+
+def test_report_beside_a_checkpoint_on_stdout(tmp_path, odd):
+    small_adapter(tmp_path / "a")
+    done = subprocess.run([sys.executable, export.__file__, odd, "-", "--lora", tmp_path / "a"], capture_output=True, check=True)
+    assert f"{tmp_path / 'a'}: LoRA, rank 3, scaling 2, matrices: 1; matrices changed: 1, largest" in done.stderr.decode()
+    Checkpoint(done.stdout)
+
+
+def test_scaling_too_large(odd, adapter):
+    small_adapter(adapter, lora_alpha=1e38)
+    refused(odd, f"{adapter}:1000", words=[str(adapter), "scaling", "3.33333e+37", "times 1000"])
 
 
 # ---------------------------------------------------------------------------- the directory and the command line
@@ -587,13 +678,51 @@ def finish(process):
 
 def test_usage(tmp_path):
     for arguments in [], ["x"], ["x", "y"], ["x", "y", "z", "--dtype", "q8"], ["x", "y", "z", "--what"], ["x", "y:nan", "z"], ["x", "y:inf", "z"], \
-            ["x", "y", "z", "--base-quant", "q4"]:
+            ["x", "y", "z", "--base-quant", "q4"], ["x", "--dtype", "f32", "y"], ["x", "y:1_0", "z"]:
         status, error = finish(start(*arguments))
         assert status == 2 and "Traceback" not in error
+    status, error = finish(start(TREASURE, TREASURE, tmp_path / "out"))  # raised below export.py: still one line
+    assert status == 1 and error.count("\n") == 1 and "config.json: No such file" in error
     help_text = start("--help").communicate()[0]
     assert help_text.count(b"\n") <= 24 and b"--base-quant" in help_text
     status, _ = call_usage(export, "x", "y", "--lora", "z:nan")
     assert status == 2
+
+
+def test_options_between(tmp_path, odd):
+    for name in "a", "b":
+        small_adapter(tmp_path / name)
+    for i, arguments in enumerate([["--dtype", "f32", odd, "a", "b", "out0"], [odd, "--dtype", "f32", "a", "b", "out1"],
+                                   [odd, "a", "--dtype", "f32", "b", "out2"], [odd, "a", "b", "--dtype", "f32", "out3"]]):
+        status, error = finish(start(*arguments, cwd=tmp_path))
+        assert status == 0 and "b: LoRA" in error, error
+        assert load_file(tmp_path / f"out{i}" / "model.safetensors")[EMBEDDING].dtype == np.float32
+
+
+def test_adapter_argument(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:2").mkdir()
+    for text, expected in [("a", ("a", 1)), ("a:2", ("a:2", 1)), ("a:2:.5", ("a:2", 0.5)), ("a:3", ("a", 3)), ("a:-0.25", ("a", -0.25)),
+                           ("a:+1.", ("a", 1)), ("b:c:0", ("b:c", 0))]:
+        assert lora_merge.adapter_argument(text) == expected
+    for weight in "1_0", " 2", "2 ", "1e3", "0x1", "nan", "inf", "", ".", "-", "\u0662", "1.2.3", "\x1b", "\x9b", "9" * 4000:
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            lora_merge.adapter_argument("a:" + weight)
+        assert str(error.value).isprintable() and len(str(error.value)) < 1100
+
+
+def test_demo_looks_for_all_that_is_needed(monkeypatch):
+    """demo/lora.py makes its own environment when any package of requirements.txt is missing, protobuf too."""
+    spec = importlib.util.spec_from_file_location("demo_lora", os.path.join(ROOT, "demo", "lora.py"))
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    import run_tests
+    assert demo.python() == sys.executable
+    find = importlib.util.find_spec
+    monkeypatch.setattr(run_tests, "make_venv", lambda: True)
+    for missing in "numpy", "ml_dtypes", "safetensors", "sentencepiece", "google", "google.protobuf":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+        assert demo.python() == run_tests.PYTHON, missing
 
 
 def call_usage(module, *arguments):
@@ -629,14 +758,17 @@ def test_full_disk(tmp_path, odd):
         assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [*STOPS, signal.SIGKILL])
 @pytest.mark.parametrize("late", [False, True])
 def test_stopped(tmp_path, odd, number, late):
     """Slowed down, and stopped when the temporary directory is there, or when the last tensors are: OUT is not, and what a
-    kill leaves has no config.json."""
+    kill leaves has no config.json. A terminal that is closed sends more than one signal: the second comes while the first is
+    cleaned up after."""
     small_adapter(tmp_path / "a")
-    code = (f"import sys, time; sys.path.insert(0, {ROOT!r}); import lora_merge; rows = lora_merge.Weights.rows\n"
+    code = (f"import os, sys, time; sys.path.insert(0, {ROOT!r}); import lora_merge; rows = lora_merge.Weights.rows\n"
             "lora_merge.Weights.rows = lambda *a: (time.sleep(0.03), rows(*a))[1]\n"
+            "def slow(*a, **k):\n    if k:  # of rmtree()\n        open('cleaning', 'w').close()\n        time.sleep(0.3)\n    unlink(*a, **k)\n"
+            "unlink, os.unlink = os.unlink, slow\n"
             f"sys.argv = ['lora_merge.py', {str(odd)!r}, 'a', 'out']; sys.exit(lora_merge.main())")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
 
@@ -648,6 +780,12 @@ def test_stopped(tmp_path, odd, number, late):
         time.sleep(0.005)
     time.sleep(0.4 * late)
     process.send_signal(number)
+    if number != signal.SIGKILL:
+        while not (tmp_path / "cleaning").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        for second in STOPS:
+            process.send_signal(second)
     error = process.stderr.read().decode()
     if number == signal.SIGKILL:
         assert process.wait() == -number
@@ -656,7 +794,51 @@ def test_stopped(tmp_path, odd, number, late):
         merge(odd, tmp_path / "a", tmp_path / "out")  # and it is not in the way
     else:
         assert process.wait() == 1 and error == "lora_merge.py: out: interrupted\n"
-        assert os.listdir(tmp_path) == ["a"]
+        assert sorted(os.listdir(tmp_path)) == ["a", "cleaning"]
+
+
+def test_stopped_in_mkdir(tmp_path, odd, monkeypatch):
+    """The signal comes when the directory has just been made."""
+    small_adapter(tmp_path / "a")
+    mkdir = os.mkdir
+
+    def stopped(path):
+        mkdir(path)
+        signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(os, "mkdir", stopped)
+    status, text = call(lora_merge, odd, tmp_path / "a", tmp_path / "out")
+    assert status == 1 and text == f"lora_merge.py: {tmp_path}/out: interrupted\n" and os.listdir(tmp_path) == ["a"]
+
+
+def test_leftovers_are_not_in_the_way(tmp_path, odd):
+    """Of a process that was killed and had our number, as in a container: a directory or a file."""
+    small_adapter(tmp_path / "a")
+    for i in range(2):
+        left = tmp_path / f"out{i}.tmp.{os.getpid()}"
+        left.mkdir() if i else left.touch()
+        merge(odd, tmp_path / "a", tmp_path / f"out{i}")
+    assert sorted(os.listdir(tmp_path)) == ["a", "out0", "out1"]
+
+
+@pytest.mark.parametrize("module", [lora_merge, export])
+def test_stopped_in_the_imports(tmp_path, module):
+    """No traceback: the process ends as any other that Ctrl-C ends."""
+    (tmp_path / "safetensors.py").write_text("import sys, time; print('here', flush=True); time.sleep(60)")
+    process = subprocess.Popen([sys.executable, module.__file__, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == b"here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == b"" and process.returncode == -signal.SIGINT
+
+
+def test_ignored_signals_stay_ignored(tmp_path, odd):
+    """As under nohup: the merge goes on."""
+    small_adapter(tmp_path / "a")
+    code = (f"import signal, sys; sys.path.insert(0, {ROOT!r}); import lora_merge; rows = lora_merge.Weights.rows\n"
+            "lora_merge.Weights.rows = lambda *a: (signal.raise_signal(signal.SIGHUP), rows(*a))[1]\n"
+            f"sys.argv = ['lora_merge.py', {str(odd)!r}, 'a', 'out']; sys.exit(lora_merge.main())")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert sorted(os.listdir(tmp_path)) == ["a", "out"]
 
 
 def test_memory_stays_below_the_largest_tensor(tmp_path):
