@@ -1,29 +1,24 @@
-"""make bench: the speed of run on this machine's CPU beside the machine's ceilings and, where it is installed, llama.cpp.
+"""make speed: the speed of run on this machine's CPU beside the machine's ceilings and, where it is installed, llama.cpp.
 
 For each type of weights: a checkpoint of random weights in the shape of Mistral-7B, made where it is missing; then rounds
 of
   - the ceilings (build/limits), asked before and after what is measured under them: the higher counts,
   - run: a pass to warm up and a measured one of each of CELLS, sampling included,
-  - llama.cpp (llama_cpp_peer.py, in a process of its own): the same without sampling, on a GGUF file of the same shape.
+  - llama.cpp (peers.py, in a process of its own): the same without sampling, on a GGUF file of the same shape.
 So ours and theirs take turns. Shares and ratios are formed within a round; every figure is the median over the rounds.
 A table goes to standard output, everything that was measured to a JSON file. Needs nothing but the standard library, and
 for llama.cpp the packages llama-cpp-python, gguf and numpy in the Python that runs this."""
 import argparse
 import importlib.util
-import json
 import os
-import platform
-import shutil
 import statistics
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 
-BENCH = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(BENCH)
-PEER = os.path.join(BENCH, "llama_cpp_peer.py")
+from measure import (BENCH, CORES, ROOT, Progress, ask_peer, cost, execute, generate, machine, memory_bytes, need_room, outcome,
+                     read_shape, say, write_json)
+
 SHAPE = "mistral-7b"
 GIGABYTES = {"q4": (3.85, 4.08), "q8": (7.70, 7.70), "f16": (14.49, 14.49)}     # of our checkpoint, of the GGUF file
 
@@ -56,69 +51,12 @@ TARGET_KEPT = {"prefill, 4,096 tokens": (0.85, "prefill, 128 tokens"),
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is measured
-
-def command(args, **options):
-    """Runs a program and returns what it printed; if it fails, raises a RuntimeError with the last line of its errors."""
-    done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(f"{' '.join(args[:3])} ended with status {done.returncode}: {last}")
-    return done.stdout
-
+# What there is to do, and how fast it could be
 
 def ceilings(program, threads):
     """{name: value} of the lines "name value unit how" that bench/limits.c prints."""
-    lines = command([program], env={**os.environ, "OMP_NUM_THREADS": str(threads)}).splitlines()
+    lines = execute([program], env={**os.environ, "OMP_NUM_THREADS": str(threads)})[0].splitlines()
     return {line.split()[0]: float(line.split()[1]) for line in lines}
-
-
-def measure(run, model, cell, threads, warmup=1, repeat=1):
-    """The statistics of run (README.md) for a cell (batch, prompt tokens, new tokens), without the sequences."""
-    batch, n_in, n_out = map(str, cell)
-    with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, "statistics.json")
-        command([run, model, "-q", "-E", "-i", "Hello", "-b", batch, "-l", n_in, "-n", n_out, "-j", str(threads),
-                 "-w", str(warmup), "-r", str(repeat), "-o", path])
-        with open(path) as f:
-            result = json.load(f)
-    del result["sequences"]
-    return result
-
-
-def measure_peer(gguf, cells, threads, warmup=1, repeat=1):
-    """The same by llama.cpp for a list of cells: a list of dicts with the names and units of run's statistics."""
-    options = ["-j", str(threads), "-w", str(warmup), "-r", str(repeat)]
-    what = [":".join(map(str, cell)) for cell in cells]
-    return json.loads(command([sys.executable, PEER, "measure", gguf, *what, *options]))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What there is to do, and how fast it could be
-
-def read_shape(path):
-    """What a checkpoint's header and table (FORMAT.md) say: the model's dimensions; `type`, of its matrices; and what a
-    forward has to do: `ops` for a token, `ops_logits` more where its logits are wanted, `bytes` of weights to read."""
-    names = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "window", "max_positions"]
-    with open(path, "rb") as f:
-        header = f.read(256)
-        if header[:8] != b"mistralc":
-            raise RuntimeError(f"{path}: not a checkpoint")
-        shape = dict(zip(names, struct.unpack_from("<9I", header, 40)))
-        shape["norm_eps"], shape["rope_theta"] = struct.unpack_from("<fd", header, 76)
-        n_tensors, = struct.unpack_from("<I", header, 12)
-        table = [struct.unpack("<48sIIQQQQ8x", f.read(96)) for _ in range(n_tensors)]
-    tensors = {}                        # name: (type, operations of a product with a vector, bytes)
-    for name, kind, _, rows, cols, _, size in table:
-        tensors[name.rstrip(b"\0").decode()] = kind, 2 * rows * cols, size
-    classifier = "wcls" if "wcls" in tensors else "token_embedding"
-    shape["type"] = {1: "f32", 2: "f16", 3: "q8", 4: "q4"}[tensors["layers.0.wqkv"][0]]
-    shape["ops"] = sum(ops for name, (_, ops, _) in tensors.items() if ".w" in name)
-    shape["ops_logits"] = tensors[classifier][1]
-    shape["bytes"] = sum(size for _, _, size in tensors.values())
-    if classifier == "wcls":            # of the embedding only a row a token is read
-        shape["bytes"] -= tensors["token_embedding"][2]
-    return shape
 
 
 def work(shape, cell, statistic):
@@ -209,11 +147,6 @@ def print_table(shape, rows, limits):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Files, the machine, progress
-
-def say(message):
-    print(message, file=sys.stderr)
-
 
 def need_files(directory, dtypes, quantize, peer):
     """[(checkpoint, GGUF file or None)]: makes those that are missing, if the disk has room for all of them."""
@@ -221,60 +154,18 @@ def need_files(directory, dtypes, quantize, peer):
     files = [[os.path.join(directory, f"{SHAPE}-{dtype}.{end}") for end in ends] for dtype in dtypes]
     sizes = {path: size for dtype, paths in zip(dtypes, files) for path, size in zip(paths, GIGABYTES[dtype])}
     missing = {path: size for path, size in sizes.items() if not os.path.exists(path)}
-    os.makedirs(directory, exist_ok=True)
-    need, free = sum(missing.values()), shutil.disk_usage(directory).free / 1e9
-    if need > free - 0.5:
-        raise RuntimeError(f"{directory}: the files to be made need {need:.1f} GB, free are {free:.1f}: "
-                           "choose fewer --dtypes or another --dir")
+    need_room(directory, 1e9 * sum(missing.values()))
     for path in missing:
         say(f"making {path}, {missing[path]:.2f} GB of random weights")
     for dtype, (checkpoint, *gguf) in zip(dtypes, files):
         if checkpoint in missing:
             subprocess.run([quantize, "--random", SHAPE, checkpoint, dtype], check=True)
         if gguf and gguf[0] in missing:
-            subprocess.run([sys.executable, PEER, "write", checkpoint, gguf[0]], check=True)
+            subprocess.run([sys.executable, os.path.join(BENCH, "random_gguf.py"), checkpoint, gguf[0]], check=True)
     return [(checkpoint, gguf[0] if gguf else None) for checkpoint, *gguf in files]
 
 
-def memory_gb():
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-
-
-def machine():
-    """{processor, cores, memory_gb, system, commit}, as far as they can be found out."""
-    processor, commit = platform.processor() or platform.machine(), ""
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            processor = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), processor)
-    if shutil.which("git"):
-        git = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout
-    return {"processor": processor, "cores": os.cpu_count(), "memory_gb": round(memory_gb(), 1),
-            "system": f"{platform.system()} {platform.release()}", "commit": commit.strip()}
-
-
-def show_progress(state, what, cost=0):
-    """Rewrites a line on the terminal: what is being done, the share that is done, the time left. `cost` has been done
-    since the last call. state: {start, in seconds; done, all, in units of cost}."""
-    state["done"] += cost
-    if not sys.stderr.isatty():
-        return
-    left = (time.monotonic() - state["start"]) * (state["all"] / state["done"] - 1) if state["done"] else None
-    line = f"{what}: {state['done'] / state['all']:.0%}" + (f", {left / 60:.0f} min left" if left is not None else "")
-    sys.stderr.write("\r\033[K" + (line if what else ""))
-    sys.stderr.flush()
-
-
-def cost(cell, passes):
-    """How long passes of a cell take, about, in tokens of prefill: a step takes as long as 10 of them, or as its tokens."""
-    batch, n_in, n_out = cell
-    return passes * (batch * n_in + (n_out - 1) * max(batch, 10))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-
 def arguments():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(prog="speed.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -285,12 +176,12 @@ def arguments():
     add("--rounds", type=int, default=3, help="rounds, of which the medians are taken (3)")
     add("-w", "--warmup", type=int, default=1, help="passes before the measured ones of a round (1)")
     add("-r", "--repeat", type=int, default=1, help="measured passes of a round, their median counts (1)")
-    add("-j", "--threads", type=int, default=cores, help="(the cores)")
+    add("-j", "--threads", type=int, default=CORES, help="(the cores)")
     add("--no-llama-cpp", action="store_true", help="leave llama.cpp out")
     add("--model", help="measure this checkpoint, without llama.cpp, instead of random ones")
     add("-o", "--output", default=os.path.join(BENCH, "results", "speed.json"), help="(bench/results/speed.json)")
     for program, path in (("run", "run"), ("quantize", "quantize"), ("limits", "build/limits")):
-        add("--" + program, default=os.path.join(ROOT, path), help=f"({path}, which make bench builds)")
+        add("--" + program, default=os.path.join(ROOT, path), help=f"({path}, which make speed builds)")
     o = parser.parse_args()
     o.dtypes = o.dtypes.split(",")
     o.cells = o.cells.split(",") if o.cells else [name for name in CELLS if o.long or name not in ONLY_WITH_LONG]
@@ -303,61 +194,63 @@ def arguments():
 
 
 def main():
+    """Makes what is missing, measures, prints a table for each type of weights, and writes everything."""
     o = arguments()
     missing = [name for name in ("llama_cpp", "gguf", "numpy") if not importlib.util.find_spec(name)]
     peer = not (o.no_llama_cpp or o.model or missing)
     if missing and not (o.no_llama_cpp or o.model):
         say(f"llama.cpp is skipped: this Python has no {', '.join(missing)}")
-    fitting = [dtype for dtype in o.dtypes if GIGABYTES[dtype][0] + 2 < memory_gb()]
+    memory = memory_bytes() / 1e9
+    fitting = [dtype for dtype in o.dtypes if GIGABYTES[dtype][0] + 2 < memory]
     if fitting != o.dtypes and not o.model:
-        say(f"skipped, too large for {memory_gb():.1f} GB of memory: {', '.join(sorted(set(o.dtypes) - set(fitting)))}")
+        say(f"skipped, too large for {memory:.1f} GB of memory: {', '.join(sorted(set(o.dtypes) - set(fitting)))}")
     files = [(o.model, None)] if o.model else need_files(o.dir, fitting, o.quantize, peer)
 
     cells = {name: CELLS[name] for name in o.cells}
     peer_cells = {name: cell for name, cell in cells.items() if peer and name not in ONLY_OURS}
-    ours = {name: cost(cell, o.warmup + o.repeat) for name, cell in cells.items()}
-    theirs = 2 * sum(cost(cell, o.repeat) for cell in peer_cells.values())
-    progress = {"start": time.monotonic(), "done": 0, "all": (sum(ours.values()) + theirs) * o.rounds * len(files)}
+    shapes = [read_shape(checkpoint) for checkpoint, _ in files]
+    items = []
+    for shape in shapes:
+        for _ in range(o.rounds):
+            items += [(f"{shape['type']} {name}", cost(cell, o.warmup + o.repeat)) for name, cell in cells.items()]
+            if peer_cells:
+                items.append((f"{shape['type']} llama.cpp", 2 * sum(cost(cell, o.repeat) for cell in peer_cells.values())))
+    progress = Progress(items)
     report = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "arguments": sys.argv[1:], "results": []}
 
-    for checkpoint, gguf in files:
-        shape, rounds = read_shape(checkpoint), []
+    for (checkpoint, gguf), shape in zip(files, shapes):
+        rounds = []
         for i in range(o.rounds):
-            what = f"{shape['type']}, round {i + 1} of {o.rounds}"
-            show_progress(progress, what)
             entry, before = {"ours": {}, "llama_cpp": {}}, ceilings(o.limits, o.threads)
             for name, cell in cells.items():
-                show_progress(progress, f"{what}, {name}")
-                entry["ours"][name] = measure(o.run, checkpoint, cell, o.threads, o.warmup, o.repeat)
-                show_progress(progress, what, ours[name])
+                progress.start(f"{shape['type']} {name}", f", round {i + 1} of {o.rounds}")
+                entry["ours"][name] = generate(o.run, checkpoint, cell, o.threads, o.warmup, o.repeat)
+                progress.end()
             after = ceilings(o.limits, o.threads)
             entry["ceilings"] = {name: max(before[name], after[name]) for name in before}
             if peer_cells:
-                show_progress(progress, f"{what}, llama.cpp")
+                progress.start(f"{shape['type']} llama.cpp", f", round {i + 1} of {o.rounds}")
+                # any ids below the smallest vocabulary will do
+                task = {"model": gguf, "device": "cpu", "cells": list(peer_cells.values()), "threads": o.threads,
+                        "warmup": o.warmup, "repeat": o.repeat, "prompt_ids": [300 + 7919 * i % 20000 for i in range(4096)]}
                 try:
-                    results = measure_peer(gguf, peer_cells.values(), o.threads, o.warmup, o.repeat)
-                    entry["llama_cpp"] = dict(zip(peer_cells, results))
+                    results = dict(zip(peer_cells, ask_peer(sys.executable, "llama.cpp", task)))
+                    entry["llama_cpp"] = {name: result for name, result in results.items() if "error" not in result}
+                    for name in set(results) - set(entry["llama_cpp"]):
+                        say(f"\nllama.cpp failed, {name}: {results[name]['error']}")
                 except RuntimeError as error:
                     say(f"\nllama.cpp failed: {error}")
-                show_progress(progress, what, theirs)
+                progress.end()
             rounds.append(entry)
-        show_progress(progress, "")
+        progress.clear()
         rows = medians([figures(shape, entry) for entry in rounds])
         limits = {name: statistics.median(entry["ceilings"][name] for entry in rounds) for name in ("threads", *REFERENCE)}
         print_table(shape, rows, limits)
         report["results"].append({"checkpoint": os.path.basename(checkpoint), "shape": shape, "ceilings": limits,
                                   "figures": rows, "rounds": rounds})
-        os.makedirs(os.path.dirname(os.path.abspath(o.output)), exist_ok=True)
-        with open(o.output + ".tmp", "w") as f:
-            json.dump(report, f, indent=1)
-        os.replace(o.output + ".tmp", o.output)
+        write_json(o.output, report)
     say(f"\neverything that was measured: {o.output}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nspeed.py: stopped")
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        sys.exit(f"speed.py: {error}")
+    outcome("speed.py", main)
