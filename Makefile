@@ -2,7 +2,8 @@
 # make run_cuda   the same for an NVIDIA GPU; needs the CUDA Toolkit
 # make demo       32 sequences from a small trained model, on the screen in a few seconds
 # make demo-lora  a LoRA adapter: the same prompt without and with it, and both perplexities
-# make bench      speed beside this machine's ceilings, and llama.cpp where it is installed; hours and 26 GB (52 with llama.cpp)
+# make bench      types of weights, batch sizes, quality and other engines in one report: of the demo model, or MODEL=...
+# make speed      a 7B's speed beside this machine's ceilings, and llama.cpp where it is installed; hours, 26 GB (52 with llama.cpp)
 # make test_cuda  the tests on a GPU
 # make test       everything that can be tested here; sets up what the Python tests need under build/
 CC      = cc
@@ -51,7 +52,16 @@ build/limits: bench/limits.c
 	@mkdir -p build
 	$(CC) $(CFLAGS) $(OPENMP) bench/limits.c -o $@
 
-bench: run quantize build/limits
+build/bench-venv/installed: requirements.txt bench/requirements.txt
+	$(PYTHON) -m venv --clear build/bench-venv
+	build/bench-venv/bin/pip install -q --disable-pip-version-check -r requirements.txt -r bench/requirements.txt
+	touch $@
+
+MODEL = demo/tiny-mistral
+bench: run quantize build/bench-venv/installed
+	build/bench-venv/bin/python bench/bench.py --model $(MODEL) $(BENCH_FLAGS)
+
+speed: run quantize build/limits
 	$(PYTHON) bench/speed.py $(BENCH_FLAGS)
 
 test: run quantize build/test_all build/test_all_sanitized
@@ -60,4 +70,4 @@ test: run quantize build/test_all build/test_all_sanitized
 clean:
 	rm -rf run run_cuda quantize build
 
-.PHONY: all demo demo-lora bench test test_cuda clean
+.PHONY: all demo demo-lora bench speed test test_cuda clean

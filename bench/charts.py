@@ -194,6 +194,7 @@ def charts(state, rows, directory):
         ax.set_yticks(y, [f"{row['engine']} {label(row, bars)}" for row in bars])
         ax.grid(False, axis="y")
         ax.set_xlabel("tokens a second, in and out")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         ax.set_title(f"Beside other engines, batch {batch}")
         save(fig, "peers.png", f"beside other engines, batch {batch}, {work}")
     return written

@@ -1,0 +1,558 @@
+"""Tests of bench/: the grid from the command line to the report's files, what happens when programs fail or the run is stopped,
+the rules of the recommendations on made-up rows, the items, the other engines' part with an engine made up for it, the notebook.
+Needs ./run, ./quantize, what export.py needs and bench/requirements.txt."""
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+import stat
+import statistics
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+BENCH = os.path.join(ROOT, "bench")
+sys.path.insert(0, BENCH)
+import measure  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+
+TINY, DEMO = os.path.join(ROOT, "demo", "tiny-mistral"), os.path.join(ROOT, "demo", "tiny-mistral-q8.bin")
+RUN = os.path.join(ROOT, "run")
+SMALL = ["--in", "12", "--out", "6", "--greedy", "8", "--rounds", "2", "--backends", "cpu"]
+TYPES, BATCHES = ["f16", "q8", "q4-g32"], [1, 2, 4]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    subprocess.run(["make", "-s", "run", "quantize", "build/limits"], cwd=ROOT, check=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A short text for the perplexity."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    with open(os.path.join(HERE, "text", "heldout-fairy.txt")) as f:
+        path.write_text(f.read(3000))
+    return str(path)
+
+
+def script(name, *arguments, **options):
+    """A script of bench/ as a user starts it: (exit status, stdout, stderr)."""
+    done = subprocess.run([sys.executable, os.path.join(BENCH, name), *map(str, arguments)], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, timeout=300, **options)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Where all tests keep the checkpoints that bench.py makes of the demo model."""
+    return tmp_path_factory.mktemp("models")
+
+
+def bench(output, models, text, *arguments, model=TINY):
+    return script("bench.py", "--model", model, "--dir", models, "-o", output, "--text", text, "--peers", "none", *SMALL, *arguments)
+
+
+def results(output):
+    with open(output / "results.json") as f:
+        return json.load(f)
+
+
+def table(output):
+    with open(output / "results.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, models, text):
+    """A whole run: (its directory, what it printed, what it said)."""
+    output = tmp_path_factory.mktemp("done")
+    status, out, said = bench(output, models, text, "--dtypes", ",".join(TYPES), "--batches", "1,2,4", "--target", "1",
+                              "--price-per-hour", "3.6")
+    assert status == 0, said
+    return output, out, said
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A whole run
+
+def test_every_combination(done):
+    state, rows = results(done[0]), table(done[0])
+    assert [(row["dtype"], int(row["batch"])) for row in rows] == [(t, b) for t in TYPES for b in BATCHES]
+    for row in rows:
+        visits = state["speed"][f"cpu {row['dtype']} batch {row['batch']}"]
+        assert len(visits) == int(row["visits"]) == 2
+        for visit in visits:
+            assert (visit["batch"], visit["prompt_tokens"], visit["generated_tokens"]) == \
+                (int(row["batch"]), 12 * int(row["batch"]), 6 * int(row["batch"]))
+        for name in ("prefill_tok_s", "decode_tok_s", "total_tok_s", "ttft_ms", "itl_ms_p50", "itl_ms_p95", "peak_bytes"):
+            assert float(row[name]) == pytest.approx(statistics.median(visit[name] for visit in visits), rel=1e-6)
+            assert float(row[name]) > 0
+        totals = [visit["total_tok_s"] for visit in visits]
+        assert float(row["spread"]) == pytest.approx((max(totals) - min(totals)) / statistics.median(totals), rel=1e-6)
+        assert float(row["usd_per_million"]) == pytest.approx(3.6 / 3600 / float(row["total_tok_s"]) * 1e6, rel=1e-6)
+
+
+def test_quality_is_what_run_says(done, models, text, tmp_path):
+    """Perplexity and divergence are those of run with the checkpoints that were made; greedy texts are run's."""
+    state, rows = results(done[0]), {row["dtype"]: row for row in table(done[0])}
+    model = {dtype: str(models / state["checkpoints"][dtype]["file"]) for dtype in TYPES}
+    for dtype in TYPES:
+        said = subprocess.run([RUN, model[dtype], "-m", "perplexity", "-f", text, "--against", model["f16"], "-q"], check=True,
+                              stdout=subprocess.PIPE, text=True).stdout
+        assert said.startswith(f"ppl {float(rows[dtype]['ppl']):.4f} +- ") and f" kl {float(rows[dtype]['kl']):.5f} +- " in said
+    assert float(rows["f16"]["kl"]) == 0 and float(rows["q8"]["kl"]) < float(rows["q4-g32"]["kl"])
+    assert int(rows["f16"]["greedy_equal"]) == 8 and rows["f16"]["first_difference"] == ""
+    assert int(rows["q4-g32"]["greedy_equal"]) < 8 and float(rows["q4-g32"]["first_difference"]) >= 0
+    out = tmp_path / "one.json"
+    subprocess.run([RUN, model["q4-g32"], "-i", "Once upon a time", "-t", "0", "-n", "8", "-E", "-q", "-o", str(out)], check=True,
+                   stdout=subprocess.DEVNULL)
+    assert state["quality"]["cpu q4-g32 greedy text"]["sequences"][0]["ids"] == json.loads(out.read_text())["sequences"][0]["ids"]
+
+
+def test_files(done):
+    """The report has its parts, the charts it shows are there and are pictures of some size, nothing temporary is left."""
+    output, out, _ = done
+    text = (output / "report.md").read_text()
+    for part in ("## Target", "## Recommendations", "## Speed", "## Memory", "## Quality", "## The same prompts, greedy",
+                 "## Time by operation", "## What was left out"):
+        assert part in text
+    assert out.index("| mistral.c cpu f16") < out.index("| fastest") < out.index("PASS: cpu f16 batch 4")
+    shown = re.findall(r"\]\((\w+\.png)\)", text)
+    assert set(shown) == {"throughput.png", "latency.png", "memory.png", "quality.png", "tradeoff.png", "operations.png"}
+    for name in shown:
+        data = (output / name).read_bytes()
+        width, height = (int.from_bytes(data[16 + 4 * i:20 + 4 * i], "big") for i in range(2))
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and width > 900 and height > 250 and len(data) > 8000, name
+    assert {path.name for path in output.iterdir()} == {"report.md", "results.csv", "results.json", *shown}
+    state = results(output)
+    for value in report.fingerprint(state).values():
+        assert value in text
+    assert len(report.fingerprint(state)) == 3 and len(set(report.fingerprint(state).values())) >= 2
+    assert state["operations"]["cpu q8 batch 4 operations"] and "wqkv" in dict(state["operations"]["cpu q8 batch 4 operations"])
+
+
+def test_report_anew(done, tmp_path):
+    """report.py writes the report of the same figures for other limits; a missed target is status 1."""
+    (tmp_path / "results.json").write_bytes((done[0] / "results.json").read_bytes())
+    status, out, said = script("report.py", tmp_path, "--memory", "1MB", "--target", "1e9")
+    assert status == 1 and "no combination reached 1e+09 tok/s" in said and out.count("FAIL:") == 3
+    assert re.search(r"\| under 0.001 GB +\| none ", out)
+    assert (tmp_path / "throughput.png").exists()
+    (tmp_path / "results.json").write_text("{}")
+    assert script("report.py", tmp_path)[::2] == (1, f"report.py: {tmp_path}/results.json: not a result of bench.py\n")
+    assert script("report.py", tmp_path / "nix")[0] == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Programs that fail, runs that stop
+
+def wrapper(path, body):
+    """A program in the place of run: a Python script that may look at `a`, its arguments, before run itself goes on."""
+    path.write_text(f"#!{sys.executable}\nimport json, os, signal, sys\na = sys.argv[1:]\n{textwrap.dedent(body)}\n"
+                    f"os.execv({RUN!r}, ['run', *a])\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+LOG = """
+if "-b" in a and "perplexity" not in a and "-f" not in a and "-P" not in a:
+    with open({log!r}, "a") as f:
+        f.write(a[0].split("-")[-1] + " " + a[a.index("-b") + 1] + "\\n")
+"""
+
+
+def test_a_cell_that_fails(tmp_path, models, text):
+    """It is one line, asked for once and not in every round; everything else is measured."""
+    log = tmp_path / "log"
+    run = wrapper(tmp_path / "run", LOG.format(log=str(log)) + """
+if "-b" in a and a[a.index("-b") + 1] == "2":
+    sys.exit("run: no room for two")
+if "perplexity" in a and "q8" in a[0]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+""")
+    output = tmp_path / "out"
+    status, out, said = bench(output, models, text, "--run", run, "--dtypes", "f16,q8", "--batches", "1,2")
+    assert status == 0
+    assert [(row["dtype"], row["batch"]) for row in table(output)] == [("f16", "1"), ("q8", "1")]
+    lines = log.read_text().split("\n")
+    assert lines.count("f16.bin 2") == 1 and lines.count("f16.bin 1") == 2
+    failed = (output / "report.md").read_text().split("## What failed")[1].split("##")[0]
+    assert "- cpu f16 batch 2: run: no room for two\n" in failed and "- cpu q8 perplexity: run ended with signal 11" in failed
+    assert "- cpu q8 batch 2 operations:" in failed and failed.count("\n- ") == 5
+    assert "failed: cpu q8 batch 2: run: no room for two" in out
+
+
+def test_all_fails(tmp_path, models, text):
+    run = wrapper(tmp_path / "run", "sys.exit('run: not today')")
+    status, _, said = bench(tmp_path / "out", models, text, "--run", run, "--dtypes", "f16", "--batches", "1")
+    assert status == 1 and "cpu is left out: run: not today" in said and said.endswith("bench.py: no program to measure: see above\n")
+
+
+def test_time_limit(tmp_path, models, text):
+    run = wrapper(tmp_path / "run", "import time\nif '-b' in a and a[a.index('-b') + 1] == '2' and '-P' not in a: time.sleep(60)")
+    status, out, _ = bench(tmp_path / "out", models, text, "--run", run, "--dtypes", "q8", "--batches", "1,2", "--timeout", "3",
+                           "--no-quality", "--rounds", "1")
+    assert status == 0 and "failed: cpu q8 batch 2: run: not done after 3 s" in out
+
+
+def test_stopped_and_gone_on(tmp_path, models, text):
+    """Ctrl-C in the middle keeps what was measured; the same command measures the rest and nothing twice. The order is
+    another one in each round, each combination once a round."""
+    log, output = tmp_path / "log", tmp_path / "out"
+    run = wrapper(tmp_path / "run", LOG.format(log=str(log)) + f"""
+if os.path.exists({str(log)!r}) and len(open({str(log)!r}).readlines()) == 8 and not os.path.exists({str(log) + '.stopped'!r}):
+    open({str(log) + '.stopped'!r}, "w").close()
+    os.kill(os.getppid(), signal.SIGINT)
+    sys.exit(1)
+""")
+    arguments = ["--run", run, "--dtypes", "f16,q8", "--batches", "1,2,4", "--no-quality"]
+    status, _, said = bench(output, models, text, *arguments)
+    assert status == 1 and "the same command goes on" in said
+    state = results(output)
+    assert sum(map(len, state["speed"].values())) == 7
+    status, _, said = bench(output, models, text, *arguments)
+    assert status == 0 and "going on with" in said and "7 visits are there" in said
+    state, lines = results(output), log.read_text().splitlines()
+    combinations = sorted(f"{t}.bin {b}" for t in ("f16", "q8") for b in (1, 2, 4))
+    assert all(len(visits) == 2 for visits in state["speed"].values()) and len(state["speed"]) == 6
+    assert len(lines) == 13                                  # the one that was cut short came twice
+    first, second = lines[:6], lines[6:7] + lines[8:]
+    assert sorted(first) == combinations != first and sorted(second) == combinations and first != second
+
+    # a third time there is nothing left to do; with other batch sizes only those are measured
+    assert bench(output, models, text, *arguments)[0] == 0
+    assert len(log.read_text().splitlines()) == 13
+    assert bench(output, models, text, *arguments[:4], "--batches", "1,3", "--no-quality")[0] == 0
+    assert sorted(log.read_text().splitlines()[13:]) == ["f16.bin 3"] * 2 + ["q8.bin 3"] * 2
+
+    # another workload does not mix with this one
+    status, _, said = bench(output, models, text, *arguments, "--in", "13")
+    assert status == 1 and "holds another run (in was 12)" in said and "--fresh" in said
+    (output / "results.json").write_text("{")
+    status, _, said = bench(output, models, text, *arguments)
+    assert status == 1 and said.endswith("not whole, or not a result: --fresh begins anew\n")
+
+
+def test_score(tmp_path, models, text):
+    """A run whose help lists the mode score is asked for it; this run's own list decides otherwise."""
+    run = wrapper(tmp_path / "run", """
+if a == ["-h"]:
+    print("  -m, --mode MODE            generate (default), chat, perplexity, score"); sys.exit(0)
+if "score" in a:
+    items = open(a[a.index("-f") + 1]).read().splitlines()
+    json.dump({"accuracy": 0.5, "accuracy_error": 0.05, "accuracy_norm": 0.6, "accuracy_norm_error": 0.04, "items": len(items)},
+              open(a[a.index("-o") + 1], "w")); sys.exit(0)
+""")
+    status, out, said = bench(tmp_path / "out", models, text, "--run", run, "--dtypes", "q8", "--batches", "1", "--rounds", "1")
+    assert status == 0 and "no task score" not in said and "50.0% +- 5.0%" in out and "60.0% +- 4.0%" in out
+    assert table(tmp_path / "out")[0]["accuracy_norm"] == "0.6"
+    assert results(tmp_path / "out")["quality"]["cpu q8 score"]["items"] == 100
+
+
+def test_run_scores_or_a_line_says_not(done):
+    listed = re.search(r"--mode .*\bscore\b", subprocess.run([RUN, "-h"], stdout=subprocess.PIPE, text=True).stdout)
+    assert bool(listed) == (table(done[0])[0]["accuracy"] != "") == ("no task score" not in done[2])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "/nix"], "bench.py: /nix: no such file or directory"),
+    (["--model", HERE], "no config.json: not a Hugging Face directory"),
+    (["--model", __file__], "not a checkpoint"),
+    (["--model", DEMO, "--dtypes", "q5"], "q5 is not one of"),
+    (["--model", DEMO, "--batches", "0"], "0 is not a number above 0"),
+    (["--model", DEMO, "--batches", ","], "the list is empty"),
+    (["--model", DEMO, "--memory", "much"], "much is not a size such as 16GB"),
+    (["--model", DEMO, "--price-per-hour", "-1"], "-1 is not a number above 0"),
+    (["--model", DEMO, "--peers", "nix"], "nix is none of llama.cpp"),
+    (["--model", DEMO, "--peer-python", "nix=python"], "--peer-python nix=python: NAME=PYTHON"),
+    (["--model", DEMO, "--text", "/nix"], "/nix: no such file"),
+    (["--model", DEMO, "-o", "/proc/nix"], "/proc/nix: the directory cannot be made"),
+    (["--model", DEMO, "--run", "/nix", "--dtypes", "q8"], "cpu is left out"),
+    (["--model", DEMO, "--dtypes", "f16"], "is q8: other types are made from a Hugging Face directory, f32 or f16"),
+    (["--model", "random:nix", "--dtypes", "q4"], "q4 is left out: quantize:")])
+def test_bad_command_lines(tmp_path, arguments, message):
+    where = [] if "-o" in arguments else ["-o", tmp_path / "out"]
+    status, out, said = script("bench.py", *arguments, *where, "--dir", tmp_path, "--peers" if "--peers" not in arguments else "--rounds",
+                               "none" if "--peers" not in arguments else "1")
+    assert status in (1, 2) and message in said and out == ""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The rules
+
+def row(dtype="q4", batch=1, tok_s=100.0, peak=4e9, ppl=5.0, kl=0.01, itl=50.0, usd=1.0, backend="cpu", **more):
+    return {"engine": report.OURS, "backend": backend, "dtype": dtype, "batch": batch, "total_tok_s": tok_s, "peak_bytes": peak,
+            "ppl": ppl, "kl": kl, "itl_ms_p95": itl, "usd_per_million": usd, **more}
+
+
+def limits(memory=16e9, latency=200.0, max_loss=5.0):
+    return argparse.Namespace(memory=memory, latency=latency, max_loss=max_loss)
+
+
+def test_recommendations():
+    f16, q8 = row("f16", 32, 110, 15e9, 5.00, 0.0, 300, 0.9), row("q8", 32, 180, 9e9, 5.01, 0.001, 180, 0.5)
+    q4, bad = row("q4", 32, 200, 5e9, 5.15, 0.05, 160, 0.45), row("nf4", 32, 220, 4.5e9, 6.00, 0.2, 150, 0.4)
+    one = row("q8", 1, 30, 8e9, 5.01, 0.001, 33, 3.0)
+    choice = {title: chosen for title, _, chosen in report.recommend([f16, q8, q4, bad, one], limits(memory=8.5e9, latency=170))}
+    assert choice["fastest"] is bad and choice["smallest"] is bad and choice["best quality"] is f16
+    # shares of speed, memory, perplexity: f16 .5 .3 1, q8 .82 .5 1, q4 .91 .9 .97, nf4 1 1 .83, q8 alone .14 .56 1
+    assert (200 / 220) * (4.5 / 5) * (5 / 5.15) < 5 / 6 and choice["balanced"] is bad
+    assert choice["under 8.5 GB"] is q4 and choice["within 170 ms"] is q4 and choice["cheapest"] is q4
+    # limits that nothing meets; what is too bad never counts there
+    choice = {title: chosen for title, _, chosen in report.recommend([f16, bad], limits(memory=5e9, latency=1))}
+    assert choice["under 5 GB"] is None and choice["within 1 ms"] is None and choice["cheapest"] is f16
+
+
+def test_recommendations_without_quality_or_price():
+    a, b = row(tok_s=10, peak=1e9, ppl=None, kl=None, usd=None), row(tok_s=11, peak=3e9, ppl=None, kl=None, usd=None)
+    rules = {title: (rule, chosen) for title, rule, chosen in report.recommend([a, b], limits())}
+    assert rules["best quality"][1] is None and rules["cheapest"][1] is None and rules["balanced"][1] is a
+    assert "perplexity was not measured" in rules["balanced"][0] and rules["under 16 GB"][1] is b
+    assert report.recommend([], limits()) == []
+    theirs = {**row(tok_s=1e6), "engine": "llama.cpp"}
+    assert dict((t, c) for t, _, c in report.recommend([a, theirs], limits()))["fastest"] is a
+
+
+def test_target_is_judged_at_the_largest_batch():
+    rows = [row("q4", 1, 300), row("q4", 32, 199.9), row("q8", 32, 200.0)]
+    lines, passed = report.target_lines(rows, 200)
+    assert [line[:4] for line in lines] == ["FAIL", "PASS"] and passed
+    assert report.target_lines(rows[:2], 200)[1] is False
+
+
+def test_prices():
+    def state(*names):
+        return {"machine": {"cores": 4, "gpus": [{"name": name} for name in names]}}
+    with open(os.path.join(BENCH, "prices.csv")) as f:
+        rows = list(csv.DictReader(line for line in f if not line.startswith("#")))
+    usd = {r["match"]: float(r["usd_per_hour"]) for r in rows}
+    assert all(re.fullmatch(r"20\d\d-\d\d", r["dated"]) for r in rows)
+    assert report.price(state(), "cpu", None)[0] == pytest.approx(4 * usd["cpu-core"])
+    assert report.price(state("Tesla T4"), "cuda", None)[0] == usd["T4"] and report.price(state("NVIDIA L4"), "cuda", None)[0] == usd["L4"]
+    assert report.price(state("NVIDIA H200"), "cuda", None)[0] == usd["H200"]
+    assert report.price(state("Unheard of"), "cuda", None)[0] is None
+    assert report.price(state("Tesla T4"), "cuda", 9.0) == (9.0, "--price-per-hour")
+
+
+def test_agreement():
+    assert report.agreement([[1, 2, 3], [1, 2, 4], [9, 2, 3]], [[1, 2, 3]] * 3) == (1, 1.0)
+    assert report.agreement([[1]], [[1]]) == (1, None)
+
+
+@pytest.mark.parametrize("text, value", [("16GB", 16e9), ("800MB", 800e6), ("2GiB", 2 * 2**30), ("1.5g", 1.5e9), ("512", 512)])
+def test_sizes(text, value):
+    assert report.size(text) == value
+
+
+def test_figures():
+    assert [report.figure(v) for v in (None, 0, 1234.5, 99.96, 0.012345, 1e6)] == ["", "0", "1,230", "100", "0.0123", "1,000,000"]
+    assert report.markdown(["a", "b"], [["x|y", 1]]) == "| a    |   b |\n| ---- | --: |\n| x\\|y |   1 |"
+
+
+def test_progress(monkeypatch):
+    """The time left is what each task took before, or its cost at the rate of its kind."""
+    now = [100.0]
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    p = measure.Progress([("cpu a", 10), ("cuda a", 10), ("cpu b", 20), ("cuda a", 10)])
+    assert p.left() is None
+    for seconds in (50, 1):
+        p.start("x")
+        now[0] += seconds
+        assert p.end() == seconds
+    assert p.left() == pytest.approx(20 * 5 + 1)        # cpu b at the rate of cpu a; cuda a as before
+    assert [measure.duration(s) for s in (45, 720, 12600)] == ["45 s", "12 min", "3.5 h"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Other engines
+
+class Engine(peers.Peer):
+    """An engine that takes 2 s for a prompt and 0.5 s for a token, and cannot do three sequences."""
+    PACKAGES, TYPES, seen = {}, {"int5": ["q8"]}, []
+
+    def one_pass(self, cell):
+        Engine.seen.append(cell)
+        if cell[0] == 3:
+            raise ValueError("no\nroom " + "x" * 500)
+        return [2 + 0.5 * step for step in range(cell[2])]
+
+
+def test_measuring_an_engine():
+    cells = [[4, 10, 5], [3, 10, 5], [1, 10, 1]]
+    a, b, c = peers.measure(Engine, {"cells": cells, "warmup": 1, "repeat": 2, "threads": 1, "device": "cpu"})
+    assert (a["prefill_seconds"], a["decode_seconds"], a["total_seconds"]) == (2, 2, 4)
+    assert (a["prefill_tok_s"], a["decode_tok_s"], a["total_tok_s"]) == (20, 8, 15)
+    assert (a["ttft_ms"], a["itl_ms_p50"], a["itl_ms_p95"]) == (2000, 500, 500) and a["peak_bytes"] > 1e6
+    assert b["error"].startswith("no room xxx") and len(b["error"]) == 200
+    assert c["decode_tok_s"] == 0 and c["total_tok_s"] == 5.5
+    assert Engine.seen == [[4, 10, 5]] * 3 + [[3, 10, 5]] + [[1, 10, 1]] * 3
+
+
+def test_engines_in_a_run(tmp_path, models, text):
+    """An engine made up in the place of a Python with llama.cpp: it is asked with run's own prompt, its figures stand beside
+    ours with the ratio, a cell of it that fails is a line; engines that are not there are a line each."""
+    fake = tmp_path / "python"
+    fake.write_text(f"""#!{sys.executable}
+import json, sys
+action = sys.argv[2] if sys.argv[1].endswith("peers.py") else "gguf"
+if action == "gguf":
+    open(sys.argv[3], "w").write("gguf")
+if action == "measure":
+    task = json.load(open(sys.argv[4]))
+    json.dump(task, open({str(tmp_path / 'task.json')!r}, "w"))
+    results = [{{"error": "out of memory"}} if batch == 2 else
+               {{"versions": {{"llama-cpp-python": "9.9"}}, "prefill_tok_s": 10.0, "decode_tok_s": 5.0, "total_tok_s": 8.0}}
+               for batch, n_in, n_out in task["cells"]]
+    json.dump(results, open(sys.argv[5], "w"))
+""")
+    fake.chmod(0o755)
+    output = tmp_path / "out"
+    status, out, said = bench(output, models, text, "--dtypes", "q8", "--batches", "1,2", "--no-quality", "--rounds", "1", "--peers",
+                              "llama,vllm", "--peer-python", f"llama.cpp={fake}")
+    assert status == 0 and "vllm is left out: this Python has no vllm (pip install vllm)" in said
+    assert "failed: llama.cpp cpu Q8_0 batch 2: out of memory" in out
+    task = json.loads((tmp_path / "task.json").read_text())
+    assert task["cells"] == [[1, 12, 6], [2, 12, 6]] and task["type"] == "Q8_0" and len(task["prompt_ids"]) == 12
+    assert task["prompt_ids"][0] == 1
+    ours, _, theirs = table(output)
+    assert theirs["engine"] == "llama.cpp" and float(theirs["total_tok_s"]) == 8
+    ratio = report.figure(float(ours["total_tok_s"]) / 8)
+    assert re.search(rf"llama.cpp cpu Q8_0 \| same.* \| q8 +\| +1 \|.*\| +{re.escape(ratio)} \|", out)
+    text = (output / "report.md").read_text()
+    assert "llama-cpp-python 9.9" in text and "(peers.png)" in text and (output / "peers.png").exists()
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_every_engine_names_what_is_missing(name):
+    """Its versions, or one line that says what to install; its types are compared with types of ours."""
+    status, out, said = script("peers.py", "versions", name)
+    assert json.loads(out) if status == 0 else re.fullmatch(r"peers.py: this Python has no .* \(pip install .*\)\n", said)
+    assert all(ours for ours in peers.PEERS[name].TYPES.values())
+
+
+def test_bad_tasks(tmp_path):
+    assert script("peers.py")[0] == 2 and script("peers.py", "measure", "nix", "a", "b")[0] == 2
+    status, _, said = script("peers.py", "measure", "llama.cpp", tmp_path / "nix", tmp_path / "out")
+    assert status == 1 and said.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Items
+
+def test_items_are_made_from_the_text(tmp_path):
+    """items.py makes bench/items.tsv again, byte for byte; the right choice goes on where the context ends, in the text."""
+    assert script("items.py", "fairy", tmp_path / "items.tsv")[0] == 0
+    with open(os.path.join(BENCH, "items.tsv"), "rb") as f:
+        kept = f.read()
+    assert (tmp_path / "items.tsv").read_bytes() == kept
+    with open(os.path.join(HERE, "text", "heldout-fairy.txt")) as f:
+        whole = " ".join(f.read().split())
+    lines = [line.split("\t") for line in kept.decode().splitlines()]
+    answers = [int(line[5]) for line in lines]
+    assert len(lines) == 100 == len({line[0] for line in lines}) and {len(line) for line in lines} == {6}
+    assert all(15 <= answers.count(i) <= 35 for i in range(4))
+    for context, *choices, answer in lines:
+        found = [f"{context} {choice}" in whole for choice in choices]
+        assert found == [i == int(answer) for i in range(4)] and len(set(choices)) == 4
+
+
+def test_other_items(tmp_path):
+    (tmp_path / "h").write_text(json.dumps({"activity_label": "Baking", "ctx_a": "A man  stands.", "ctx_b": "he", "label": "1",
+                                            "endings": ["sits [step] down.", "bakes\tbread.", "x", "y"]}) + "\n\n")
+    assert script("items.py", "hellaswag", tmp_path / "h", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out").read_text() == "Baking: A man stands. He\tsits down.\tbakes bread.\tx\ty\t1\n"
+    choices = [{"text": "ice", "label": "A"}, {"text": "fire", "label": "B"}]
+    (tmp_path / "a").write_text(json.dumps({"question": {"stem": "What is\nhot?", "choices": choices}, "answerKey": "B"}) + "\n" +
+                                json.dumps({"question": "What is cold?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]},
+                                            "answerKey": "1"}))
+    assert script("items.py", "arc", tmp_path / "a", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out").read_text() == "Question: What is hot? Answer:\tice\tfire\t1\nQuestion: What is cold? Answer:\tice\tfire\t0\n"
+    (tmp_path / "a").write_text('{"question": 1}')
+    status, _, said = script("items.py", "arc", tmp_path / "a", tmp_path / "bad")
+    assert status == 1 and "line 1: not an item" in said and not (tmp_path / "bad").exists()
+    assert script("items.py", "nix")[0] == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# speed.py and random_gguf.py
+
+def test_speed(tmp_path):
+    status, out, said = script("speed.py", "--model", DEMO, "--cells", "batch 1", "--rounds", "1", "-j", "1", "-o", tmp_path / "s.json")
+    assert status == 0 and re.search(r"\| decode, batch 1 +\| +[\d,.]+ \|", out), said
+    entry = json.loads((tmp_path / "s.json").read_text())["results"][0]
+    limit, decode = entry["ceilings"], entry["figures"]["decode, batch 1"]
+    assert entry["shape"]["type"] == "q8" and entry["shape"]["dim"] == 256 and limit["read_bandwidth"] > 0
+    assert decode["of_peak"] == pytest.approx(decode["tok_s"] * (entry["shape"]["ops"] + entry["shape"]["ops_logits"]) / 1e9 /
+                                              limit["int8_peak"])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--dir", "/proc/nix"], "speed.py: /proc/nix: the directory cannot be made: No such file or directory"),
+    (["--model", "/nix"], "speed.py: /nix: No such file or directory"),
+    (["--model", __file__], "not a checkpoint"),
+    (["--model", DEMO, "--limits", "/nix"], "speed.py: /nix: cannot be started: No such file or directory"),
+    (["--cells", "nix"], "known are")])
+def test_speed_says_what_is_wrong(arguments, message):
+    status, _, said = script("speed.py", *arguments)
+    assert status in (1, 2) and message in said
+
+
+def test_random_gguf_without_its_packages(tmp_path):
+    """One line, also where gguf is missing; where it is there, a file."""
+    status, _, said = script("random_gguf.py", DEMO, tmp_path / "out.gguf")
+    assert (status == 0 and (tmp_path / "out.gguf").exists()) or re.fullmatch(r"random_gguf.py: .* \(pip install gguf numpy\)\n", said)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The notebook
+
+def execute(where, **settings):
+    """The notebook run from top to bottom in a directory: its outputs' text, the images' count. Raises CellExecutionError."""
+    import nbclient
+    import nbformat
+    notebook = nbformat.read(os.path.join(BENCH, "mistral_t4.ipynb"), 4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "the notebook is kept without outputs"
+    old = dict(os.environ)
+    os.environ.update({"MODE": "demo", **settings})
+    try:
+        nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(where)}}).execute()
+    finally:
+        os.environ.clear()
+        os.environ.update(old)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return ("".join(output.get("text", "") for output in outputs),
+            sum("image/png" in output.get("data", {}) for output in outputs))
+
+
+def test_notebook(tmp_path):
+    """Everything of it that needs neither GPU nor hub; an earlier run's summary compares as it should."""
+    previous = tmp_path / "previous.json"
+    previous.write_text(json.dumps({"fingerprints": {"batch": "0" * 16, "checkpoint": "", "greedy": ""}, "tok_s": 1.0, "machine": "m",
+                                    "date": "d"}))
+    said, images = execute(BENCH, SCRATCH=str(tmp_path), OUTPUT=str(tmp_path / "out"), PREVIOUS=str(previous), TARGET="1")
+    assert "PASS: " in said and "perplexity 27.84" in said and "28.9170 with it" in said and images == 6
+    assert "batch: DIFFERENT" in said and "1.0 then (m, d)" in said
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["work"] == [8, 16, 16] and summary["pass"] is True and all(summary["fingerprints"].values())
+    # the batch is the one that run makes of this checkpoint
+    out = tmp_path / "again.json"
+    subprocess.run([RUN, str(tmp_path / "model-q4.bin"), "-i", "Once upon a time", "-b", "8", "-l", "16", "-n", "16", "-E", "-q", "-o",
+                    str(out)], check=True, stdout=subprocess.DEVNULL)
+    ids = [sequence["ids"] for sequence in json.loads(out.read_text())["sequences"]]
+    assert hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] == summary["fingerprints"]["batch"]
+
+
+def test_notebook_alone(tmp_path):
+    """Without the repository, and without an address of it, it stops with a line that says what to do."""
+    from nbclient.exceptions import CellExecutionError
+    with pytest.raises(CellExecutionError, match="mistral.c is not here: set REPOSITORY"):
+        execute(tmp_path, SCRATCH=str(tmp_path), OUTPUT=str(tmp_path / "out"), REPOSITORY="")
