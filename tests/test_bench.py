@@ -307,6 +307,10 @@ def test_recommendations():
     # shares of speed, memory, perplexity: f16 .5 .3 1, q8 .82 .5 1, q4 .91 .9 .97, nf4 1 1 .83, q8 alone .14 .56 1
     assert (200 / 220) * (4.5 / 5) * (5 / 5.15) < 5 / 6 and choice["balanced"] is bad
     assert choice["under 8.5 GB"] is q4 and choice["within 170 ms"] is q4 and choice["cheapest"] is q4
+    # fast and large, or half of each: the geometric mean takes the second, a sum would take the first
+    large, half = row("f16", 1, 100, 10e9, 5), row("q4", 1, 50, 2e9, 5)
+    small = row("q8", 1, 1, 1e9, 5)
+    assert dict((t, c) for t, _, c in report.recommend([large, half, small], limits()))["balanced"] is half
     # limits that nothing meets; what is too bad never counts there
     choice = {title: chosen for title, _, chosen in report.recommend([f16, bad], limits(memory=5e9, latency=1))}
     assert choice["under 5 GB"] is None and choice["within 1 ms"] is None and choice["cheapest"] is f16
@@ -376,22 +380,22 @@ def test_progress(monkeypatch):
 # Other engines
 
 class Engine(peers.Peer):
-    """An engine that takes 2 s for a prompt and 0.5 s for a token, and cannot do three sequences."""
+    """An engine that takes 2 s for a prompt, then 0.1, 0.3, 0.5 ... s a token, and cannot do three sequences."""
     PACKAGES, TYPES, seen = {}, {"int5": ["q8"]}, []
 
     def one_pass(self, cell):
         Engine.seen.append(cell)
         if cell[0] == 3:
             raise ValueError("no\nroom " + "x" * 500)
-        return [2 + 0.5 * step for step in range(cell[2])]
+        return [2 + 0.1 * step * step for step in range(cell[2])]
 
 
 def test_measuring_an_engine():
     cells = [[4, 10, 5], [3, 10, 5], [1, 10, 1]]
     a, b, c = peers.measure(Engine, {"cells": cells, "warmup": 1, "repeat": 2, "threads": 1, "device": "cpu"})
-    assert (a["prefill_seconds"], a["decode_seconds"], a["total_seconds"]) == (2, 2, 4)
-    assert (a["prefill_tok_s"], a["decode_tok_s"], a["total_tok_s"]) == (20, 8, 15)
-    assert (a["ttft_ms"], a["itl_ms_p50"], a["itl_ms_p95"]) == (2000, 500, 500) and a["peak_bytes"] > 1e6
+    assert [a[f"{part}_seconds"] for part in ("prefill", "decode", "total")] == pytest.approx([2, 1.6, 3.6])
+    assert [a[f"{part}_tok_s"] for part in ("prefill", "decode", "total")] == pytest.approx([20, 10, 60 / 3.6])
+    assert [a[name] for name in ("ttft_ms", "itl_ms_p50", "itl_ms_p95")] == pytest.approx([2000, 500, 700]) and a["peak_bytes"] > 1e6
     assert b["error"].startswith("no room xxx") and len(b["error"]) == 200
     assert c["decode_tok_s"] == 0 and c["total_tok_s"] == 5.5
     assert Engine.seen == [[4, 10, 5]] * 3 + [[3, 10, 5]] + [[1, 10, 1]] * 3
