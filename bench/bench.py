@@ -109,7 +109,7 @@ class Model:
             arguments = [*arguments, "--calib", self.o.calib]
         arguments = [path, *arguments, *(["-g", group] if group else [])]
         f16 = self.path if self.own else self.file("f16.bin")
-        if len(arguments) > 2 and "--calib" in arguments and self.source == "hf":
+        if "--calib" in arguments and self.source == "hf":
             f16 = self.checkpoint("f16")        # calibration reads the model more than once: no pipe will do
         need_room(self.o.dir, self.n_weights() * bits / 8)
         say(f"making {path}")

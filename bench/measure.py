@@ -189,8 +189,8 @@ def duration(seconds):
 
 
 class Progress:
-    """What is being done, the share that is done and the time left: a line that is rewritten on a terminal, a new line at
-    most every 30 seconds elsewhere. items: [(key, cost)] of all there is to do, in order; a key that comes again is expected
+    """What is being done, the share that is done and the time left: a line that is rewritten on a terminal, elsewhere
+    a new line every 30 seconds or for an item that takes as long. items: [(key, cost)] of all there is to do, in order; a key that comes again is expected
     to take what it took before, another its cost at the rate seen. A key's first word is what rates are kept for."""
     EVERY = 30      # seconds
 
@@ -206,16 +206,14 @@ class Progress:
             s, n = self.rates.get(group, (0, 0))
             self.rates[group] = s + seconds, n + c
 
+    def expected(self, key, c):
+        """Seconds that an item may take, or None as long as nothing is known."""
+        s, n = self.rates.get(key.split()[0], self.rates.get("", (0, 0)))
+        return self.known.get(key, c * s / n if n else None)
+
     def left(self):
-        """Seconds, or None as long as nothing is known."""
-        if not self.rates:
-            return None
-
-        def expected(key, c):
-            s, n = self.rates.get(key.split()[0], self.rates[""])
-            return self.known.get(key, c * s / max(n, 1e-9))
-
-        return sum(expected(key, c) for key, c in self.items)
+        """Seconds that all items may take, or None as long as nothing is known."""
+        return sum(self.expected(key, c) for key, c in self.items) if self.rates else None
 
     def start(self, key, more=""):
         """The next item, `key`, begins; `more` is said beside it."""
@@ -226,7 +224,7 @@ class Progress:
         if sys.stderr.isatty():
             sys.stderr.write("\r\033[K" + line)
             sys.stderr.flush()
-        elif time.monotonic() - self.said > self.EVERY:
+        elif time.monotonic() - self.said > self.EVERY or (self.expected(*self.items[0]) or 0) > self.EVERY:
             self.said = time.monotonic()
             say(line)
 
