@@ -189,13 +189,14 @@ def duration(seconds):
 
 
 class Progress:
-    """What is being done, the share that is done and the time left: a line that is rewritten on a terminal, elsewhere
-    a new line every 30 seconds or for an item that takes as long. items: [(key, cost)] of all there is to do, in order; a key that comes again is expected
-    to take what it took before, another its cost at the rate seen. A key's first word is what rates are kept for."""
+    """What is being done, the share that is done and the time left: a line that is rewritten on a terminal, elsewhere a new
+    line every 30 seconds or for an item that takes as long. items: [(key, cost)] of all there is to do, in order; a key that
+    comes again is expected to take what it took before, another its cost at the rate seen. A key's first word is what rates
+    are kept for."""
     EVERY = 30      # seconds
 
     def __init__(self, items, known=None):
-        self.items, self.known, self.rates = list(items), dict(known or {}), {}
+        self.items, self.known, self.rates = [(key, max(c, 1)) for key, c in items], dict(known or {}), {}
         self.total, self.said, self.began = sum(cost for _, cost in self.items), 0, None
         for key, c in self.items:           # rates of what an earlier run measured
             if key in self.known:
