@@ -12,7 +12,7 @@ import xml.etree.ElementTree
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, "build", "venv")
 PYTHON = os.path.join(VENV, "bin", "python")
-REQUIREMENTS = [os.path.join(ROOT, "requirements.txt"), os.path.join(ROOT, "tests", "requirements.txt")]
+REQUIREMENTS = [os.path.join(ROOT, *path, "requirements.txt") for path in ([], ["tests"], ["bench"])]
 
 
 # with sanitizers: all but what repeats other tests' code very often
