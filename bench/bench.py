@@ -45,6 +45,11 @@ def digest(*parts):
     return h.hexdigest()[:12]
 
 
+def plain(name):
+    """A model's name as part of a file's."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
 def file_digest(path, limit=1 << 20):
     """A fingerprint of a file's size and first bytes."""
     with open(path, "rb") as f:
@@ -85,7 +90,7 @@ class Model:
 
     def file(self, ending):
         """A name in --dir that another model does not have."""
-        return os.path.join(self.o.dir, f"{self.name.replace('/', '_')}-{self.identity[:8]}-{ending}")
+        return os.path.join(self.o.dir, f"{plain(self.name)}-{self.identity[:8]}-{ending}")
 
     def checkpoint(self, dtype):
         """The path of the checkpoint of a type; makes it if it is not there. Raises RuntimeErrors."""
@@ -496,7 +501,7 @@ def main(argv=None):
     """Measures, prints, writes; returns the exit status."""
     o = arguments(argv)
     model = Model(o)
-    o.output = o.output or os.path.join(BENCH, "results", model.name.replace("/", "_").replace(":", "-"))
+    o.output = o.output or os.path.join(BENCH, "results", plain(model.name))
     need_room(o.output, 0)
     bench = Bench(o, model, sys.argv[1:] if argv is None else argv)
     bench.prepare()

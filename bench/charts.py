@@ -79,11 +79,11 @@ def charts(state, rows, directory):
         fig, axes = new_figure(2, width=11)
         for ax, statistic, title in zip(axes, ("total_tok_s", "decode_tok_s"), ("in and out", "decoding")):
             low, high = ("total_tok_s_min", "total_tok_s_max") if statistic == "total_tok_s" else (None, None)
-            by_batch(ax, ours, statistic, True, low, high)
+            by_batch(ax, ours, statistic, low is not None, low, high)
             ax.set_title(f"Throughput, {title}")
             ax.set_ylabel("tokens a second")
             ax.set_ylim(bottom=0 if ax.get_yscale() == "linear" else None)
-        axes[0].legend(frameon=False)
+        fig.legend(frameon=False, loc="outside right upper")
         save(fig, "throughput.png", f"throughput by batch, {work}; the band is the range over the visits")
 
         fig, axes = new_figure(2, width=11)
@@ -96,10 +96,10 @@ def charts(state, rows, directory):
         axes[1].set_ylabel("ms")
         for ax in axes:
             ax.set_ylim(bottom=0 if ax.get_yscale() == "linear" else None)
-        axes[0].legend(frameon=False)
+        fig.legend(frameon=False, loc="outside right upper")
         save(fig, "latency.png", f"latency by batch, {work}")
 
-        fig, (ax,) = new_figure(height=1.4 + 0.5 * len({(r["backend"], r["dtype"]) for r in ours}))
+        fig, (ax,) = new_figure(height=1.7 + 0.45 * len({(r["backend"], r["dtype"]) for r in ours}))
         last = list({(row["backend"], row["dtype"]): row for row in ours}.values())[::-1]
         unit, unit_name = (1e9, "GB") if max(row["peak_bytes"] for row in last) > 1e9 else (1e6, "MB")
         y = list(range(len(last)))
@@ -114,7 +114,7 @@ def charts(state, rows, directory):
         ax.grid(False, axis="y")
         ax.set_xlabel(unit_name)
         ax.set_title(f"Memory at its peak, batch {last[0]['batch']}")
-        ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.28 if len(last) < 4 else -0.16))
+        fig.legend(frameon=False, ncols=3, loc="outside lower center")
         save(fig, "memory.png", "memory: the checkpoint, the KV cache, and the rest of the process")
 
     judged = quality_rows(rows)
@@ -145,18 +145,26 @@ def charts(state, rows, directory):
         largest = max(row["peak_bytes"] for row in judged)
         speeds = [row["total_tok_s"] for row in judged]
         ax.scatter(speeds, [row["ppl"] for row in judged], c=[colour(row["dtype"]) for row in judged], alpha=0.75,
-                   s=[60 + 1400 * row["peak_bytes"] / largest for row in judged], linewidths=0)
-        for row in judged:
-            radius = math.sqrt((60 + 1400 * row["peak_bytes"] / largest) / math.pi)
-            ax.annotate(f"{label(row, judged)}\n{memory(row['peak_bytes'])}", (row["total_tok_s"], row["ppl"]),
-                        xytext=(radius + 3, 0), textcoords="offset points", va="center", fontsize=9)
+                   s=[800 * row["peak_bytes"] / largest for row in judged], linewidths=0)
         if max(speeds) > 20 * min(speeds):
             ax.set_xscale("log")
-        ax.margins(x=0.25, y=0.25)
+        ax.margins(x=0.3, y=0.25)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         ax.set_xlabel(f"tokens a second, in and out, batch {judged[0]['batch']} (more is better)")
         ax.set_ylabel("perplexity (less is better)")
         ax.set_title("Quality, speed and memory (the area of a circle)")
+        fig.draw_without_rendering()            # from here on points have their places
+        places = {id(row): ax.transData.transform((row["total_tok_s"], row["ppl"])) * 72 / fig.dpi for row in judged}
+        taken = []                              # boxes in points: left, right, middle, half of the height
+        for row in sorted(judged, key=lambda row: -row["ppl"]):
+            name, (x, y) = f"{label(row, judged)}, {memory(row['peak_bytes'])}", places[id(row)]
+            circles = [(a - 14, a + 14, b, 14) for key, (a, b) in places.items() if key != id(row)]
+            left, right, low = x + 19, x + 19 + 5.2 * len(name), y
+            while any(left < b and a < right and abs(low - middle) < 6 + half for a, b, middle, half in taken + circles):
+                low -= 2                        # a name goes down until it meets nothing
+            taken.append((left, right, low, 6))
+            ax.annotate(name, (row["total_tok_s"], row["ppl"]), xytext=(19, low - y), textcoords="offset points", va="center",
+                        fontsize=9, arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6} if low < y else None)
         save(fig, "tradeoff.png", "quality against speed against memory")
 
     shares = {}         # {combination: {operation: % of its time}}

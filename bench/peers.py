@@ -305,7 +305,7 @@ def one_line(error):
 
 def main():
     """The command line; any exception of an engine becomes one line and status 1."""
-    usage = "usage: peers.py versions NAME | measure NAME TASK.json OUT.json | random SHAPE.json OUT_DIR\nNAME: " + ", ".join(PEERS)
+    usage = f"usage: peers.py versions NAME | measure NAME TASK.json OUT.json | random SHAPE.json DIR\nNAME: {', '.join(PEERS)}"
     action, *rest = sys.argv[1:] or [""]
     if (action, len(rest)) not in (("versions", 1), ("measure", 3), ("random", 2)) or action != "random" and rest[0] not in PEERS:
         print(usage, file=sys.stderr)

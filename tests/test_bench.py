@@ -341,7 +341,8 @@ def test_prices():
     usd = {r["match"]: float(r["usd_per_hour"]) for r in rows}
     assert all(re.fullmatch(r"20\d\d-\d\d", r["dated"]) for r in rows)
     assert report.price(state(), "cpu", None)[0] == pytest.approx(4 * usd["cpu-core"])
-    assert report.price(state("Tesla T4"), "cuda", None)[0] == usd["T4"] and report.price(state("NVIDIA L4"), "cuda", None)[0] == usd["L4"]
+    assert report.price(state("Tesla T4"), "cuda", None)[0] == usd["T4"]
+    assert report.price(state("NVIDIA L4"), "cuda", None)[0] == usd["L4"]
     assert report.price(state("NVIDIA H200"), "cuda", None)[0] == usd["H200"]
     assert report.price(state("Unheard of"), "cuda", None)[0] is None
     assert report.price(state("Tesla T4"), "cuda", 9.0) == (9.0, "--price-per-hour")
