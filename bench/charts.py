@@ -1,5 +1,4 @@
 """The charts of a report, as PNG files: report.py says what is in them. Needs matplotlib."""
-import math
 import os
 
 import matplotlib

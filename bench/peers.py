@@ -8,6 +8,7 @@ A task: {model: a GGUF file or a Hugging Face directory; type: of TYPES; device:
 new tokens]]; prompt_ids: [id], of one prompt; threads; warmup, repeat: passes}. All sequences of a cell have the same prompt,
 as with `run -i`, and nothing of it is shared between them. The results have the names and units of run's statistics
 (README.md). Every engine is a class: how it is loaded, and one pass, which says when each step's tokens were there."""
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -33,6 +34,11 @@ class Peer:
 
     def __init__(self, task):
         """Loads task["model"]; raises what the engine raises."""
+        self.task = task
+
+    def type(self):
+        """What its weights are: the task's type, unless the file has another."""
+        return self.task["type"]
 
     def prepare(self, cell):
         """Makes ready for passes of a cell."""
@@ -57,7 +63,8 @@ class LlamaCpp(Peer):
 
     def __init__(self, task):
         import llama_cpp
-        self.llama, self.task, self.ctx = llama_cpp, task, None
+        super().__init__(task)
+        self.llama, self.ctx = llama_cpp, None
         llama_cpp.llama_backend_init()
         silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(silent, None)
@@ -70,6 +77,11 @@ class LlamaCpp(Peer):
         if not self.model:
             raise RuntimeError(f"{task['model']}: llama.cpp cannot load it")
         self.batch = llama_cpp.llama_batch_init(self.N_BATCH, 0, 1)
+
+    def type(self):                         # "llama 7B Q4_1": our zeros may ask for Q4_1 instead of Q4_0
+        text = ctypes.create_string_buffer(128)
+        self.llama.llama_model_desc(self.model, text, len(text))
+        return text.value.decode().split()[-1]
 
     def prepare(self, cell):
         n_sequences, n_in, n_out = cell
@@ -123,7 +135,8 @@ class Transformers(Peer):
     def __init__(self, task):
         import torch
         import transformers
-        self.torch, self.task, self.device = torch, task, task["device"]
+        super().__init__(task)
+        self.torch, self.device = torch, task["device"]
         if self.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("this PyTorch finds no GPU")
         torch.set_num_threads(task["threads"])
@@ -210,7 +223,8 @@ class Vllm(Peer):
     def __init__(self, task):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm
-        self.vllm, self.task = vllm, task
+        super().__init__(task)
+        self.vllm = vllm
         longest = max(n_in + n_out for _, n_in, n_out in task["cells"])
         # without the prefix cache, equal prompts are each computed, as ours are
         self.model = vllm.LLM(model=task["model"], dtype=task["type"], max_model_len=longest + 8, enable_prefix_caching=False,
@@ -273,7 +287,7 @@ def measure(peer, task):
         gaps = [1e3 * (b - a) for times in passes for a, b in zip(times, times[1:])]
         total = statistics.median(totals)
         results.append({
-            "versions": found, "batch": n_sequences, "threads": task["threads"], "prompt_tokens": n_sequences * n_in,
+            "versions": found, "type": engine.type(), "batch": n_sequences, "threads": task["threads"], "prompt_tokens": n_sequences * n_in,
             "generated_tokens": n_sequences * n_out, "prefill_seconds": prefill, "decode_seconds": decode,
             "total_seconds": total, "total_seconds_min": min(totals), "total_seconds_max": max(totals),
             "prefill_tok_s": n_sequences * n_in / prefill,

@@ -138,7 +138,7 @@ def rows_of(state, price_per_hour=None):
         name, backend, kind = key.split()
         for batch in dict.fromkeys(batch for visit in visits for batch in visit["cells"]):
             cells = [visit["cells"][batch] for visit in visits if batch in visit["cells"]]
-            rows.append({"engine": name, "backend": backend, "dtype": kind, "batch": int(batch), "against": visits[-1]["against"],
+            rows.append({"engine": name, "backend": backend, "dtype": cells[-1].get("type", kind), "batch": int(batch), "against": visits[-1]["against"],
                          "same_weights": all(visit["same_weights"] for visit in visits), "versions": cells[-1]["versions"],
                          **summary(cells)})
     for row in rows:

@@ -393,11 +393,11 @@ class Engine(peers.Peer):
 
 def test_measuring_an_engine():
     cells = [[4, 10, 5], [3, 10, 5], [1, 10, 1]]
-    a, b, c = peers.measure(Engine, {"cells": cells, "warmup": 1, "repeat": 2, "threads": 1, "device": "cpu"})
+    a, b, c = peers.measure(Engine, {"cells": cells, "warmup": 1, "repeat": 2, "threads": 1, "device": "cpu", "type": "int5"})
     assert [a[f"{part}_seconds"] for part in ("prefill", "decode", "total")] == pytest.approx([2, 1.6, 3.6])
     assert [a[f"{part}_tok_s"] for part in ("prefill", "decode", "total")] == pytest.approx([20, 10, 60 / 3.6])
     assert [a[name] for name in ("ttft_ms", "itl_ms_p50", "itl_ms_p95")] == pytest.approx([2000, 500, 700]) and a["peak_bytes"] > 1e6
-    assert b["error"].startswith("no room xxx") and len(b["error"]) == 200
+    assert a["type"] == "int5" and b["error"].startswith("no room xxx") and len(b["error"]) == 200
     assert c["decode_tok_s"] == 0 and c["total_tok_s"] == 5.5
     assert Engine.seen == [[4, 10, 5]] * 3 + [[3, 10, 5]] + [[1, 10, 1]] * 3
 
@@ -415,7 +415,7 @@ if action == "measure":
     task = json.load(open(sys.argv[4]))
     json.dump(task, open({str(tmp_path / 'task.json')!r}, "w"))
     results = [{{"error": "out of memory"}} if batch == 2 else
-               {{"versions": {{"llama-cpp-python": "9.9"}}, "prefill_tok_s": 10.0, "decode_tok_s": 5.0, "total_tok_s": 8.0}}
+               {{"versions": {{"llama-cpp-python": "9.9"}}, "type": "Q8_1", "prefill_tok_s": 10.0, "decode_tok_s": 5.0, "total_tok_s": 8.0}}
                for batch, n_in, n_out in task["cells"]]
     json.dump(results, open(sys.argv[5], "w"))
 """)
@@ -431,7 +431,7 @@ if action == "measure":
     ours, _, theirs = table(output)
     assert theirs["engine"] == "llama.cpp" and float(theirs["total_tok_s"]) == 8
     ratio = report.figure(float(ours["total_tok_s"]) / 8)
-    assert re.search(rf"llama.cpp cpu Q8_0 \| same.* \| q8 +\| +1 \|.*\| +{re.escape(ratio)} \|", out)
+    assert re.search(rf"llama.cpp cpu Q8_1 \| same.* \| q8 +\| +1 \|.*\| +{re.escape(ratio)} \|", out)
     text = (output / "report.md").read_text()
     assert "llama-cpp-python 9.9" in text and "(peers.png)" in text and (output / "peers.png").exists()
 
