@@ -155,6 +155,7 @@ def rounded(name, x, dtype):
 
 class Weights:
     """The tensors of a directory's safetensors files by their names there, read in pieces."""
+    scalars = ()  # endings of the names of tensors that may have no dimension
 
     def __init__(self, directory, file="model.safetensors"):
         self.directory, shards, places = directory, [os.path.join(directory, file)], {}
@@ -171,7 +172,7 @@ class Weights:
                     if name in self.tensors:
                         raise Bad(f"{name}: in {self.tensors[name][0]} and in {shard} (which of the two counts?)")
                     self.tensors[name] = shard, part.get_shape(), part.get_dtype()
-                    if not math.prod(part.get_shape() or [0]):
+                    if not math.prod(part.get_shape() or [name.endswith(self.scalars)]):
                         raise Bad(f"{name}: the shape is {part.get_shape()} in {os.path.basename(shard)}")
         for name in places:
             if name not in self.tensors:
