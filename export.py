@@ -19,7 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # where lora_mer
 try:
     import numpy as np
     from google.protobuf.message import DecodeError
-    from lora_merge import (
+    from formats import DIRECTORIES, FILE_TYPES, GGUF, Packed, pack_panels, tensor_bytes
+    from lora_merge import (  # noqa: F401  Weights is for those who import this
         BASE_QUANT_HELP, NUMPY, Bad, MergedWeights, Weights, adapter_argument, demand, form, outcome, progress, read,
         read_json, rounded, show, temporary)
     from sentencepiece import sentencepiece_model_pb2
@@ -95,16 +96,17 @@ def read_config(config):
 
 
 def model_tensors(c, weights, dtype):
-    """Check the model's tensors and list them in the file's order: [(name, dtype, rows, cols, sources)].
+    """Check the model's tensors and list them in the file's order: [(name, dtype, group, rows, cols, sources)].
 
-    dtype "f16" or "f32" is the matrices'; norms are f32. sources: the (Hugging Face name, rows) that
-    stand one below the other in the tensor."""
+    dtype "f16" or "f32" is the matrices'; norms are f32. With None, quantized matrices whose codes the file can hold are
+    "q4" or "q8", with a group size (else 0), and the others "f16". sources: the (Hugging Face name, rows) that stand one
+    below the other in the tensor."""
     tensors = []
 
     def add(name, dtype, cols, *sources):
         for source, rows in sources:
             weights.check(source, [rows, cols] if cols else [rows])
-        tensors.append((name, dtype, sum(rows for _, rows in sources), cols or 1, sources))
+        tensors.append((name, dtype, 0, sum(rows for _, rows in sources), cols or 1, sources))
 
     q_dim, kv_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
     add("token_embedding", dtype, c.dim, ("model.embed_tokens.weight", c.vocab_size))
@@ -125,20 +127,48 @@ def model_tensors(c, weights, dtype):
     for name in sorted(weights.tensors.keys() - weights.used):
         if name.startswith(("model.", "lm_head")) and not name.endswith("rotary_emb.inv_freq"):
             raise Bad(f"{name}: this tensor has no place in the model that config.json describes")
+    if dtype is None:
+        if isinstance(weights, Packed):
+            weights.fold(c)
+        tensors = [tensor if tensor[1] else (tensor[0], *kept(weights, tensor[-1]), *tensor[3:]) for tensor in tensors]
     return tensors
 
 
-def panels(weights, dtype, cols, sources):
+def kept(weights, sources):
+    """(dtype, group) of a tensor joined from `sources`: those of their codes if the file can hold them, else ("f16", 0)."""
+    kinds = {weights.kind(name) if isinstance(weights, Packed) else None for name, _ in sources}
+    return kinds.pop() or ("f16", 0) if len(kinds) == 1 else ("f16", 0)
+
+
+def conversions(weights, tensors):
+    """What became of quantized matrices, as lines for the user."""
+    lines, counts = [], {}
+    for _, dtype, group, _, _, sources in tensors:
+        names = [name for name, _ in sources if name in weights.packed]
+        if names:
+            reasons = [weights.reasons[name] for name in names if weights.reasons.get(name)]
+            what = (f"codes kept as {dtype} in groups of {group}" if group else f"dequantized to {dtype}" + (
+                f" for {reasons[0]}" if reasons else " for parts of several types" if len(names) > 1 and weights.kinds else ""))
+            counts[what] = counts.get(what, 0) + 1
+    return [f"{n} matri{'x' if n == 1 else 'ces'}: {what}" for what, n in counts.items()] + weights.notes
+
+
+def panels(weights, dtype, group, cols, sources):
     """Yield a tensor of the list above as the bytes of its panels of 32 rows, about a million numbers at a time."""
-    total, step, dtype = sum(rows for _, rows in sources), max(1, 2**20 // (32 * cols)) * 32, dtype.upper()
+    total, step = sum(rows for _, rows in sources), max(1, 2**20 // (32 * cols)) * 32
     for start in range(0, total, step):
-        block, first = np.zeros((min(step, total - start + -(total - start) % 32), cols), NUMPY[dtype]), 0
+        n, first = min(step, total - start + -(total - start) % 32), 0
+        block = np.zeros((n, cols), NUMPY[dtype.upper()] if not group else np.uint8)
+        scales, zeros = np.zeros((2, n, -(-cols // group) if group else 0), np.float16)
         for name, rows in sources:  # the part of this source that lies in the block
             a, b = max(start, first), min(start + step, first + rows)
-            if a < b:
-                block[a - start:b - start] = rounded(name, weights.rows(name, a - first, b - first), dtype)
+            here = slice(a - start, b - start)
+            if a < b and group:
+                block[here], scales[here], zeros[here] = weights.stored(name, a - first, b - first)
+            elif a < b:
+                block[here] = rounded(name, weights.rows(name, a - first, b - first), dtype.upper())
             first += rows
-        yield block.reshape(-1, 32, cols).transpose(0, 2, 1).tobytes()
+        yield pack_panels(block, scales, zeros, dtype, group) if group else block.reshape(-1, 32, cols).transpose(0, 2, 1).tobytes()
 
 
 # ---------------------------------------------------------------------------- the tokenizer
@@ -266,15 +296,41 @@ def read_tokenizer(directory, vocab_size):
                 t.pieces.append((text, 0.0, CONTROL if special else USER_DEFINED))
             elif t.pieces[id][0] != text:  # a token that the model has keeps its piece, but must be the same
                 raise Bad(f"{directory}: added token {id} is {show(text)}, but piece {id} is {show(t.pieces[id][0])}")
-        for id, (text, score, _) in enumerate(t.pieces):
-            if len(text.encode()) > 0xFFFF or not math.isfinite(score):
-                raise Bad(f"{directory}: piece {id} {show(text)} is too long, or its score {score} is no number")
+        return checked(directory, t)
 
+
+def checked(where, t):
+    """The tokenizer t, with unk, the unknown piece's id; Bad if the file cannot hold it."""
+    for id, (text, score, _) in enumerate(t.pieces):
+        if len(text.encode()) > 0xFFFF or not math.isfinite(score):
+            raise Bad(f"{where}: piece {id} {show(text)} is too long, or its score {score} is no number")
     unknown, n_bytes = ([id for id, piece in enumerate(t.pieces) if piece[2] == kind] for kind in (UNKNOWN, BYTE))
     if len(unknown) != 1 or t.byte_fallback and len(n_bytes) != 256:
-        raise Bad(f"{directory}: the tokenizer has {len(unknown)} unknown pieces and {len(n_bytes)} bytes, not 1 and 256")
+        raise Bad(f"{where}: the tokenizer has {len(unknown)} unknown pieces and {len(n_bytes)} bytes, not 1 and 256")
     t.unk = unknown[0]
     return t
+
+
+def read_gguf_tokenizer(path, metadata, vocab_size):
+    """The same from the metadata of a GGUF file."""
+    def get(key, default=None):
+        return metadata.get("tokenizer.ggml." + key, default)
+
+    for key, value, wanted in (
+            ("model", get("model"), "llama"), ("remove_extra_whitespaces", get("remove_extra_whitespaces", False), False),
+            ("precompiled_charsmap", get("precompiled_charsmap") or None, None)):
+        demand(path, "tokenizer.ggml." + key, value, wanted)
+    with form(path):
+        texts, scores, kinds = get("tokens"), get("scores"), get("token_type")
+        if not len(texts) == len(scores) == len(kinds) == vocab_size:
+            raise Bad(f"{path}: {len(texts)} tokens, {len(scores)} scores, {len(kinds)} types, but token_embd.weight has {vocab_size} rows")
+        if not set(kinds) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
+            raise Bad(f"{path}: tokenizer.ggml.token_type has {show(sorted(set(kinds)))} (1 to 6 are known)")
+        pieces = [GAP if kind == UNUSED else (text, float(score), kind) for text, score, kind in zip(texts, scores, kinds)]
+        while pieces and pieces[-1] == GAP:
+            pieces.pop()
+        return checked(path, SimpleNamespace(
+            pieces=pieces, prefix=bool(get("add_space_prefix", True)), byte_fallback=BYTE in kinds, bos="<s>", eos="</s>"))
 
 
 def sequence_ids(directory, tokenizer_directory, config, t, vocab_size):
@@ -306,8 +362,13 @@ def chat_template(directory, t):
                 or read_json(template, optional=True).get("chat_template") or "")
         if isinstance(text, list):  # several, by name
             text = {entry["name"]: entry["template"] for entry in text}.get("default", "")
-        if "[INST]" not in text:
-            return 0
+        return template_version(text, t)
+
+
+def template_version(text, t):
+    """Which of Mistral's chat templates a template in Jinja is, for the tokenizer t: 0, 1 or 2 as above."""
+    if "[INST]" not in text:
+        return 0
     return 2 if any(piece[0] == "[INST]" and piece[2] == CONTROL for piece in t.pieces) else 1
 
 
@@ -344,9 +405,9 @@ def write_checkpoint(file, name, c, chat, tokenizer, tensors, weights):
     (model_tensors), the section `tokenizer` (bytes), the weights. Returns its size in bytes."""
     tokenizer_offset = align(256 + 96 * len(tensors))
     total, table = tokenizer_offset + len(tokenizer), []
-    for tensor, kind, rows, cols, _ in tensors:
-        offset, size = align(total), (rows + -rows % 32) * cols * (2 if kind == "f16" else 4)
-        table.append(struct.pack("<48sIIQQQQ8x", tensor.encode(), 2 if kind == "f16" else 1, 0, rows, cols, offset, size))
+    for tensor, kind, group, rows, cols, _ in tensors:
+        offset, size = align(total), tensor_bytes(kind, group, rows, cols)
+        table.append(struct.pack("<48sIIQQQQ8x", tensor.encode(), FILE_TYPES[kind], group, rows, cols, offset, size))
         total = offset + size
     name = name.encode(errors="replace")[:67].decode(errors="ignore").encode()  # whole characters, and a zero
     header = struct.pack(
@@ -357,8 +418,8 @@ def write_checkpoint(file, name, c, chat, tokenizer, tensors, weights):
     def pieces():
         yield [header, *table]
         yield [tokenizer]
-        for _, kind, _, cols, sources in tensors:
-            yield panels(weights, kind, cols, sources)
+        for _, kind, group, _, cols, sources in tensors:
+            yield panels(weights, kind, group, cols, sources)
 
     started, done = time.monotonic(), 0
     for section in pieces():
@@ -374,43 +435,65 @@ def write_checkpoint(file, name, c, chat, tokenizer, tensors, weights):
 # ---------------------------------------------------------------------------- the command line
 
 
-def open_model(directory, adapters=(), base_quant=None):
-    """The model in a Hugging Face directory as MergedWeights; adapters, base_quant: as there. Raises Bad for bad input."""
-    if not os.path.isdir(directory):
-        raise Bad(f"{directory}: not a directory (give the one that holds config.json)")
-    config = read_json(os.path.join(directory, "config.json"))
+def open_model(source, adapters=(), base_quant=None):
+    """The Weights of a Hugging Face directory, quantized or not, or of a GGUF file, with the attributes config (the object in
+    config.json, or what it would be) and tokenizer (where that is). adapters, base_quant: as for MergedWeights."""
+    plain = "(adapters are merged into a plain directory: make one with export.py, then export.py --to hf)"
+    if os.path.isfile(source):
+        if adapters or base_quant:
+            raise Bad(f"{source}: not a directory {plain}")
+        return GGUF(source)
+    if not os.path.isdir(source):
+        raise Bad(f"{source}: not a directory (give the one that holds config.json), and not a GGUF file")
+    config = read_json(os.path.join(source, "config.json"))
     with form("config.json"):
-        c = read_config(config)  # says what is wrong with it before anything else is looked at
-    base = Weights(directory)
-    model_tensors(c, base, "f32")  # the base must be whole by itself before adapters are compared with it
-    return MergedWeights(base, config, adapters, base_quant)
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        settings = config.pop("quantization_config") if method in DIRECTORIES else None
+        read_config(config)  # says what is wrong with it before anything else is looked at
+        if not settings:
+            base = Weights(source)
+            model_tensors(read_config(config), base, "f32")  # the base must be whole by itself before adapters are compared with it
+            return MergedWeights(base, config, adapters, base_quant)
+        if adapters or base_quant:
+            raise Bad(f"config.json: quantization_config.quant_method is {show(method)} {plain}")
+        return DIRECTORIES[method](source, config, settings)
 
 
-def export(directory, out, dtype, adapters=(), base_quant=None):
-    """Write the model in a Hugging Face directory to the file `out` ("-": standard output), the matrices as
+def export(source, out, dtype=None, adapters=(), base_quant=None):
+    """Write the model in a Hugging Face directory or a GGUF file to the file `out` ("-": standard output), the matrices as
     "f16" or "f32", with LoRA adapters merged in: [(directory, weight)], on a base rounded to base_quant (MergedWeights).
+    dtype None is "f16", but for codes of quantized matrices, which stay what they are if the file can hold them.
     Returns a line that sums it up. Raises Bad for bad input, OSError if `out` cannot be written."""
-    weights = open_model(directory, adapters, base_quant)
+    weights = open_model(source, adapters, base_quant)
     c = read_config(weights.config)
     tensors = model_tensors(c, weights, dtype)
-    t = read_tokenizer(weights.tokenizer, c.vocab_size)
-    bos, eos = sequence_ids(directory, weights.tokenizer, weights.config, t, c.vocab_size)
-    tokenizer, chat = pack_tokenizer(t, bos, eos), chat_template(weights.tokenizer, t)
-    name = "+".join(os.path.basename(os.path.abspath(each)) for each in (directory, *(adapter for adapter, _ in adapters)))
+    if isinstance(weights, GGUF):
+        t = read_gguf_tokenizer(source, weights.metadata, c.vocab_size)
+        with form(source):
+            chat = template_version(weights.metadata.get("tokenizer.chat_template", ""), t)
+    else:
+        t = read_tokenizer(weights.tokenizer, c.vocab_size)
+        chat = chat_template(weights.tokenizer, t)
+    bos, eos = sequence_ids(source, weights.tokenizer, weights.config, t, c.vocab_size)
+    name = "+".join(os.path.basename(os.path.abspath(each)) for each in (source, *(adapter for adapter, _ in adapters)))
     with output(out) as file:
-        size = write_checkpoint(file, name, c, chat, tokenizer, tensors, weights)
+        size = write_checkpoint(file, name, c, chat, pack_tokenizer(t, bos, eos), tensors, weights)
+    types = dict.fromkeys(dtype for _, dtype, _, _, cols, _ in tensors if cols > 1)
     return "; ".join([
-        f"{size / 1e6:.1f} MB, {dtype}, {c.n_layers} layers, {f'window {c.window}' if c.window else 'no window'}, "
-        f"{len(t.pieces)} pieces, chat template {('none', 'v1', 'v3')[chat]}", *weights.report()])
+        f"{size / 1e6:.1f} MB, {', '.join(types)}, {c.n_layers} layers, {f'window {c.window}' if c.window else 'no window'}, "
+        f"{len(t.pieces)} pieces, chat template {('none', 'v1', 'v3')[chat]}",
+        *(conversions(weights, tensors) if isinstance(weights, Packed) else weights.report())])
 
 
 def main():
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="export.py", description="Turn a Hugging Face directory with a Mistral model into one checkpoint file.")
-    parser.add_argument("directory", metavar="HF_DIR", help="config.json, *.safetensors, tokenizer.model or tokenizer.json")
+    parser.add_argument("source", metavar="MODEL", help="a Hugging Face directory (config.json, *.safetensors, tokenizer.model or "
+                        "tokenizer.json), quantized by GPTQ, AWQ or bitsandbytes or not; or a GGUF file")
     parser.add_argument("out", metavar="OUT.bin", help="the file to write; - is standard output")
-    parser.add_argument("--dtype", choices=("f32", "f16"), default="f16", help="of the matrices (default f16); norms are f32")
+    parser.add_argument("--dtype", choices=("f32", "f16"),
+                        help="of the matrices; norms are f32 (default f16, and codes of a quantized model as they are)")
     parser.add_argument("--lora", metavar="ADAPTER[:WEIGHT]", action="append", default=[], type=adapter_argument,
                         help="merge a PEFT LoRA adapter; WEIGHT multiplies its scaling; may be repeated")
     parser.add_argument("--base-quant", choices=("nf4",), help=BASE_QUANT_HELP)
@@ -420,7 +503,7 @@ def main():
         parser.error("OUT.bin is -, but standard output is a terminal")
     out = "standard output" if args.out == "-" else args.out
     status, lines = outcome("export.py", out, lambda: [
-        f"{out}: {export(args.directory, args.out, args.dtype, args.lora, args.base_quant)}"])
+        f"{out}: {export(args.source, args.out, args.dtype, args.lora, args.base_quant)}"])
     print(*lines, file=sys.stderr)
     return status
 

@@ -508,7 +508,7 @@ def refused(directory, *words):
     ({"hidden_act": "gelu"}, ["hidden_act", '"gelu"']),
     ({"attention_bias": True}, ["attention_bias", "true"]),
     ({"mlp_bias": True}, ["mlp_bias", "true"]),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config", "quant_method", '"gptq"']),
+    ({"quantization_config": {"quant_method": "hqq", "nbits": 4}}, ["quantization_config", "quant_method", '"hqq"']),
     ({"quantization_config": {}}, ["quantization_config"]),
     ({"head_dim": 15}, ["head_dim", "15"]),
     ({"head_dim": None}, ["hidden_size", "40", "num_attention_heads", "6"]),
