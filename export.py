@@ -19,7 +19,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # where lora_mer
 try:
     import numpy as np
     from google.protobuf.message import DecodeError
-    from formats import DIRECTORIES, FILE_TYPES, GGUF, Packed, pack_panels, tensor_bytes
+    from formats import (
+        DIRECTORIES, FILE_TYPES, GGUF, Checkpoint, Packed, pack_panels, tensor_bytes, write_gguf, write_hf)
     from lora_merge import (  # noqa: F401  Weights is for those who import this
         BASE_QUANT_HELP, NUMPY, Bad, MergedWeights, Weights, adapter_argument, demand, form, outcome, progress, read,
         read_json, rounded, show, temporary)
@@ -485,25 +486,43 @@ def export(source, out, dtype=None, adapters=(), base_quant=None):
         *(conversions(weights, tensors) if isinstance(weights, Packed) else weights.report())])
 
 
+def convert(source, out, to, dtype=None):
+    """Write the checkpoint `source` as another program's: a GGUF file (to="gguf") or a Hugging Face directory ("hf"), the matrices
+    as "f16" or "f32", or, with None, as the format can hold them best. Returns a line that sums it up; raises as export()."""
+    model = Checkpoint(source)
+    if to == "hf":
+        size, lines = write_hf(model, out, dtype)
+    else:
+        with output(out) as file:
+            size, lines = write_gguf(model, file, dtype)
+    return "; ".join([f"{size / 1e6:.1f} MB", *lines])
+
+
 def main():
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="export.py", description="Turn a Hugging Face directory with a Mistral model into one checkpoint file.")
+        prog="export.py", description="Turn a Hugging Face directory or a GGUF file with a Mistral model into one checkpoint file, or such "
+        "a file into one of those.")
     parser.add_argument("source", metavar="MODEL", help="a Hugging Face directory (config.json, *.safetensors, tokenizer.model or "
-                        "tokenizer.json), quantized by GPTQ, AWQ or bitsandbytes or not; or a GGUF file")
-    parser.add_argument("out", metavar="OUT.bin", help="the file to write; - is standard output")
+                        "tokenizer.json), quantized by GPTQ, AWQ or bitsandbytes or not; or a GGUF file; with --to, a checkpoint file")
+    parser.add_argument("out", metavar="OUT", help="the file to write (- is standard output); with --to hf, the directory to make")
+    parser.add_argument("--to", choices=("gguf", "hf"), help="the way out: write a GGUF file for llama.cpp, or a Hugging Face directory "
+                        "(FP16, or GPTQ's format where the codes fit it)")
     parser.add_argument("--dtype", choices=("f32", "f16"),
                         help="of the matrices; norms are f32 (default f16, and codes of a quantized model as they are)")
     parser.add_argument("--lora", metavar="ADAPTER[:WEIGHT]", action="append", default=[], type=adapter_argument,
                         help="merge a PEFT LoRA adapter; WEIGHT multiplies its scaling; may be repeated")
     parser.add_argument("--base-quant", choices=("nf4",), help=BASE_QUANT_HELP)
     args = parser.parse_args()
+    if args.to and (args.lora or args.base_quant):
+        parser.error("--lora and --base-quant are for the way in, not for --to")
     sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by the shell: messages must not go elsewhere
     if args.out == "-" and sys.stdout and sys.stdout.isatty():
-        parser.error("OUT.bin is -, but standard output is a terminal")
+        parser.error("OUT is -, but standard output is a terminal")
     out = "standard output" if args.out == "-" else args.out
-    status, lines = outcome("export.py", out, lambda: [
-        f"{out}: {export(args.source, args.out, args.dtype, args.lora, args.base_quant)}"])
+    status, lines = outcome("export.py", out, lambda: [f"{out}: " + (
+        convert(args.source, args.out, args.to, args.dtype) if args.to
+        else export(args.source, args.out, args.dtype, args.lora, args.base_quant))])
     print(*lines, file=sys.stderr)
     return status
 

@@ -22,10 +22,10 @@ from sentencepiece import sentencepiece_model_pb2
 # ---------------------------------------------------------------------------- what they share
 
 
-def group_size(g_idx):
+def group_size(g_idx, largest=128):
     """The largest of 128, 64 and 32 for which each run of so many columns is of one group and the runs fill the row; 32 need
     not fill it; None if there is none. g_idx: [in], the group of each column."""
-    for size in 128, 64, 32:
+    for size in (size for size in (128, 64, 32) if size <= largest):
         if len(g_idx) % size == 0 or size == 32:
             runs = np.pad(g_idx, (0, -len(g_idx) % size), mode="edge").reshape(-1, size)
             if (runs == runs[:, :1]).all():
@@ -70,7 +70,8 @@ class Packed(Weights):
             if not bits:
                 reason = "codes that are no even steps"
             else:
-                group = group_size(self.group_index(name))
+                # activations are rounded by the same groups: for 8 bits smaller ones are better, as quantize has them
+                group = group_size(self.group_index(name), 128 if bits == "q4" else 64)
                 reason = self.doubts(name) if group else "groups that are not 32, 64 or 128 neighbours"
             self.kinds[name] = None if reason else (bits, group)
             self.reasons[name] = reason
@@ -746,3 +747,409 @@ def unpack_panels(data, cols, dtype, group):
         codes = np.concatenate([codes & 15, codes >> 4], 3)
     codes = codes.transpose(0, 3, 1, 2, 4).reshape(len(data) * 32, -1)[:, :cols]
     return codes, *numbers.reshape(2, -1, groups).astype(np.float32)
+
+
+class Checkpoint(Packed):
+    """A checkpoint of ours by the Hugging Face names. Attributes: config, the object for a config.json; t, the tokenizer as a
+    namespace of pieces [(text, score, type)], prefix, byte_fallback, unk, bos and eos (ids); chat (FORMAT.md); title, its name."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                head = file.read(256)
+                self.read_header(head)
+                with form(path):
+                    self.read_table(file.read(96 * self.n_tensors))
+                    file.seek(self.tokenizer[0])
+                    self.read_tokenizer(file.read(self.tokenizer[1]))
+        except OSError as error:
+            raise Bad(f"{path}: {error.strerror}")
+
+    def read_header(self, head):
+        if len(head) < 256 or head[:8] != b"mistralc":
+            raise Bad(f"{self.path}: not a mistral.c checkpoint (make one with export.py)")
+        (version, self.n_tensors, size, *self.tokenizer, dim, hidden, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, window,
+         max_positions, norm_eps, rope_theta, self.chat, name) = struct.unpack("<IIQQQ9IfdI68s", head[8:160])
+        if version != 1:
+            raise Bad(f"{self.path}: version {version} of the format; this program reads version 1")
+        if size != self.size:
+            raise Bad(f"{self.path}: has {self.size} bytes, should have {size}: an incomplete copy?")
+        if (not all((dim, hidden, n_layers, n_heads, n_kv_heads, head_dim, vocab_size)) or n_heads % n_kv_heads or head_dim % 2
+                or self.n_tensors - 6 * n_layers not in (2, 3) or self.chat > 2 or sum(self.tokenizer) > size
+                or 256 + 96 * self.n_tensors > self.tokenizer[0]):
+            raise Bad(f"{self.path}: the header is damaged (make the checkpoint again)")
+        self.title = name.rstrip(b"\0").decode(errors="replace")
+        self.config = {
+            "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": dim, "intermediate_size": hidden,
+            "num_hidden_layers": n_layers, "num_attention_heads": n_heads, "num_key_value_heads": n_kv_heads, "head_dim": head_dim,
+            "vocab_size": vocab_size, "sliding_window": window or None, "max_position_embeddings": max_positions or 4096 * 32,
+            "rms_norm_eps": float(str(np.float32(norm_eps))), "rope_theta": rope_theta, "hidden_act": "silu",
+            "tie_word_embeddings": self.n_tensors == 6 * n_layers + 2}
+
+    def read_table(self, table):
+        c, types = self.config, {number: name for name, number in FILE_TYPES.items()}
+        dim, hidden, head_dim = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+        q_dim, kv_dim = c["num_attention_heads"] * head_dim, c["num_key_value_heads"] * head_dim
+        expected = [("token_embedding", dim, [("model.embed_tokens", c["vocab_size"])])]
+        for i in range(c["num_hidden_layers"]):
+            to, hf = f"layers.{i}.", f"model.layers.{i}."
+            expected += [
+                (to + "rms_att_weight", 1, [(hf + "input_layernorm", dim)]),
+                (to + "wqkv", dim, [(hf + "self_attn.q_proj", q_dim), (hf + "self_attn.k_proj", kv_dim), (hf + "self_attn.v_proj", kv_dim)]),
+                (to + "wo", q_dim, [(hf + "self_attn.o_proj", dim)]),
+                (to + "rms_ffn_weight", 1, [(hf + "post_attention_layernorm", dim)]),
+                (to + "w13", dim, [(hf + "mlp.gate_proj", hidden), (hf + "mlp.up_proj", hidden)]),
+                (to + "w2", hidden, [(hf + "mlp.down_proj", dim)])]
+        expected += [("rms_final_weight", 1, [("model.norm", dim)]), ("wcls", dim, [("lm_head", c["vocab_size"])])]
+        self.places = {}  # Hugging Face name -> (type, group, columns, offset in the file, first row there)
+        for i, (name, cols, sources) in enumerate(expected[:self.n_tensors]):
+            found, kind, group, rows, *rest = struct.unpack("<48sIIQQQQ8x", table[96 * i:96 * i + 96])
+            dtype, n = types.get(kind), sum(rows for _, rows in sources)
+            if (found.rstrip(b"\0") != name.encode() or not dtype or group not in ((32, 64, 128) if dtype[0] == "q" else (0,))
+                    or rest[2] != tensor_bytes(dtype, group, n, cols) or [rows, rest[0]] != [n, cols] or rest[1] + rest[2] > self.size):
+                raise Bad(f"{self.path}: tensor {i}, {name}: its entry is damaged (make the checkpoint again)")
+            first = 0
+            for source, rows in sources:
+                full = source + ".weight"
+                self.tensors[full] = self.path, [rows, cols] if cols > 1 else [rows], "F16" if dtype == "f16" else "F32"
+                self.places[full] = dtype, group, cols, rest[1], first
+                if group:
+                    self.packed[full] = name
+                first += rows
+
+    def read_tokenizer(self, data):
+        kind, n, flags, unk, bos, *eos = struct.unpack_from("<IIIi4i", data)
+        if kind != 1 or n > self.config["vocab_size"] or not 0 <= unk < n or max(bos, *eos) >= self.config["vocab_size"]:
+            raise Bad(f"{self.path}: the tokenizer is damaged (make the checkpoint again)")
+        pieces, at = [], 32
+        for _ in range(n):
+            score, kind, length = struct.unpack("<fHH", data[at:at + 8].ljust(8, b"\0"))
+            if at + 8 + length > len(data):
+                raise Bad(f"{self.path}: the tokenizer is damaged (make the checkpoint again)")
+            pieces.append((data[at + 8:at + 8 + length].decode(), score, kind))
+            at += 8 + length
+        self.t = SimpleNamespace(pieces=pieces, prefix=bool(flags & 1), byte_fallback=bool(flags & 2), unk=unk, bos=bos,
+                                 eos=[id for id in eos if id >= 0])
+
+    def read_panels(self, name, start, stop):
+        """The bytes of the panels in which rows of a tensor are, and where the first of these rows is among theirs."""
+        dtype, group, cols, offset, first = self.places[name]
+        low, high = (first + start) // 32, -(-(first + stop) // 32)
+        size = tensor_bytes(dtype, group, 32, cols)
+        with open(self.path, "rb") as file:
+            file.seek(offset + low * size)
+            data = file.read((high - low) * size)
+        if len(data) != (high - low) * size:
+            raise Bad(f"{self.path}: became shorter while it was read")
+        return data, first + start - 32 * low
+
+    def rows(self, name, start, stop):
+        if name in self.packed:
+            return super().rows(name, start, stop)
+        dtype, _, cols, *_ = self.places[name]
+        data, skip = self.read_panels(name, start, stop)
+        x = np.frombuffer(data, NUMPY[dtype.upper()]).reshape(-1, cols, 32).transpose(0, 2, 1).reshape(-1, cols)
+        return x[skip:skip + stop - start].astype(np.float32)
+
+    def group_index(self, name):
+        dtype, group, cols, *_ = self.places[name]
+        return np.arange(cols) // group
+
+    def bits(self, name):
+        return self.places[name][0]
+
+    def kind(self, name):
+        return self.places[name][:2] if name in self.packed else None
+
+    def codes(self, name, start, stop):
+        dtype, group, cols, *_ = self.places[name]
+        data, skip = self.read_panels(name, start, stop)
+        return [x[skip:skip + stop - start] for x in unpack_panels(data, cols, dtype, group)]
+
+
+# ---------------------------------------------------------------------------- the way out
+
+
+def pieces_of(weights, name, step=2**20):
+    """The rows of a tensor in pieces of about a million numbers: [(start, stop)]."""
+    rows, cols = (weights.tensors[name][1] + [1])[:2]
+    step = max(1, step // (32 * cols)) * 32  # whole panels
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def whole_zeros(weights, name, low, high):
+    """Whether all zeros of a packed tensor are whole numbers from low to high."""
+    for piece in pieces_of(weights, name):
+        zeros = weights.codes(name, *piece)[2]
+        if not ((zeros == np.round(zeros)) & (zeros >= low) & (zeros <= high)).all():
+            return False
+    return True
+
+
+def chat_jinja(chat):
+    """Mistral's chat template v1 or v3 (1 or 2), as chat mode of run has it, in Jinja; "" for 0."""
+    question = ("", "'[INST] ' + system + message['content'] + ' [/INST]'", "'[INST]' + system + message['content'] + '[/INST]'")[chat]
+    return question and (
+        "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{% set ns.system = message['content'] + '\\n\\n' %}{% elif message['role'] == 'user' %}{{ "
+        + question.replace("system", "ns.system") + " }}{% set ns.system = '' %}{% else %}{{ message['content'] + eos_token }}"
+        "{% endif %}{% endfor %}")
+
+
+# GGUF.
+
+
+def gguf_type(weights, name, dtype):
+    """The type in which a matrix goes to a GGUF file, and whether exactly; dtype: "f16", "f32", or None: as the codes allow."""
+    rows, cols = weights.tensors[name][1]
+    own, group = weights.kind(name) or (weights.tensors[name][2].lower(), 0)
+    if dtype or not group or cols % 32:
+        kind = (dtype or ("f16" if group else own)).upper()
+        return kind, not group and kind in ("F32", own.upper())
+    if own == "q4":
+        return ("Q4_0", True) if whole_zeros(weights, name, 8, 8) else ("Q4_1", False)
+    for piece in pieces_of(weights, name):
+        codes, _, zeros = weights.stored(name, *piece)
+        levels = codes - zeros.repeat(group, 1)[:, :cols]
+        if not ((levels == np.round(levels)) & (levels >= -128) & (levels <= 127)).all():
+            return "Q8_0", False
+    return "Q8_0", True
+
+
+def gguf_rows(weights, name, kind, exact, start, stop):
+    """Rows of a matrix as the bytes of a GGUF file's type."""
+    if kind in NUMPY:
+        return rounded(name, weights.rows(name, start, stop), kind).tobytes()
+    n, cols, per = stop - start, weights.tensors[name][1][1], weights.kind(name)[1] // 32  # blocks of 32 in a group
+    codes, scales, zeros = weights.stored(name, start, stop)
+    scales, zeros = (x.repeat(per, 1)[:, :cols // 32] for x in (scales, zeros))
+    codes = codes.reshape(n, -1, 32)
+
+    def halves(x):
+        return rounded(name, x, "F16")[..., None].view(np.uint8)
+
+    if kind == "Q8_0":
+        levels = codes - zeros[..., None]
+        if not exact:  # as ggml rounds
+            x = scales[..., None] * levels
+            scales = np.abs(x).max(-1) / np.float32(127)
+            levels = np.round(x * (1 / np.where(scales == 0, 1, scales))[..., None])
+        parts = [halves(scales), levels.astype(np.int8).view(np.uint8)]
+    else:
+        smallest = [] if kind == "Q4_0" else [halves(-scales * zeros)]
+        parts = [halves(scales), *smallest, codes[..., :16] | codes[..., 16:] << 4]
+    return np.concatenate(parts, -1).tobytes()
+
+
+def gguf_metadata(m, file_type):
+    """The metadata of a GGUF file for a Checkpoint: [(key, type of the value, value)]; of lists [(key, type, [values])]."""
+    c, t = m.config, m.t
+    unused = [(f"[PAD{id}]", -1000.0, 5) for id in range(c["vocab_size"])]
+    pieces = [piece if piece[0] else unused[id] for id, piece in enumerate(t.pieces)] + unused[len(t.pieces):]
+    uint, real, text, flag = 4, 6, STRING, 7
+    return [
+        ("general.architecture", text, "llama"), ("general.name", text, m.title), ("general.file_type", uint, file_type),
+        ("llama.context_length", uint, c["max_position_embeddings"]), ("llama.embedding_length", uint, c["hidden_size"]),
+        ("llama.block_count", uint, c["num_hidden_layers"]), ("llama.feed_forward_length", uint, c["intermediate_size"]),
+        ("llama.attention.head_count", uint, c["num_attention_heads"]),
+        ("llama.attention.head_count_kv", uint, c["num_key_value_heads"]),
+        ("llama.attention.key_length", uint, c["head_dim"]), ("llama.attention.value_length", uint, c["head_dim"]),
+        ("llama.attention.layer_norm_rms_epsilon", real, c["rms_norm_eps"]), ("llama.rope.freq_base", real, c["rope_theta"]),
+        ("llama.rope.dimension_count", uint, c["head_dim"]), ("llama.vocab_size", uint, c["vocab_size"]),
+        *([("llama.attention.sliding_window", uint, c["sliding_window"])] if c["sliding_window"] else []),
+        ("tokenizer.ggml.model", text, "llama"), ("tokenizer.ggml.pre", text, "default"),
+        ("tokenizer.ggml.tokens", text, [piece[0] for piece in pieces]), ("tokenizer.ggml.scores", real, [piece[1] for piece in pieces]),
+        ("tokenizer.ggml.token_type", 5, [piece[2] for piece in pieces]),
+        *([("tokenizer.ggml.bos_token_id", uint, t.bos)] if t.bos >= 0 else []),
+        *([("tokenizer.ggml.eos_token_id", uint, t.eos[0])] if t.eos else []),
+        ("tokenizer.ggml.unknown_token_id", uint, t.unk), ("tokenizer.ggml.add_bos_token", flag, t.bos >= 0),
+        ("tokenizer.ggml.add_eos_token", flag, False), ("tokenizer.ggml.add_space_prefix", flag, t.prefix),
+        *([("tokenizer.chat_template", text, chat_jinja(m.chat))] if m.chat else [])]
+
+
+def gguf_header(metadata, tensors):
+    """A GGUF file up to its tensors' data. tensors: [(name, shape, type name, bytes)]."""
+    def string(text):
+        return struct.pack("<Q", len(text.encode())) + text.encode()
+
+    def value(kind, x):
+        return string(x) if kind == STRING else struct.pack("<" + VALUES[kind], x)
+
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    for key, kind, x in metadata:
+        parts.append(string(key))
+        if isinstance(x, list):
+            parts += [struct.pack("<IIQ", ARRAY, kind, len(x)), *(value(kind, each) for each in x)]
+        else:
+            parts += [struct.pack("<I", kind), value(kind, x)]
+    offset = 0
+    for name, shape, kind, size in tensors:
+        parts.append(string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], TYPE_NUMBERS[kind], offset))
+        offset += size + -size % 32
+    header = b"".join(parts)
+    return header + bytes(-len(header) % 32)
+
+
+def write_gguf(m, file, dtype=None):
+    """Write a Checkpoint as a GGUF file of architecture llama, for llama.cpp. dtype: "f16" or "f32" for the matrices, or None:
+    Q8_0, Q4_0 or Q4_1 for codes, as they allow. Returns (bytes written, lines for the user)."""
+    inverse = {**{hf: own for own, hf in GGUF_NAMES.items()}, **{hf: own for own, hf in GGUF_OUTSIDE.items()}}
+    c, tensors, counts = m.config, [], {}
+    for name, (_, shape, _) in m.tensors.items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
+        own = f"blk.{match[1]}.{inverse[match[2]]}" if match else inverse[name.removesuffix(".weight")]
+        kind, exact = gguf_type(m, name, dtype) if len(shape) > 1 else ("F32", True)
+        _, block, size = TYPES[TYPE_NUMBERS[kind]]
+        tensors.append((name, own + ".weight", shape, kind, exact, math.prod(shape) // block * size))
+        if len(shape) > 1:
+            counts[kind, exact] = counts.get((kind, exact), 0) + 1
+    file_type = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}[max(counts, key=counts.get)[0]]
+    header = gguf_header(gguf_metadata(m, file_type), [(own, shape, kind, size) for _, own, shape, kind, _, size in tensors])
+    file.write(header)
+    done, total, started = len(header), len(header) + sum(size + -size % 32 for *_, size in tensors), time.monotonic()
+    for name, _, shape, kind, exact, size in tensors:
+        heads = {"q": c["num_attention_heads"], "k": c["num_key_value_heads"]}.get(name.removesuffix("_proj.weight")[-1:])
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # a head or several at a time: their rows change places
+            step = max(1, 2**20 // (c["head_dim"] * shape[1])) * c["head_dim"]
+            for start in range(0, shape[0], step):
+                stop = min(start + step, shape[0])
+                data = np.frombuffer(gguf_rows(m, name, kind, exact, start, stop), np.uint8).reshape(stop - start, -1)
+                file.write(data[rope_order((stop - start) // c["head_dim"], c["head_dim"])].tobytes())
+        else:
+            for piece in pieces_of(m, name):
+                file.write(gguf_rows(m, name, kind, exact, *piece))
+        file.write(bytes(-size % 32))
+        done += size + -size % 32
+        progress(started, done, total)
+    lines = [f"{n} matri{'x' if n == 1 else 'ces'}: {kind}" + ("" if exact else ", rounded") for (kind, exact), n in counts.items()]
+    if c["sliding_window"]:
+        lines.append(f"llama.cpp knows no window for this architecture: texts longer than {c['sliding_window']} tokens differ there")
+    return done, lines
+
+
+# A Hugging Face directory.
+
+
+def sentencepiece_model(t):
+    """The tokenizer t as the bytes of a tokenizer.model. An id that stands for nothing becomes a control piece of its own."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    for id, (text, score, kind) in enumerate(t.pieces):
+        proto.pieces.add(piece=text or f"<unused_{id}>", score=score, type=kind)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(t.pieces), t.byte_fallback
+    trainer.unk_id, trainer.unk_piece = t.unk, t.pieces[t.unk][0]
+    trainer.bos_id, trainer.eos_id, trainer.pad_id = t.bos, t.eos[0] if t.eos else -1, -1
+    for field, id in ("bos_piece", t.bos), ("eos_piece", trainer.eos_id):
+        if 0 <= id < len(t.pieces):
+            setattr(trainer, field, t.pieces[id][0])
+    normalizer.name, normalizer.add_dummy_prefix = "identity", t.prefix
+    normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = False, True
+    return proto.SerializeToString()
+
+
+def gptq_settings(m):
+    """(quantization_config, None) if all matrices of the layers fit GPTQ's format as they are, else (None, why not)."""
+    names = [name for name, (_, shape, _) in m.tensors.items() if name.startswith("model.layers.") and len(shape) > 1]
+    kinds = {m.kind(name) for name in names}
+    if len(kinds) > 1 or None in kinds:
+        return None, "the layers' matrices are " + ("not quantized" if kinds == {None} else "of several types")
+    (dtype, group), = kinds
+    n = 32 // int(dtype[1])
+    for name in names:
+        rows, cols = m.tensors[name][1]
+        if rows % n or cols % n or cols % group:
+            return None, f"the shape [{rows}, {cols}] does not fit GPTQ's packing"
+    low, high, symmetric = 2**32, -1, True
+    for name in names:
+        for piece in pieces_of(m, name):
+            zeros = m.codes(name, *piece)[2]
+            if not (zeros == np.round(zeros)).all():
+                return None, "zeros between whole numbers"
+            low, high = min(low, zeros.min()), max(high, zeros.max())
+            symmetric = symmetric and (zeros == 2**(int(dtype[1]) - 1)).all()
+    version = 1 if low >= 1 and high <= 2**int(dtype[1]) else 2
+    if low < 0 or version == 2 and high >= 2**int(dtype[1]):
+        return None, "zeros out of range"
+    return {"quant_method": "gptq", "bits": int(dtype[1]), "group_size": group, "desc_act": False, "sym": bool(symmetric),
+            "lm_head": False, "checkpoint_format": ("gptq", "gptq_v2")[version - 1], "pack_dtype": "int32"}, None
+
+
+def gptq_module(m, name, settings):
+    """The parts of a packed tensor in GPTQ's format: {part: array}."""
+    bits, (rows, cols), group = settings["bits"], m.tensors[name][1], settings["group_size"]
+    words = np.empty((cols * bits // 32, rows), np.int32)
+    scales, zeros = np.empty((2, cols // group, rows), np.float32)
+    for start, stop in pieces_of(m, name):
+        codes, scale, zero = m.codes(name, start, stop)
+        words[:, start:stop] = join_words(codes.reshape(stop - start, -1, 32 // bits), bits).T
+        scales[:, start:stop], zeros[:, start:stop] = scale.T, zero.T
+    less = 1 if settings["checkpoint_format"] == "gptq" else 0
+    return {"qweight": words, "qzeros": join_words((zeros - less).astype(np.uint32).reshape(cols // group, -1, 32 // bits), bits),
+            "scales": rounded(name, scales, "F16"), "g_idx": (np.arange(cols) // group).astype(np.int32)}
+
+
+def write_hf(m, out, dtype=None):
+    """Write a Checkpoint as the Hugging Face directory `out`: with GPTQ's format in the layers if their codes fit it and dtype is
+    None, else with values of FP16 (or FP32, if dtype is "f32"). Returns (bytes of the weights, lines for the user)."""
+    settings, reason = gptq_settings(m) if dtype is None else (None, None)
+    number = dtype or "f16"
+    entries, lines = [], []  # entries: (name, type, shape, the tensor of m, its part in GPTQ's format or None)
+    for name, (_, shape, _) in m.tensors.items():
+        if settings and name.startswith("model.layers.") and len(shape) > 1:
+            (rows, cols), bits, groups = shape, settings["bits"], shape[1] // settings["group_size"]
+            for part, kind, size in (("qweight", "I32", [cols * bits // 32, rows]), ("qzeros", "I32", [groups, rows * bits // 32]),
+                                     ("scales", "F16", [groups, rows]), ("g_idx", "I32", [cols])):
+                entries.append((f"{name.removesuffix('weight')}{part}", kind, size, name, part))
+        else:
+            entries.append((name, number.upper(), shape, name, None))
+    entries.sort(key=lambda entry: not entry[4])  # the sizes of GPTQ's parts are multiples of 4, so that each is aligned to its type
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, kind, shape, _, _ in entries:
+        start, end = end, end + math.prod(shape) * (2 if kind == "F16" else 4)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    config = {**m.config, "torch_dtype": {"f16": "float16", "f32": "float32"}[number], "use_cache": True,
+              "bos_token_id": m.t.bos if m.t.bos >= 0 else None,
+              "eos_token_id": m.t.eos[0] if len(m.t.eos) == 1 else m.t.eos or None}
+    if settings:
+        config["quantization_config"] = settings
+        lines.append(f"GPTQ, {settings['bits']} bits in groups of {settings['group_size']}, {settings['checkpoint_format']}; the rest f16")
+    elif m.packed:
+        lines.append(f"dequantized to {number}" + (f" for {reason}" if reason else ""))
+    text = {id: m.t.pieces[id][0] for id in (m.t.bos, m.t.unk, *m.t.eos) if 0 <= id < len(m.t.pieces)}
+    tokenizer = {
+        "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": m.t.bos >= 0, "add_eos_token": False,
+        "add_prefix_space": m.t.prefix, "clean_up_tokenization_spaces": False, "model_max_length": 10**30,
+        "bos_token": text.get(m.t.bos), "eos_token": text.get(m.t.eos[0]) if m.t.eos else None, "unk_token": text[m.t.unk],
+        "added_tokens_decoder": {str(id): {"content": piece, "special": kind != 4, "normalized": False, "lstrip": False, "rstrip": False,
+                                           "single_word": False}
+                                 for id, (piece, _, kind) in enumerate(m.t.pieces) if piece and kind in (2, 3, 4)}}
+    if m.chat:
+        tokenizer["chat_template"] = chat_jinja(m.chat)
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    started = time.monotonic()
+    with new_directory(out) as temporary:
+        def save(name, data):
+            with open(os.path.join(temporary, name), "wb") as file:
+                file.write(data)
+
+        module = None, None  # of the last packed tensor: its name and its parts
+        with open(os.path.join(temporary, "model.safetensors"), "wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for _, kind, _, name, part in entries:
+                if part:
+                    if module[0] != name:
+                        module = None, None
+                        module = name, gptq_module(m, name, settings)
+                    file.write(module[1][part].tobytes())
+                else:
+                    for piece in pieces_of(m, name):
+                        file.write(rounded(name, m.rows(name, *piece), kind).tobytes())
+                progress(started, file.tell() - 8 - len(header), end)
+        save("tokenizer.model", sentencepiece_model(m.t))
+        save("tokenizer_config.json", json.dumps(tokenizer, indent=2, ensure_ascii=False).encode())
+        save("config.json", json.dumps(config, indent=2).encode())
+    return end, lines
