@@ -1033,11 +1033,51 @@ def write_gguf(m, file, dtype=None):
 # A Hugging Face directory.
 
 
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces
+
+
+def named_pieces(t):
+    """The pieces of a tokenizer, each with a text: an id that stands for nothing becomes a control piece of its own."""
+    return [(text or f"<unused_{id}>", score, kind) for id, (text, score, kind) in enumerate(t.pieces)]
+
+
+def added_tokens(t):
+    """Those pieces that other tokenizers keep apart from the vocabulary: {id: its entry in their files}."""
+    return {id: {"content": text, "special": kind != USER_DEFINED, "normalized": False, "lstrip": False, "rstrip": False,
+                 "single_word": False}
+            for id, (text, _, kind) in enumerate(named_pieces(t)) if kind in (UNKNOWN, CONTROL, USER_DEFINED)}
+
+
+def tokenizer_json(t):
+    """The tokenizer t as the object in a tokenizer.json, which transformers prefers. Its merges are all pairs of pieces that make a
+    piece, the best first, as transformers writes them."""
+    vocab = {text: id for id, (text, _, _) in enumerate(named_pieces(t))}
+    merges = [(score, len(text[:i]), len(text[i:]), text[:i], text[i:])
+              for text, score, kind in t.pieces if kind == NORMAL for i in range(1, len(text)) if text[:i] in vocab and text[i:] in vocab]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    bos = [{"SpecialToken": {"id": t.pieces[t.bos][0], "type_id": 0}}] if 0 <= t.bos < len(t.pieces) else []
+    text, second = ({"Sequence": {"id": id, "type_id": n}} for n, id in enumerate("AB"))
+    decoders = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": id, **token} for id, token in added_tokens(t).items()],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}] * t.prefix + [space]},
+        "pre_tokenizer": None,
+        "post_processor": {"type": "TemplateProcessing", "single": [*bos, text], "pair": [*bos, text, *bos, second],
+                           "special_tokens": {each["SpecialToken"]["id"]: {"id": each["SpecialToken"]["id"], "ids": [t.bos],
+                                              "tokens": [each["SpecialToken"]["id"]]} for each in bos}},
+        "decoder": {"type": "Sequence", "decoders": decoders + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * t.prefix},
+        "model": {"type": "BPE", "dropout": None, "unk_token": t.pieces[t.unk][0], "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": t.byte_fallback, "ignore_merges": False,
+                  "vocab": vocab, "merges": [[left, right] for *_, left, right in merges]}}
+
+
 def sentencepiece_model(t):
-    """The tokenizer t as the bytes of a tokenizer.model. An id that stands for nothing becomes a control piece of its own."""
+    """The tokenizer t as the bytes of a tokenizer.model."""
     proto = sentencepiece_model_pb2.ModelProto()
-    for id, (text, score, kind) in enumerate(t.pieces):
-        proto.pieces.add(piece=text or f"<unused_{id}>", score=score, type=kind)
+    for text, score, kind in named_pieces(t):
+        proto.pieces.add(piece=text, score=score, type=kind)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(t.pieces), t.byte_fallback
     trainer.unk_id, trainer.unk_piece = t.unk, t.pieces[t.unk][0]
@@ -1120,12 +1160,9 @@ def write_hf(m, out, dtype=None):
         lines.append(f"dequantized to {number}" + (f" for {reason}" if reason else ""))
     text = {id: m.t.pieces[id][0] for id in (m.t.bos, m.t.unk, *m.t.eos) if 0 <= id < len(m.t.pieces)}
     tokenizer = {
-        "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": m.t.bos >= 0, "add_eos_token": False,
-        "add_prefix_space": m.t.prefix, "clean_up_tokenization_spaces": False, "model_max_length": 10**30,
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": 10**30,
         "bos_token": text.get(m.t.bos), "eos_token": text.get(m.t.eos[0]) if m.t.eos else None, "unk_token": text[m.t.unk],
-        "added_tokens_decoder": {str(id): {"content": piece, "special": kind != 4, "normalized": False, "lstrip": False, "rstrip": False,
-                                           "single_word": False}
-                                 for id, (piece, _, kind) in enumerate(m.t.pieces) if piece and kind in (2, 3, 4)}}
+        "added_tokens_decoder": {str(id): token for id, token in added_tokens(m.t).items()}}
     if m.chat:
         tokenizer["chat_template"] = chat_jinja(m.chat)
     header = json.dumps(header).encode()
@@ -1150,6 +1187,7 @@ def write_hf(m, out, dtype=None):
                         file.write(rounded(name, m.rows(name, *piece), kind).tobytes())
                 progress(started, file.tell() - 8 - len(header), end)
         save("tokenizer.model", sentencepiece_model(m.t))
+        save("tokenizer.json", json.dumps(tokenizer_json(m.t), ensure_ascii=False).encode())
         save("tokenizer_config.json", json.dumps(tokenizer, indent=2, ensure_ascii=False).encode())
         save("config.json", json.dumps(config, indent=2).encode())
     return end, lines
