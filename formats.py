@@ -226,21 +226,18 @@ class GPTQ(PackedDirectory):
         """1 or 2, as the values show: read the right way, a zero stands where the weights of a group have their middle, since
         weights are as often positive as negative; the wrong way, it is 1 off. What checkpoint_format says is only
         followed where that leaves doubt."""
-        middles = []
+        middles = []  # of each module, with both readings: by how much a row's mean code is above its mean zero [2, out]
         for name in self.packed:
-            first = self.raw[self.packed[name]["qweight"]][1]
-            n = min(first[0], 128 * self.n_bits // 32)
+            shape = self.raw[self.packed[name]["qweight"]][1]
             with self.open(self.tensors[name][0]) as file:
-                part = file.get_slice(self.packed[name]["qweight"])[:n]
-            codes = split_words(part, self.n_bits).transpose(0, 2, 1).reshape(-1, first[1])
-            groups = self.read_groups(name)[:len(codes)]
-            zeros = self.read(name, "qzeros")
-            with form(name):
-                middles.append([codes.mean() - self.zeros(zeros, version)[groups].mean() for version in (1, 2)])
+                words = file.get_slice(self.packed[name]["qweight"])[:min(shape[0], 128 * self.n_bits // 32)]  # of 128 inputs
+            codes = split_words(words, self.n_bits).mean((0, 2))
+            groups, zeros = self.read_groups(name)[:len(words) * 32 // self.n_bits], self.read(name, "qzeros")
+            middles.append(np.stack([codes - self.zeros(zeros, version)[groups].mean(0) for version in (1, 2)]))
         claimed = 2 if self.claimed == "gptq_v2" else 1
         if not middles:
             return claimed
-        off = np.abs(np.mean(middles, 0))
+        off = np.abs(np.median(np.concatenate(middles, 1), 1))
         found = 1 if off[0] < off[1] else 2
         if found != claimed and off[found - 1] < 0.25:
             self.notes.append(f"checkpoint_format is {self.claimed}, but the zeros are stored as in version {found}: read so")
@@ -779,7 +776,7 @@ class Checkpoint(Packed):
             raise Bad(f"{self.path}: has {self.size} bytes, should have {size}: an incomplete copy?")
         if (not all((dim, hidden, n_layers, n_heads, n_kv_heads, head_dim, vocab_size)) or n_heads % n_kv_heads or head_dim % 2
                 or self.n_tensors - 6 * n_layers not in (2, 3) or self.chat > 2 or sum(self.tokenizer) > size
-                or 256 + 96 * self.n_tensors > self.tokenizer[0]):
+                or 256 + 96 * self.n_tensors > self.tokenizer[0] or not 0 <= norm_eps < 1 or not 0 < rope_theta < 1e300):
             raise Bad(f"{self.path}: the header is damaged (make the checkpoint again)")
         self.title = name.rstrip(b"\0").decode(errors="replace")
         self.config = {
@@ -827,7 +824,7 @@ class Checkpoint(Packed):
         pieces, at = [], 32
         for _ in range(n):
             score, kind, length = struct.unpack("<fHH", data[at:at + 8].ljust(8, b"\0"))
-            if at + 8 + length > len(data):
+            if at + 8 + length > len(data) or kind not in (1, 2, 3, 4, 6) or not math.isfinite(score):
                 raise Bad(f"{self.path}: the tokenizer is damaged (make the checkpoint again)")
             pieces.append((data[at + 8:at + 8 + length].decode(), score, kind))
             at += 8 + length
