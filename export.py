@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Turn a Hugging Face directory with a Mistral model into one checkpoint file for run and run_cuda:
+"""Turn a Hugging Face directory or a GGUF file with a Mistral model into one checkpoint file for run and run_cuda, and back:
 
     python3 export.py HF_DIR OUT.bin [--dtype f32|f16] [--lora ADAPTER[:WEIGHT] ...] [--base-quant nf4]
+    python3 export.py GPTQ_AWQ_OR_BITSANDBYTES_DIR_OR_GGUF OUT.bin [--dtype f32|f16]
+    python3 export.py --to gguf|hf MODEL.bin OUT [--dtype f32|f16]
 
 FORMAT.md describes the file. Every offset in it follows from the shapes, which are known before the
 first weight is read, so the file is written front to back, some hundred rows at a time, to a file
 or a pipe alike. What the format cannot hold exactly is refused by name, never approximated.
 
 Top to bottom: config.json, the weights, the tokenizer, the file, the command line. What reads safetensors files, and
-merges LoRA adapters into what is read, is in lora_merge.py.
+merges LoRA adapters into what is read, is in lora_merge.py; what knows quantized directories and GGUF, in formats.py.
 """
 import argparse, contextlib, json, math, os, re, signal, struct, sys, time
 from types import SimpleNamespace
@@ -324,7 +326,8 @@ def read_gguf_tokenizer(path, metadata, vocab_size):
     with form(path):
         texts, scores, kinds = get("tokens"), get("scores"), get("token_type")
         if not len(texts) == len(scores) == len(kinds) == vocab_size:
-            raise Bad(f"{path}: {len(texts)} tokens, {len(scores)} scores, {len(kinds)} types, but token_embd.weight has {vocab_size} rows")
+            raise Bad(f"{path}: {len(texts)} tokens, {len(scores)} scores, {len(kinds)} types, but token_embd.weight has "
+                      f"{vocab_size} rows")
         if not set(kinds) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE}:
             raise Bad(f"{path}: tokenizer.ggml.token_type has {show(sorted(set(kinds)))} (1 to 6 are known)")
         pieces = [GAP if kind == UNUSED else (text, float(score), kind) for text, score, kind in zip(texts, scores, kinds)]
@@ -443,7 +446,13 @@ def open_model(source, adapters=(), base_quant=None):
     if os.path.isfile(source):
         if adapters or base_quant:
             raise Bad(f"{source}: not a directory {plain}")
-        return GGUF(source)
+        weights = GGUF(source)
+        try:
+            with form(source):
+                read_config(weights.config)
+        except Bad as error:  # there is no such file here
+            raise Bad(str(error).replace("config.json", source, 1))
+        return weights
     if not os.path.isdir(source):
         raise Bad(f"{source}: not a directory (give the one that holds config.json), and not a GGUF file")
     config = read_json(os.path.join(source, "config.json"))
@@ -451,13 +460,13 @@ def open_model(source, adapters=(), base_quant=None):
         method = (config.get("quantization_config") or {}).get("quant_method")
         settings = config.pop("quantization_config") if method in DIRECTORIES else None
         read_config(config)  # says what is wrong with it before anything else is looked at
-        if not settings:
-            base = Weights(source)
-            model_tensors(read_config(config), base, "f32")  # the base must be whole by itself before adapters are compared with it
-            return MergedWeights(base, config, adapters, base_quant)
-        if adapters or base_quant:
-            raise Bad(f"config.json: quantization_config.quant_method is {show(method)} {plain}")
-        return DIRECTORIES[method](source, config, settings)
+    if not settings:
+        base = Weights(source)
+        model_tensors(read_config(config), base, "f32")  # the base must be whole by itself before adapters are compared with it
+        return MergedWeights(base, config, adapters, base_quant)
+    if adapters or base_quant:
+        raise Bad(f"config.json: quantization_config.quant_method is {show(method)} {plain}")
+    return DIRECTORIES[method](source, config, settings)
 
 
 def export(source, out, dtype=None, adapters=(), base_quant=None):
@@ -501,15 +510,14 @@ def convert(source, out, to, dtype=None):
 def main():
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="export.py", description="Turn a Hugging Face directory or a GGUF file with a Mistral model into one checkpoint file, or such "
-        "a file into one of those.")
-    parser.add_argument("source", metavar="MODEL", help="a Hugging Face directory (config.json, *.safetensors, tokenizer.model or "
-                        "tokenizer.json), quantized by GPTQ, AWQ or bitsandbytes or not; or a GGUF file; with --to, a checkpoint file")
+        prog="export.py", description="Turn a Hugging Face directory or a GGUF file with a Mistral model into one checkpoint "
+        "file, or such a file into one of those.")
+    parser.add_argument("source", metavar="MODEL", help="a Hugging Face directory, plain or in the format of GPTQ, AWQ or "
+                        "bitsandbytes, or a GGUF file; with --to, a checkpoint file")
     parser.add_argument("out", metavar="OUT", help="the file to write (- is standard output); with --to hf, the directory to make")
-    parser.add_argument("--to", choices=("gguf", "hf"), help="the way out: write a GGUF file for llama.cpp, or a Hugging Face directory "
-                        "(FP16, or GPTQ's format where the codes fit it)")
+    parser.add_argument("--to", choices=("gguf", "hf"), help="write a GGUF file, or a Hugging Face directory")
     parser.add_argument("--dtype", choices=("f32", "f16"),
-                        help="of the matrices; norms are f32 (default f16, and codes of a quantized model as they are)")
+                        help="of the matrices (default f16, but codes as they are); norms are f32")
     parser.add_argument("--lora", metavar="ADAPTER[:WEIGHT]", action="append", default=[], type=adapter_argument,
                         help="merge a PEFT LoRA adapter; WEIGHT multiplies its scaling; may be repeated")
     parser.add_argument("--base-quant", choices=("nf4",), help=BASE_QUANT_HELP)

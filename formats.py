@@ -627,6 +627,9 @@ class GGUF(Packed):
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,
             "bos_token_id": m.get("tokenizer.ggml.bos_token_id"), "eos_token_id": m.get("tokenizer.ggml.eos_token_id")}
 
+    def check(self, name, shape, reason="its metadata"):
+        super().check(name, shape, reason)
+
     def read_rows(self, name, start, stop):
         """Rows of a tensor in Hugging Face's order as the bytes of the file: u8 [n, bytes of a row]."""
         _, offset, row = self.entries[name]
@@ -795,7 +798,8 @@ class Checkpoint(Packed):
             to, hf = f"layers.{i}.", f"model.layers.{i}."
             expected += [
                 (to + "rms_att_weight", 1, [(hf + "input_layernorm", dim)]),
-                (to + "wqkv", dim, [(hf + "self_attn.q_proj", q_dim), (hf + "self_attn.k_proj", kv_dim), (hf + "self_attn.v_proj", kv_dim)]),
+                (to + "wqkv", dim, [(hf + "self_attn.q_proj", q_dim), (hf + "self_attn.k_proj", kv_dim),
+                                    (hf + "self_attn.v_proj", kv_dim)]),
                 (to + "wo", q_dim, [(hf + "self_attn.o_proj", dim)]),
                 (to + "rms_ffn_weight", 1, [(hf + "post_attention_layernorm", dim)]),
                 (to + "w13", dim, [(hf + "mlp.gate_proj", hidden), (hf + "mlp.up_proj", hidden)]),
@@ -864,7 +868,8 @@ class Checkpoint(Packed):
     def codes(self, name, start, stop):
         dtype, group, cols, *_ = self.places[name]
         data, skip = self.read_panels(name, start, stop)
-        return [x[skip:skip + stop - start] for x in unpack_panels(data, cols, dtype, group)]
+        codes, *numbers = (x[skip:skip + stop - start] for x in unpack_panels(data, cols, dtype, group))
+        return codes, *(finite(f"{self.path}: {name}", x) for x in numbers)
 
 
 # ---------------------------------------------------------------------------- the way out
@@ -958,7 +963,8 @@ def gguf_metadata(m, file_type):
         ("llama.rope.dimension_count", uint, c["head_dim"]), ("llama.vocab_size", uint, c["vocab_size"]),
         *([("llama.attention.sliding_window", uint, c["sliding_window"])] if c["sliding_window"] else []),
         ("tokenizer.ggml.model", text, "llama"), ("tokenizer.ggml.pre", text, "default"),
-        ("tokenizer.ggml.tokens", text, [piece[0] for piece in pieces]), ("tokenizer.ggml.scores", real, [piece[1] for piece in pieces]),
+        ("tokenizer.ggml.tokens", text, [piece[0] for piece in pieces]),
+        ("tokenizer.ggml.scores", real, [piece[1] for piece in pieces]),
         ("tokenizer.ggml.token_type", 5, [piece[2] for piece in pieces]),
         *([("tokenizer.ggml.bos_token_id", uint, t.bos)] if t.bos >= 0 else []),
         *([("tokenizer.ggml.eos_token_id", uint, t.eos[0])] if t.eos else []),
@@ -1152,7 +1158,8 @@ def write_hf(m, out, dtype=None):
               "eos_token_id": m.t.eos[0] if len(m.t.eos) == 1 else m.t.eos or None}
     if settings:
         config["quantization_config"] = settings
-        lines.append(f"GPTQ, {settings['bits']} bits in groups of {settings['group_size']}, {settings['checkpoint_format']}; the rest f16")
+        lines.append(f"GPTQ, {settings['bits']} bits in groups of {settings['group_size']}, {settings['checkpoint_format']}; "
+                     "the rest f16")
     elif m.packed:
         lines.append(f"dequantized to {number}" + (f" for {reason}" if reason else ""))
     text = {id: m.t.pieces[id][0] for id in (m.t.bos, m.t.unk, *m.t.eos) if 0 <= id < len(m.t.pieces)}

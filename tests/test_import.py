@@ -576,7 +576,11 @@ def test_gguf_odd_blocks(tmp_path):
     values = write_gguf(tmp_path / "m.gguf", SMALL, tensors, QTYPE.Q4_1)
     got = export(tmp_path / "m.gguf")[0]["layers.0.w2"]
     assert got[0] == "q4" and (got[2][:3] == values[DOWN + ".weight"][:3]).all()
-    tensors[DOWN + ".weight"][3] = 1000 + tensors[DOWN + ".weight"][3]  # zeros of some thousands of steps
+    data = np.frombuffer(np.array([0, 0.5], np.float16).tobytes() + bytes([0x37] * 16), np.uint8)  # scale 0, codes 7 and 3
+    values = write_gguf(tmp_path / "c.gguf", SMALL, tensors, QTYPE.Q4_1, raw={"blk.0.ffn_down": (np.tile(data, (96, 6)), QTYPE.Q4_1)})
+    assert (values[DOWN + ".weight"] == 0.5).all()
+    assert (export(tmp_path / "c.gguf")[0]["layers.0.w2"][2] == 0.5).all()
+    tensors[DOWN + ".weight"][3] = 10 + tensors[DOWN + ".weight"][3]  # zeros of some hundreds of steps
     values = write_gguf(tmp_path / "n.gguf", SMALL, tensors, QTYPE.Q4_1)
     tensors, said = export(tmp_path / "n.gguf")
     assert tensors["layers.0.w2"][0] == "f16" and "zeros too large" in said and tensors["layers.1.w2"][0] == "q4"
@@ -616,7 +620,8 @@ def test_gguf_refused(tmp_path):
     refused(path, "not a GGUF file")
     for n in [0, 3, 4, 7, 23, 24, 31, *range(40, len(data) - 1, len(data) // 40), len(data) - 1]:
         path.write_bytes(data[:n])
-        refused(path, "m.gguf")
+        refused(path, "m.gguf", "ends within its header" if n < 2000 else "m.gguf")
+    refused(path, "not inside m.gguf")
 
 
 def test_gguf_damaged(tmp_path):
