@@ -3,8 +3,8 @@
     python3 -m venv build/import
     build/import/bin/pip install torch==2.15.0 transformers==5.23.0 bitsandbytes==0.50.2 gptqmodel==7.7.0 accelerate \\
         sentencepiece protobuf ml_dtypes==0.6.0 safetensors==0.8.0 && build/import/bin/pip install --no-deps autoawq==0.2.9
-    GPTQMODEL_CPU_WORKERS=2 build/import/bin/python tests/make_golden_import.py            # on a processor; 5 minutes
-    GPTQMODEL_CPU_WORKERS=2 build/import/bin/python tests/make_golden_import.py --check    # all of demo/tiny-mistral instead
+    GPTQMODEL_CPU_WORKERS=2 build/import/bin/python tests/make_golden_import.py            # without a GPU; a minute
+    GPTQMODEL_CPU_WORKERS=2 build/import/bin/python tests/make_golden_import.py --check    # all of demo/tiny-mistral instead; four
 
 The model is a cut of demo/tiny-mistral: its first layer, of each matrix the first rows and columns. Some rows are made positive:
 their zero is 0, which version 1 of GPTQ's format stores as 15 with a borrow. golden/import/NAME is what a library wrote
