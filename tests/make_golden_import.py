@@ -9,21 +9,19 @@
 The model is a cut of demo/tiny-mistral: its first layer, of each matrix the first rows and columns. Some rows are made positive:
 their zero is 0, which version 1 of GPTQ's format stores as 15 with a borrow. golden/import/NAME is what a library wrote
 of it; expected.safetensors holds, as NAME/TENSOR, every 13th of the values that the library dequantizes that to, in FP32.
-GPTQModel and bitsandbytes quantize and save it themselves. AutoAWQ no longer imports beside current versions of
-transformers: its module WQLinear_GEMM, loaded alone, packs what its rounding (pseudo_quantize_tensor, copied here) gives.
+GPTQModel and bitsandbytes quantize and save it themselves. Of AutoAWQ the rounding to a grid and the packing are used
+(pseudo_quantize_tensor, WQLinear_GEMM), not its search for scales, which wants calibration.
 
 --check writes nothing: it exports all of demo/tiny-mistral in each of the formats with --dtype f32, and what the libraries
 dequantize; prints by how much the logits differ, and the perplexities with the codes as they are; and fails if any
 logit differs by more than 1e-3. It needs build/test_all and run."""
 import gc
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import types
 
 import numpy as np
 import sentencepiece
@@ -104,27 +102,21 @@ def bitsandbytes(source, out, settings):
 
 
 def awq(source, out, group):
-    """The same with AutoAWQ's packing and its dequantize_gemm()."""
-    place = importlib.util.find_spec("torch").origin.rsplit("/", 2)[0] + "/awq"
-    for package in "", ".modules", ".modules.linear", ".modules.triton", ".utils":  # without what their __init__ imports
-        module = types.ModuleType("awq" + package)
-        module.__path__ = [place + package.replace(".", "/")]
-        sys.modules["awq" + package] = module
+    """The same with AutoAWQ's rounding, its packing and its dequantize_gemm(); no search for scales."""
     from awq.modules.linear.gemm import WQLinear_GEMM
+    from awq.quantize.quantizer import AwqQuantizer
     from awq.utils.packing_utils import dequantize_gemm
+    quantizer = AwqQuantizer.__new__(AwqQuantizer)  # without a model
+    quantizer.group_size, quantizer.w_bit, quantizer.zero_point = group, 4, True
     tensors, values = {}, {}
     for name, x in load_file(os.path.join(source, "model.safetensors")).items():
         tensors[name] = x = x.half()
         if "_proj" not in name:
             continue
-        groups = x.float().reshape(-1, group)  # AutoAWQ's pseudo_quantize_tensor()
-        most, least = groups.amax(1, keepdim=True), groups.amin(1, keepdim=True)
-        scales = (most - least).clamp(min=1e-5) / 15
-        zeros = (-torch.round(least / scales)).clamp_(0, 15)
-        rounded = (torch.clamp(torch.round(groups / scales) + zeros, 0, 15) - zeros) * scales
+        rounded, scales, zeros = quantizer.pseudo_quantize_tensor(x.float())
         linear = torch.nn.Linear(x.shape[1], x.shape[0], bias=False, dtype=torch.float16)
-        linear.weight.data = rounded.reshape(x.shape).half()
-        m = WQLinear_GEMM.from_linear(linear, 4, group, False, *(y.view(len(x), -1).t().contiguous() for y in (scales, zeros)))
+        linear.weight.data = rounded.half()
+        m = WQLinear_GEMM.from_linear(linear, 4, group, False, scales.t().contiguous(), zeros.t().contiguous())
         for part in "qweight", "qzeros", "scales":
             tensors[name.removesuffix("weight") + part] = getattr(m, part).contiguous()
         del tensors[name]
