@@ -1445,7 +1445,7 @@ static double cpu_peak(const State *s) {
 /* What the command line says; section 9 has the meanings. */
 typedef struct {
     const char *path, *mode, *prompt, *file, *system, *output, *against, *chat_template;
-    size_t   batch, tokens, prompt_tokens, seed, context, threads, warmup, repeat, skip;
+    size_t   batch, tokens, prompt_tokens, seed, context, threads, warmup, repeat, skip, lookup;
     double   temperature, top_p, target;
     bool     ignore_eos, profile, quiet, help;
     FILE    *json;                      /* of -o, opened before the work begins */
@@ -1456,6 +1456,7 @@ typedef struct {
     int     *ids;
     size_t   n_ids, room, n_prompt;     /* ids so far, the prompt's among them */
     size_t   n_fed;                     /* ids that the model has seen */
+    size_t   n_guess, pause, wait;      /* --lookup: how many to guess next; steps without after a wrong one; left of them */
     size_t   limit;                     /* stops when n_ids reaches it */
     uint64_t rng;
     double   last;                      /* when its last token came */
@@ -1465,6 +1466,30 @@ typedef struct {
 static void push_id(Sequence *q, int id) {
     q->ids = (int *)grow(q->ids, q->n_ids, &q->room, sizeof(int));
     q->ids[q->n_ids++] = id;
+}
+
+/* Guesses what comes next (prompt lookup, Saxena 2023; speculative decoding, Leviathan et al. 2023): where the last three ids
+ * stand earlier in the text, what followed them there, up to `most` ids. Puts them behind the ids, uncounted; returns how many. A step
+ * that checks guesses takes longer than one that does not, so they become more while they are right, and after a wrong one
+ * there are none for a while, twice as long each time. */
+static size_t guess(Sequence *q, size_t most) {
+    enum { MATCH = 3 };
+    if (!most || q->n_ids <= MATCH || q->n_ids == q->n_prompt || q->n_ids + 1 >= q->limit) return 0;
+    if (q->wait) { q->wait--; return 0; }
+    size_t last = q->n_ids - MATCH, at = last, n = 0;
+    while (at && memcmp(q->ids + --at, q->ids + last, MATCH * sizeof(int))) {}
+    if (memcmp(q->ids + at, q->ids + last, MATCH * sizeof(int))) return 0;
+    most = min_size(min_size(most, q->n_guess ? q->n_guess : 1), q->limit - 1 - q->n_ids);
+    q->ids = (int *)grow(q->ids, q->n_ids + most, &q->room, sizeof(int));
+    for (; n < most; n++) q->ids[q->n_ids + n] = q->ids[at + MATCH + n];      /* may run on into what it guessed itself */
+    return n;
+}
+
+static void learn(Sequence *q, size_t n_guessed, size_t n_right) {
+    if (!n_guessed) return;
+    q->n_guess = n_right == n_guessed ? 2 * n_right : n_right;
+    q->pause = n_right ? 0 : min_size(2 * q->pause + 3, 63);
+    q->wait = q->pause;
 }
 
 typedef struct { double *values; size_t n, room; } Samples;
@@ -1564,14 +1589,15 @@ static void display(Display *d, const Tokenizer *t, const Sequence *sequences, s
 /* Runs sequences until each has finished: the loop of this program. A sequence takes a slot (a place in the KV cache)
  * and leaves it to the next one when it ends. A step feeds the model, of each slot, the ids it has not seen: one id of
  * a sequence that generates, many of a prompt. While any slot has prompt left, only prompts are fed: a step is either
- * prefill or decoding, and can be timed as such. The last id's logits give the next id. d: NULL to show nothing. */
+ * prefill or decoding, and can be timed as such. The last id's logits give the next id; where the next ones were guessed
+ * (--lookup) they are fed with it, and stay as far as they are what is drawn. d: NULL to show nothing. */
 static void generate(State *s, Sequence *sequences, size_t n_sequences, const Options *o, Statistics *statistics, Display *d) {
     const Tokenizer *t = &s->model->tokenizer;
-    size_t next = 0, n_running = 0;
+    size_t next = 0, n_running = 0, most = min_size(o->lookup, s->chunk / s->n_slots - 1);       /* guesses a sequence */
     Sequence **slots = (Sequence **)allocate(s->n_slots, sizeof *slots, "slots");
-    Sequence **wanted = (Sequence **)allocate(s->n_slots, sizeof *wanted, "slots");      /* whose logits come back */
+    Sequence **wanted = (Sequence **)allocate(s->n_slots * (most + 1), sizeof *wanted, "slots");      /* whose logits come back */
     Token *tokens = (Token *)allocate(s->chunk, sizeof *tokens, "tokens");
-    Draw *draws = (Draw *)allocate(s->n_slots, sizeof *draws, "draws");
+    Draw *draws = (Draw *)allocate(s->n_slots * (most + 1), sizeof *draws, "draws");
     Pass *pass = &statistics->pass;
     double start = now(), before = start, all = 0, done = 0;
     for (size_t i = 0; i < n_sequences; i++) all += (double)(sequences[i].limit - sequences[i].n_fed);
@@ -1587,29 +1613,44 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
         for (size_t i = 0; i < s->n_slots; i++) {
             Sequence *q = slots[i];
             if (!q || (prefill && q->n_fed >= q->n_prompt)) continue;
-            for (size_t fed = 0; q->n_fed < q->n_ids && n < s->chunk && fed < CHUNK; n++, fed++) {
-                Token token = {q->ids[q->n_fed], q->n_fed, i, q->n_fed + 1 == q->n_ids && q->n_ids < q->limit};
+            uint64_t rng = q->rng;      /* from a copy, because guesses may be wrong */
+            size_t n_ids = q->n_ids + guess(q, most);
+            for (size_t fed = 0; q->n_fed < n_ids && n < s->chunk && fed < CHUNK; n++, fed++) {
+                Token token = {q->ids[q->n_fed], q->n_fed, i, q->n_fed + 1 >= q->n_ids && q->n_ids < q->limit};
                 tokens[n] = token;
                 q->n_fed++;
-                if (token.want) wanted[n_want++] = q;
+                if (!token.want) continue;
+                draws[n_want].random = uniform(&rng);
+                wanted[n_want++] = q;
             }
         }
         double bytes = s->bytes;
-        for (size_t i = 0; i < n_want; i++) draws[i].random = uniform(&wanted[i]->rng);
         s->decoding = !prefill;
         s->model->backend->step(s, tokens, n, draws, (float)o->temperature, (float)o->top_p);
 
         double after = now();
-        for (size_t i = 0; i < n_want; i++) {
+        size_t n_new = 0;
+        for (size_t i = 0, end; i < n_want; i = end) {      /* a sequence's draws: of its last id, and of those it guessed */
             Sequence *q = wanted[i];
-            int id = draws[i].id;
-            bool first = q->n_ids == q->n_prompt;
-            add_sample(first ? &statistics->ttft : &statistics->itl, after - (first ? start : q->last));
-            q->last = after;
-            push_id(q, id);
-            if (!o->ignore_eos && id >= 0 && (id == t->eos[0] || id == t->eos[1] || id == t->eos[2])) q->finish = "eos";
+            size_t n_right = 0;
+            bool right = true;
+            for (end = i + 1; end < n_want && wanted[end] == q; end++) {}
+            for (size_t j = i; j < end && right && !q->finish; j++) {
+                int id = draws[j].id;
+                bool first = q->n_ids == q->n_prompt;
+                add_sample(first ? &statistics->ttft : &statistics->itl, after - (first ? start : q->last));
+                q->last = after;
+                uniform(&q->rng);
+                right = j + 1 < end && q->ids[q->n_ids] == id;      /* where a guess stands, the next draw was made after it */
+                n_right += right;
+                n_new++;
+                push_id(q, id);
+                if (!o->ignore_eos && id >= 0 && (id == t->eos[0] || id == t->eos[1] || id == t->eos[2])) q->finish = "eos";
+            }
+            learn(q, end - i - 1, n_right);
+            q->n_fed = q->n_ids - 1;
         }
-        done += (double)n;
+        done += (double)(prefill ? n : n_new);
         for (size_t i = 0; i < s->n_slots; i++) {
             Sequence *q = slots[i];
             if (!q) continue;
@@ -1617,9 +1658,9 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
                 q->finish = q->n_ids - q->n_prompt >= o->tokens ? "length" : "context";
             if (q->finish) { slots[i] = NULL; n_running--; done += (double)(q->limit - q->n_fed); }
         }
-        pass->generated_tokens += n_want;
+        pass->generated_tokens += n_new;
         if (prefill) { pass->prompt_tokens += n; pass->prefill_seconds += after - before; }
-        else { pass->decode_tokens += n_want; pass->decode_seconds += after - before; pass->decode_bytes += s->bytes - bytes; }
+        else { pass->decode_tokens += n_new; pass->decode_seconds += after - before; pass->decode_bytes += s->bytes - bytes; }
         before = after;
         if (d) display(d, t, sequences, n_sequences);
         progress(!o->quiet && !isatty(STDOUT_FILENO), "generating", done, all);
@@ -1844,6 +1885,7 @@ static Sequence new_sequence(const Tokenizer *t, const Text *prompt, const Optio
 static void start_sequence(Sequence *q, const Options *o, size_t index, size_t context) {
     q->n_ids = q->n_prompt;
     q->n_fed = 0;
+    q->n_guess = q->pause = q->wait = 0;
     q->limit = min_size(q->n_prompt + o->tokens, context);
     q->rng = o->seed + index;
     q->finish = NULL;
@@ -2127,6 +2169,7 @@ static const Option OPTIONS[] = {
     {0, "chat-template", "v1|v3", "chat: instead of the checkpoint's own", "c", TEXT, FIELD(chat_template), 0, 0},
     {0, "skip", "N", "perplexity: leave the first N positions of a window unscored", "p", WHOLE, FIELD(skip), 0, 1 << 30},
     {0, "against", "REF.bin", "perplexity: and divergence from this model", "p", TEXT, FIELD(against), 0, 0},
+    {0, "lookup", "N", "guess up to N tokens from the text so far; the same output, sooner where it repeats", "gc", WHOLE, FIELD(lookup), 0, 64},
     {'T', "target", "X", "tokens a second, in and out, to pass; prints PASS or FAIL", "gc", REAL, FIELD(target), 0, 1ull << 40},
     {'P', "profile", "", "time by operation", "gcp", FLAG, FIELD(profile), 0, 0},
     {'o', "output", "FILE", "statistics and sequences as JSON", "gcp", TEXT, FIELD(output), 0, 0},

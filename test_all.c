@@ -555,6 +555,57 @@ static void test_batch(void) {
     free_model(&m);
 }
 
+static size_t n_steps;
+static void counting_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p) {
+    n_steps++;
+    cpu_step(s, tokens, n, draws, temperature, top_p);
+}
+
+/* --lookup: whatever is guessed, the sequences are what they are without it, alone and in a batch, greedy and drawn; and where the text
+ * repeats itself, as greedy text of such a model soon does, it takes fewer steps. */
+static void test_lookup(void) {
+    enum { TOKENS = 300, SLOTS = 3 };
+    Backend counting = CPU;
+    counting.step = counting_step;
+    Model m = load_model(odd_model("q8", 32));
+    m.backend = &counting;
+    for (int greedy = 0; greedy < 2; greedy++) {
+        static const size_t lookups[] = {0, 1, 7, 64};
+        Sequence sequences[4][SLOTS];
+        size_t steps[4];
+        memset(sequences, 0, sizeof sequences);
+        for (size_t k = 0; k < 4; k++) {
+            Options o = test_options(SLOTS, TOKENS);
+            State s = new_state(&m, SLOTS, 2000, 40);
+            Statistics statistics;
+            memset(&statistics, 0, sizeof statistics);
+            o.temperature = greedy ? 0 : 0.2;
+            o.lookup = lookups[k];
+            o.ignore_eos = true;
+            n_steps = 0;
+            for (size_t i = 0; i < SLOTS; i++) {
+                Sequence *q = &sequences[k][i];
+                for (size_t j = 0; j < 20 + i; j++) push_id(q, (int)(j * j % (5 + i)));
+                q->n_prompt = q->n_ids;
+                start_sequence(q, &o, i, 2000);
+                q->limit -= 11 * i;     /* they end one after the other */
+            }
+            generate(&s, sequences[k], SLOTS, &o, &statistics, NULL);
+            steps[k] = n_steps;
+            size_t expect = SLOTS * TOKENS - 11 * (SLOTS - 1) * SLOTS / 2;
+            CHECK(statistics.pass.generated_tokens == expect && statistics.itl.n + statistics.ttft.n == expect, "%zu tokens, not %zu", statistics.pass.generated_tokens, expect);
+            free_statistics(&statistics);
+            free_state(&s);
+        }
+        for (size_t k = 1; k < 4; k++)
+            for (size_t i = 0; i < SLOTS; i++)
+                CHECK(same_sequence(&sequences[0][i], &sequences[k][i]), "sequence %zu differs with --lookup %zu, greedy %d", i, lookups[k], greedy);
+        if (greedy) CHECK(steps[2] < steps[0] * 4 / 5, "%zu steps with --lookup 7, %zu without", steps[2], steps[0]);
+        for (size_t k = 0; k < 4; k++) for (size_t i = 0; i < SLOTS; i++) free(sequences[k][i].ids);
+    }
+    free_model(&m);
+}
+
 /* ---- files -------------------------------------------------------------------------------------------------------- */
 
 /* Loads a file and runs a step in a child process: 0 it ran, 1 it was refused, anything else is a crash. */
@@ -884,7 +935,7 @@ int main(int argc, char **argv) {
     static const struct { const char *name; void (*run)(void); } TESTS[] = {
         {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations},
         {"group_product", test_group_product}, {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
-        {"sampler", test_sampler}, {"batch", test_batch}, {"decode", test_decode}, {"damaged_files", test_damaged_files},
+        {"sampler", test_sampler}, {"batch", test_batch}, {"lookup", test_lookup}, {"decode", test_decode}, {"damaged_files", test_damaged_files},
 #ifdef __CUDACC__
         {"cuda_products", test_cuda_products}, {"cuda_forward", test_cuda_forward}, {"cuda_batch", test_cuda_batch}, {"cuda_sampler", test_cuda_sampler},
 #endif
