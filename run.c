@@ -2307,6 +2307,8 @@ static int run(int argc, char **argv) {
         if (o.output && inputs[i] && !stat(inputs[i], &in) && !stat(o.output, &out) && in.st_ino == out.st_ino && in.st_dev == out.st_dev)
             die("%s: is read as well, and would be lost: give -o another name", o.output);
     }
+    if (o.lookup && backend != &CPU)
+        die("--lookup: a GPU adds in another order for several tokens than for one, so that the output would not stay the same; run has it");
     if (o.output) o.json = open_output(o.output);
     bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);
