@@ -382,12 +382,22 @@ template <int TYPE, int GROUPS> __device__ inline void unpack(uint32_t (*a)[4], 
     }
 }
 
+/* A group's sum as FP32. Where converting is slow (a T4 does 16 a cycle, and 64 additions) the sum starts at the bits that 1.5 * 2^23 has
+ * as a float: then the integer's bits, read as a float, are 1.5 * 2^23 more than it is (it is less than 2^22: 128 * 255 * 127). */
+#if __CUDA_ARCH__ >= 800
+enum { SUM_START = 0 };
+__device__ inline float sum_value(int sum) { return (float)sum; }
+#else
+enum { SUM_START = 0x4b400000 };
+__device__ inline float sum_value(int sum) { return __int_as_float(sum) - 12582912.0f; }
+#endif
+
 /* Adds a stage's columns to total[tokens][two tiles of 16 rows][row g, g + 8; token 2 q, 2 q + 1], of N times 8 tokens. x: 16 bytes twice
  * of the activations of token g; scale: (scale, sum) of the tokens 2 q and 2 q + 1. The instructions of a sum wait for one
  * another, and for long; those of 2 N sums stand side by side, so that there is something to do. */
 template <int TYPE, int GROUPS, int N> __device__ inline void add_tiles(float total[N][2][4], const uint32_t a[2][4][4], const uint2 scales[2][GROUPS],
                                                                         const uint4 x[N][2], const float4 scale[N][GROUPS]) {
-    const int zero[4] = {0, 0, 0, 0}, COUNT = 4 / GROUPS;
+    const int start[4] = {SUM_START, SUM_START, SUM_START, SUM_START}, COUNT = 4 / GROUPS;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
         int sum[N][2][4];
@@ -399,7 +409,7 @@ template <int TYPE, int GROUPS, int N> __device__ inline void add_tiles(float to
                 for (int m = 0; m < 2; m++) {
                     const uint32_t *b = (const uint32_t *)x[t] + 2 * (g * COUNT + i);
                     if (TYPE == F16) mma_halves(total[t][m], a[m][i], b);
-                    else mma_codes(sum[t][m], a[m][g * COUNT + i], b, i ? sum[t][m] : zero);
+                    else mma_codes(sum[t][m], a[m][g * COUNT + i], b, i ? sum[t][m] : start);
                 }
         if (TYPE == F16) return;
 #pragma unroll
@@ -410,8 +420,8 @@ template <int TYPE, int GROUPS, int N> __device__ inline void add_tiles(float to
 #pragma unroll
                 for (int t = 0; t < N; t++) {
                     float *to = total[t][m] + 2 * h;
-                    to[0] = fmaf(w.x * scale[t][g].x, fmaf(-w.y, scale[t][g].y, (float)sum[t][m][2 * h]), to[0]);
-                    to[1] = fmaf(w.x * scale[t][g].z, fmaf(-w.y, scale[t][g].w, (float)sum[t][m][2 * h + 1]), to[1]);
+                    to[0] = fmaf(w.x * scale[t][g].x, fmaf(-w.y, scale[t][g].y, sum_value(sum[t][m][2 * h])), to[0]);
+                    to[1] = fmaf(w.x * scale[t][g].z, fmaf(-w.y, scale[t][g].w, sum_value(sum[t][m][2 * h + 1])), to[1]);
                 }
             }
     }
@@ -530,8 +540,13 @@ template <int LATEST> __device__ inline void wait_for_copies() {        /* for a
  * ahead; weights through registers, a step ahead. A token's 128 bytes have pieces of 16 exchanged where the token is odd, so
  * that the threads of a quarter warp meet eight different banks. ABREAST: how many token tiles a warp computes side by side.
  * gridDim.x: blocks of tokens; y: of 128 rows; z: parts of the columns, as above. */
+#if __CUDA_ARCH__ >= 800
+#define BLOCKS_OF(n) n
+#else
+#define BLOCKS_OF(n) 1                  /* a T4's shared memory holds one, which may then have twice the registers */
+#endif
 template <int TYPE, int GROUPS, int TOKEN_WARPS, int TOKEN_TILES, int COLUMN_WARPS, int BLOCKS, int ABREAST>
-__global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, BLOCKS) product_many(float *out, Weights w, Inputs in, int n, int units) {
+__global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, BLOCKS_OF(BLOCKS)) product_many(float *out, Weights w, Inputs in, int n, int units) {
     const int TOKENS = 8 * TOKEN_TILES * TOKEN_WARPS, THREADS = 128 * TOKEN_WARPS * COLUMN_WARPS, DEPTH = COLUMN_WARPS * TOKENS > 64 ? 1 : 3;
     const int COPIES = COLUMN_WARPS * TOKENS * 8 / THREADS, SCALES = COLUMN_WARPS * GROUPS * TOKENS / 2, ODD = TYPE == F16 ? 4 : 1;
     const int X = COLUMN_WARPS * TOKENS * 8;                    /* pieces of 16 bytes of a step's activations */
@@ -713,12 +728,12 @@ __global__ void __launch_bounds__(32 * NORM_WARPS, 2) norm_input(float *x, const
         int column = (tile + NORM_WARPS * i) * COLUMNS + lane * 4;
         float4 *at = (float4 *)(x + (size_t)token * w.column_tiles * COLUMNS + column);
         v[i] = *at;
-        for (int p0 = 0; p0 < n_parts && column < part_width; p0 += 4) {
-            float4 part[4];
+        for (int p0 = 0; p0 < n_parts && column < part_width; p0 += 2) {
+            float4 part[2];
 #pragma unroll
-            for (int p = 0; p < 4; p++) if (p0 + p < n_parts) part[p] = *(const float4 *)(parts + ((size_t)(p0 + p) * n + token) * part_width + column);
+            for (int p = 0; p < 2; p++) if (p0 + p < n_parts) part[p] = *(const float4 *)(parts + ((size_t)(p0 + p) * n + token) * part_width + column);
 #pragma unroll
-            for (int p = 0; p < 4; p++)
+            for (int p = 0; p < 2; p++)
                 if (p0 + p < n_parts) { v[i].x += part[p].x; v[i].y += part[p].y; v[i].z += part[p].z; v[i].w += part[p].w; }
         }
         *at = v[i];
