@@ -32,7 +32,8 @@ build/test_all_sanitized: test_all.c quantize.c run.c
 	$(CC) $(SANITIZE) $(OPENMP) test_all.c -lm -o $@
 
 # for the GPU at hand; ARCH=75 for a T4, ARCH=90 for an H200
-run_cuda: run_cuda.cu run.c
+run_cuda build/run_cuda: run_cuda.cu run.c
+	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) run_cuda.cu -o $@
 
 build/test_cuda: test_all.c quantize.c run_cuda.cu run.c

@@ -5,6 +5,7 @@ environment of their own, build/venv; where it cannot be made (no network, no py
 Needs nothing but the standard library. --need-python makes a skip of all Python tests a failure (for CI)."""
 import os
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -68,12 +69,30 @@ def python_tests():
     return total - bad - skipped, bad, skipped
 
 
+def cuda_tests():
+    """(passed, failed, skipped) of the CUDA sources: compiled where nvcc is, run where a GPU is."""
+    if not shutil.which("nvcc"):
+        print("no nvcc: the CUDA sources were neither compiled nor run")
+        return 0, 0, 1
+    gpu = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.startswith("GPU")
+    if subprocess.run(["make", "-s", "build/run_cuda", "build/test_cuda", *([] if gpu else ["ARCH=75"])], cwd=ROOT).returncode:
+        return 0, 1, 0
+    if not gpu:
+        print("compiled for a T4, and not run: there is no GPU here")
+        return 1, 0, 0
+    passed, failed = c_tests(os.path.join(ROOT, "build", "test_cuda"), ["cuda_products", "cuda_forward", "cuda_batch", "cuda_sampler"], {})
+    return passed + 1, failed, 0
+
+
 def main():
     passed = failed = skipped = 0
     for program, names in (("build/test_all", []), ("build/test_all_sanitized", SANITIZED)):
         print(f"\n{program}", flush=True)
         p, f = c_tests(os.path.join(ROOT, program), names, {"OMP_WAIT_POLICY": "passive"})
         passed, failed = passed + p, failed + f
+    print("\nCUDA", flush=True)
+    p, f, skipped = cuda_tests()
+    passed, failed = passed + p, failed + f
     print("\nPython tests", flush=True)
     if make_venv():
         p, f, s = python_tests()
