@@ -10,7 +10,7 @@
  *   5. The sampler       logits to the next id
  *   6. The batch         one loop that generates, sequences taking the slots that others leave
  *   7. Reports           text, statistics, JSON
- *   8. The modes         generate, chat, perplexity
+ *   8. The modes         generate, chat, perplexity, score
  *   9. The command line
  *
  * Letters used throughout: n tokens in this call, dim, hidden_dim, head_dim, kv_dim = n_kv_heads * head_dim,
@@ -116,8 +116,8 @@ static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 /* ------------------------------------------------------------------------------------------------------------------
  * 1. The file (FORMAT.md)                                                                                           */
 
-enum { F32 = 1, F16 = 2, Q8 = 3, Q4 = 4 };
-static const char *const TYPE_NAMES[] = {"?", "f32", "f16", "q8", "q4"};
+enum { F32 = 1, F16 = 2, Q8 = 3, Q4 = 4, NF4 = 5 };
+static const char *const TYPE_NAMES[] = {"?", "f32", "f16", "q8", "q4", "nf4"};
 enum { PANEL = 32, MAX_GROUP = 128, BLOCK = 64, MAX_HEAD_DIM = 512 };
 
 typedef struct {
@@ -147,7 +147,7 @@ static_assert(sizeof(Tensor) == 96, "the table's layout is the file's");
  *
  *              group 0     group 1
  *            +-----------+-----------+--
- *   panel 0  | block     | block     |       32 rows; a block of q8 or q4: 32 scales, 32 zeros, 32 x group codes
+ *   panel 0  | block     | block     |       32 rows; a block of q8, q4 or nf4: 32 scales, 32 zeros, 32 x group codes
  *            +-----------+-----------+--
  *   panel 1  | block     | block     |       f32 and f16 have neither scales nor groups; here they count as blocks of
  *            +-----------+-----------+--     128 columns, which divides a long sum */
@@ -239,7 +239,7 @@ static const Backend *backend = &CPU;   /* which load_model() gives a model */
  * not fit in size_t. */
 static bool matrix_layout(Matrix *m, uint32_t type, uint32_t group, uint64_t rows, uint64_t cols) {
     memset(m, 0, sizeof *m);
-    if (type < F32 || type > Q4 || rows == 0 || cols == 0 || rows > UINT32_MAX || cols > UINT32_MAX) return false;
+    if (type < F32 || type > NF4 || rows == 0 || cols == 0 || rows > UINT32_MAX || cols > UINT32_MAX) return false;
     if (type >= Q8 ? group != 32 && group != 64 && group != 128 : group != 0) return false;
     size_t bits = type == F32 ? 32 : type == F16 ? 16 : type == Q8 ? 8 : 4;
     m->type = (int)type;
@@ -476,15 +476,20 @@ static void quantize_activations(int8_t *q, float *scale, float *sum, const floa
     *sum = (float)total;
 }
 
-/* The codes of one group of one panel as bytes, [n / 4][32 rows][4 columns]: q8 has them so, q4 two in a byte, of row r in
- * the low half and of row r + 16 in the high one. Returns where they are, which may be `room`. */
+/* The sixteen codes of nf4 as codes of q8: quantiles of a normal distribution v (Dettmers et al. 2023, appendix E), as the whole numbers
+ * nearest to 128 + 127 v. A weight is then scale * (code - 128), the largest of a group being 127 * scale. */
+static const uint8_t NF4_CODES[16] __attribute__((aligned(16))) = {1, 40, 61, 78, 92, 105, 116, 128, 138, 148, 159, 171, 184, 199, 220, 255};
+
+/* The codes of one group of one panel as bytes, [n / 4][32 rows][4 columns]: q8 has them so, q4 and nf4 two in a byte, of row r
+ * in the low half and of row r + 16 in the high one. Returns where they are, which may be `room`. */
 static const uint8_t *unpack_codes(uint8_t *room, int type, const uint8_t *packed, size_t n) {
-    if (type != Q4) return packed;
+    if (type == Q8) return packed;
     for (size_t k = 0; k < n; k += 4, packed += 2 * PANEL)
         for (size_t i = 0; i < 2 * PANEL; i++) {
             room[k * PANEL + i] = packed[i] & 15;
             room[(k + 2) * PANEL + i] = packed[i] >> 4;
         }
+    for (size_t i = 0; type == NF4 && i < n * PANEL; i++) room[i] = NF4_CODES[room[i]];
     return room;
 }
 
@@ -496,7 +501,7 @@ static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
             out[k * PANEL + r] = (float)(int32_t)(words[k / 4 * PANEL + r] >> 8 * (k % 4) & 255);
 }
 
-/* One group of one panel as FP32, out: [n][32]: the weights themselves for f32 and f16, the codes for q8 and q4. */
+/* One group of one panel as FP32, out: [n][32]: the weights themselves for f32 and f16, else the codes. */
 static void unpack_group(float *out, int type, const unsigned char *block, size_t n) {
     uint8_t room[MAX_GROUP * PANEL];
     if (type == F32) memcpy(out, block, n * PANEL * sizeof(float));
@@ -574,6 +579,7 @@ static void group_product_plain(size_t T, float *total, int type, const uint8_t 
  * the same bits (test_all.c compares them). What an instruction set brings, for WIDTH rows side by side:
  *   dot(type, sum, codes, x)    sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
  *                               activations; codes are up to 255, or 15 where type is Q4
+ *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  *   multiply_add(a, b, c)       a * b + c, rounded once
  * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 into
  * memory instead of in registers for each tile (UNPACK; 1000: never, a call has 64). */
@@ -593,6 +599,7 @@ typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alia
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline Lanes of_nf4(Lanes codes) { return (Lanes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(*(const __m128i *)NF4_CODES), (__m512i)codes); }
 static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
     /* _mm512_dpbusd_epi32, but with that gcc 12 moves every sum to another register and back: a quarter of the speed */
     (void)type;
@@ -601,6 +608,7 @@ static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
 }
 #elif defined(__AVX2__)
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline Lanes of_nf4(Lanes codes) { return (Lanes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i *)NF4_CODES), (__m256i)codes); }
 static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
     __m256i c = (__m256i)codes, a = (__m256i)x;
 #if defined(__AVXVNNI__)
@@ -618,6 +626,7 @@ static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
 }
 #else
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+static inline Lanes of_nf4(Lanes codes) { return (Lanes)vqtbl1q_u8(vld1q_u8(NF4_CODES), (uint8x16_t)codes); }
 static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
     (void)type;
     return (Lanes)vdotq_s32((int32x4_t)sum, (int8x16_t)(codes ^ (Lanes)vdupq_n_u8(BIAS)), (int8x16_t)x);
@@ -626,7 +635,9 @@ static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
 
 /* The codes of columns k to k + 3 of the rows from `row` on. */
 INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row) {
-    if (type == Q4) return *(const Lanes *)(codes + k / 2 * PANEL + 4 * (row % 16)) >> row / 16 * 4 & 0x0f0f0f0f;
+    Lanes four = *(const Lanes *)(codes + k / 2 * PANEL + 4 * (row % 16)) >> row / 16 * 4 & 0x0f0f0f0f;
+    if (type == NF4) return of_nf4(four);
+    if (type == Q4) return four;
     return *(const Lanes *)(codes + k * PANEL + 4 * row);
 }
 
@@ -685,6 +696,7 @@ INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *co
 
 static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n, Ahead ahead) {
     if (type == Q4) code_tiles(T, Q4, total, codes, scale, a, n, ahead);
+    else if (type == NF4) code_tiles(T, NF4, total, codes, scale, a, n, ahead);
     else code_tiles(T, Q8, total, codes, scale, a, n, ahead);
 }
 #endif
@@ -709,7 +721,7 @@ static void panel_product(float *out, const Matrix *w, size_t panel, const Activ
         const uint8_t *codes = block + 4 * PANEL;
         Activations part = {NULL, a->q + at * w->group, a->scale + at, a->sum + at};
         halves_to_floats(scale, (const uint16_t *)block, 2 * PANEL);
-        if (T >= UNPACK) group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
+        if (w->type == Q4 && T >= UNPACK) group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
         else group_product(T, total, w->type, codes, scale, part, w->group, next);
     }
     for (size_t t = 0; t < T; t++)
@@ -1427,16 +1439,18 @@ static void cpu_step(State *s, const Token *tokens, size_t n, Draw *draws, float
     book(s, SAMPLING, 0, 0);
 }
 
-/* The process's largest resident size. */
+/* The process's largest resident size. Linux's getrusage counts what it was before exec, too. */
 static double cpu_peak(const State *s) {
     struct rusage usage;
+    char line[128];
+    double kb = 0;
+    FILE *f = fopen("/proc/self/status", "r");
     (void)s;
+    while (f && !kb && fgets(line, sizeof line, f)) sscanf(line, "VmHWM: %lf", &kb);
+    if (f) fclose(f);
+    if (kb) return kb * 1024;
     getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
-    return (double)usage.ru_maxrss;                     /* bytes */
-#else
-    return (double)usage.ru_maxrss * 1024;              /* KiB */
-#endif
+    return (double)usage.ru_maxrss;     /* bytes on macOS, which has no /proc */
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -2138,6 +2152,103 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     return true;
 }
 
+/* The sum of log p(id | the ids before it) over ids[from .. to), a sequence of its own. logits: room for CHUNK tokens'. */
+static double log_likelihood(State *s, const int *ids, size_t from, size_t to, float *logits) {
+    size_t vocab = s->model->c.vocab_size;
+    Token tokens[CHUNK];
+    double sum = 0;
+    for (size_t f = 0; f + 1 < to; f += CHUNK) {        /* the last id is predicted and predicts nothing */
+        size_t n = min_size(CHUNK, to - 1 - f), n_want = 0;
+        for (size_t i = 0; i < n; i++) {
+            Token token = {ids[f + i], f + i, 0, f + i + 1 >= from};
+            tokens[i] = token;
+        }
+        s->model->backend->forward(s, tokens, n, logits);
+        for (size_t i = 0; i < n; i++)
+            if (tokens[i].want) {
+                const float *p = logits + n_want++ * vocab;
+                sum += p[ids[f + i + 1]] - log_sum_exp(p, vocab);
+            }
+    }
+    return sum;
+}
+
+/* Multiple choice: each line of a file is a context, choices, and the answer's index from 0, with tabs between them. Of the choices, each put
+ * after the context and a space, the one with the highest log-likelihood is the model's answer; or, normalised, with the
+ * highest for each byte. One line: `accuracy 51.0% +- 5.0%  normalised 53.0% +- 5.0%  items 100`. */
+static bool score_mode(const Model *m, const Options *o) {
+    Text text = read_file(o->file);
+    const Tokenizer *t = &m->tokenizer;
+    size_t n_items = 0, n_right[2] = {0, 0}, line_number = 0, longest = o->context ? o->context : 4096;
+    State s = new_state(m, 1, longest, CHUNK);
+    float *logits = (float *)allocate(CHUNK * m->c.vocab_size, sizeof(float), "logits");
+    if (t->bos < 0) die("%s: the tokenizer has no BOS, which scoring needs", m->path);
+    s.profiled = o->profile;
+    for (char *line = text.text, *next; *line && !interrupted; line = next) {
+        char *end = line + strcspn(line, "\n"), *fields[34];
+        size_t n = 1, best[2] = {0, 0};
+        double scores[2][32];
+        next = *end ? end + 1 : end;
+        *end = 0;
+        if (end > line && end[-1] == '\r') end[-1] = 0;
+        line_number++;
+        if (!*line) continue;
+        fields[0] = line;
+        for (char *c = line; *c && n <= 34; c++) if (*c == '\t') { *c = 0; if (n < 34) fields[n] = c + 1; n++; }
+        if (n < 4 || n > 34) die("%s: line %zu: a context, 2 to 32 choices and the answer's index are wanted, with tabs between them", o->file, line_number);
+        char *rest;
+        unsigned long answer = strtoul(fields[n - 1], &rest, 10);
+        if (rest == fields[n - 1] || *rest || answer >= n - 2)
+            die("%s: line %zu: the answer is '%.40s', not an index from 0 to %zu", o->file, line_number, fields[n - 1], n - 3);
+        for (size_t k = 0; k < n - 2; k++) {
+            Sequence q;
+            Text whole = {NULL, 0, 0};
+            size_t n_context, from = 0;
+            int *context = encode(t, fields[0], strlen(fields[0]), &n_context);
+            memset(&q, 0, sizeof q);
+            append(&whole, fields[0], strlen(fields[0]));
+            append(&whole, " ", 1);
+            append(&whole, fields[k + 1], strlen(fields[k + 1]));
+            push_id(&q, t->bos);
+            push_text(&q, t, whole.text, whole.length);
+            while (from < n_context && from + 2 < q.n_ids && q.ids[from + 1] == context[from]) from++;
+            if (q.n_ids > longest) die("%s: line %zu: %zu tokens do not fit in a context of %zu: raise -c", o->file, line_number, q.n_ids, longest);
+            scores[0][k] = log_likelihood(&s, q.ids, from + 1, q.n_ids, logits);
+            scores[1][k] = scores[0][k] / (double)(strlen(fields[k + 1]) + 1);
+            for (int way = 0; way < 2; way++) if (scores[way][k] > scores[way][best[way]]) best[way] = k;
+            free(context);
+            free(whole.text);
+            free(q.ids);
+        }
+        n_items++;
+        for (int way = 0; way < 2; way++) n_right[way] += best[way] == answer;
+        progress(!o->quiet, "scoring", (double)(next - text.text), (double)text.length);
+    }
+    if (interrupted) die("interrupted after %zu items", n_items);
+    if (!n_items) die("%s: holds no items", o->file);
+    double share[2], error[2];
+    for (int way = 0; way < 2; way++) {
+        share[way] = (double)n_right[way] / (double)n_items;
+        error[way] = n_items > 1 ? sqrt(share[way] * (1 - share[way]) / (double)(n_items - 1)) : 0;
+    }
+    printf("accuracy %.1f%% +- %.1f%%  normalised %.1f%% +- %.1f%%  items %zu\n", 100 * share[0], 100 * error[0], 100 * share[1], 100 * error[1], n_items);
+    if (o->profile) report_profile(&s);
+    if (o->json) {
+        json_head(o->json, &s, o);
+        json_number(o->json, "items", (double)n_items);
+        json_number(o->json, "accuracy", share[0]);
+        json_number(o->json, "accuracy_error", error[0]);
+        json_number(o->json, "accuracy_norm", share[1]);
+        json_number(o->json, "accuracy_norm_error", error[1]);
+        fprintf(o->json, "\n}\n");
+        close_output(o->json);
+    }
+    free_state(&s);
+    free(logits);
+    free(text.text);
+    return true;
+}
+
 /* ------------------------------------------------------------------------------------------------------------------
  * 9. The command line                                                                                               */
 
@@ -2151,17 +2262,17 @@ typedef struct {
 } Option;
 #define FIELD(name) offsetof(Options, name)
 static const Option OPTIONS[] = {
-    {'m', "mode", "MODE", "generate (default), chat, perplexity", "gcp", TEXT, FIELD(mode), 0, 0},
+    {'m', "mode", "MODE", "generate (default), chat, perplexity, score", "gcps", TEXT, FIELD(mode), 0, 0},
     {'i', "prompt", "TEXT", "without -i a terminal is asked, a pipe is read to its end", "g", TEXT, FIELD(prompt), 0, 0},
-    {'f', "file", "FILE", "generate: one prompt a line; perplexity: the text", "gp", TEXT, FIELD(file), 0, 0},
+    {'f', "file", "FILE", "generate: one prompt a line; perplexity: the text; score: items", "gps", TEXT, FIELD(file), 0, 0},
     {'b', "batch", "N", "sequences at once (1); a prompt of -i is replicated N times", "gp", WHOLE, FIELD(batch), 1, 65536},
     {'n', "tokens", "N", "new tokens a sequence (128)", "gcp", WHOLE, FIELD(tokens), 0, 1 << 30},
     {'l', "prompt-tokens", "N", "repeat or cut each prompt to exactly N tokens", "gp", WHOLE, FIELD(prompt_tokens), 1, 1 << 30},
     {'t', "temperature", "X", "0 is greedy (0.8)", "gcp", REAL, FIELD(temperature), 0, 1000},
     {'p', "top-p", "X", "sample from the most probable X of the mass (0.95)", "gcp", REAL, FIELD(top_p), 0, 1},
     {'s', "seed", "N", "sequence i draws from the stream of seed N + i (42)", "gcp", WHOLE, FIELD(seed), 0, UINT64_MAX},
-    {'c', "context", "N", "positions a sequence (as needed; perplexity: 512)", "gcp", WHOLE, FIELD(context), 2, 1 << 30},
-    {'j', "threads", "N", "(the cores)", "gcp", WHOLE, FIELD(threads), 1, 4096},
+    {'c', "context", "N", "positions a sequence (as needed; perplexity: 512)", "gcps", WHOLE, FIELD(context), 2, 1 << 30},
+    {'j', "threads", "N", "(the cores)", "gcps", WHOLE, FIELD(threads), 1, 4096},
     {'w', "warmup", "N", "passes before the measured one (0)", "gcp", WHOLE, FIELD(warmup), 0, 1000000},
     {'r', "repeat", "N", "measured passes, the median is reported (1)", "gcp", WHOLE, FIELD(repeat), 1, 1000000},
     {'E', "ignore-eos", "", "generate -n tokens whatever comes", "gcp", FLAG, FIELD(ignore_eos), 0, 0},
@@ -2169,12 +2280,12 @@ static const Option OPTIONS[] = {
     {0, "chat-template", "v1|v3", "chat: instead of the checkpoint's own", "c", TEXT, FIELD(chat_template), 0, 0},
     {0, "skip", "N", "perplexity: leave the first N positions of a window unscored", "p", WHOLE, FIELD(skip), 0, 1 << 30},
     {0, "against", "REF.bin", "perplexity: and divergence from this model", "p", TEXT, FIELD(against), 0, 0},
-    {0, "lookup", "N", "guess up to N tokens from the text so far; the same output, sooner where it repeats", "gc", WHOLE, FIELD(lookup), 0, 64},
+    {0, "lookup", "N", "guess N tokens from the text so far: the same output, sooner (0)", "gc", WHOLE, FIELD(lookup), 0, 64},
     {'T', "target", "X", "tokens a second, in and out, to pass; prints PASS or FAIL", "gc", REAL, FIELD(target), 0, 1ull << 40},
-    {'P', "profile", "", "time by operation", "gcp", FLAG, FIELD(profile), 0, 0},
-    {'o', "output", "FILE", "statistics and sequences as JSON", "gcp", TEXT, FIELD(output), 0, 0},
-    {'q', "quiet", "", "text only, no statistics", "gcp", FLAG, FIELD(quiet), 0, 0},
-    {'h', "help", "", "", "gcp", FLAG, FIELD(help), 0, 0}};
+    {'P', "profile", "", "time by operation", "gcps", FLAG, FIELD(profile), 0, 0},
+    {'o', "output", "FILE", "statistics and sequences as JSON", "gcps", TEXT, FIELD(output), 0, 0},
+    {'q', "quiet", "", "text only, no statistics", "gcps", FLAG, FIELD(quiet), 0, 0},
+    {'h', "help", "", "", "gcps", FLAG, FIELD(help), 0, 0}};
 enum { N_OPTIONS = sizeof OPTIONS / sizeof *OPTIONS };
 
 __attribute__((noreturn, format(printf, 1, 2)))
@@ -2267,12 +2378,15 @@ static Options read_options(int argc, char **argv) {
     if (optind == argc) usage("which MODEL.bin?");
     if (optind + 1 < argc) usage("%s: one MODEL.bin only", argv[optind + 1]);
     o.path = argv[optind];
-    if (strcmp(o.mode, "generate") && strcmp(o.mode, "chat") && strcmp(o.mode, "perplexity"))
-        usage("-m %s: not generate, chat or perplexity", o.mode);
+    static const char *const MODES[] = {"generate", "chat", "perplexity", "score"};
+    size_t mode = 0;
+    while (mode < 4 && strcmp(o.mode, MODES[mode])) mode++;
+    if (mode == 4) usage("-m %s: not generate, chat, perplexity or score", o.mode);
     for (size_t i = 0; i < N_OPTIONS; i++)
         if (given[i] && !strchr(given[i]->modes, o.mode[0]))
-            usage("%s: means nothing in -m %s, only in -m %s", option_name(given[i]), o.mode, given[i]->modes[0] == 'g' ? "generate" : given[i]->modes[0] == 'c' ? "chat" : "perplexity");
-    if (o.mode[0] == 'p' && !o.file) usage("-m perplexity: needs -f FILE");
+            for (size_t k = 0; k < 4; k++)
+                if (MODES[k][0] == given[i]->modes[0]) usage("%s: means nothing in -m %s, only in -m %s", option_name(given[i]), o.mode, MODES[k]);
+    if ((o.mode[0] == 'p' || o.mode[0] == 's') && !o.file) usage("-m %s: needs -f FILE", o.mode);
     if (o.chat_template && strcmp(o.chat_template, "v1") && strcmp(o.chat_template, "v3"))
         usage("--chat-template %s: not v1 or v3", o.chat_template);
     if (o.file && o.prompt) usage("-i and -f: one of them");
@@ -2310,7 +2424,7 @@ static int run(int argc, char **argv) {
     if (o.lookup && backend != &CPU)
         die("--lookup: a GPU adds in another order for several tokens than for one, so that the output would not stay the same; run has it");
     if (o.output) o.json = open_output(o.output);
-    bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o) : generate_mode(&m, &o);
+    bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o) : o.mode[0] == 's' ? score_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);
     flush_stdout();
     return met && (!interrupted || interrupted == SIGINT) ? 0 : 1;      /* Ctrl-C is the user's wish, SIGTERM is not */

@@ -161,6 +161,7 @@ static void *device_allocate(size_t bytes, size_t *total, const char *what) {
 static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, const char *path) {
     Weights w;
     memset(&w, 0, sizeof w);
+    if (m->type == NF4) die("%s: has weights of type nf4; run_cuda reads f32, f16, q8 and q4, run all", path);
     w.type = m->type < Q8 ? F16 : m->type;
     w.group = (int)m->group;
     w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
