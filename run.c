@@ -911,6 +911,8 @@ struct State {
     double  bytes;                      /* of weights and caches, read so far */
     float  *logits;                     /* of step(), [logits_room] */
     size_t  logits_room;
+    void   (*watch)(void *watcher, int operation, const float *out, const float *x, size_t n);    /* NULL, or sees each product */
+    void    *watcher;
 };
 
 /* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens, CHUNK of one sequence. The
@@ -999,6 +1001,7 @@ static void book(State *s, int operation, double operations, double bytes) {
 
 static void product(State *s, int operation, float *out, const float *x, const Matrix *w, size_t n) {
     matmul(out, x, w, &s->activations, n);
+    if (s->watch) s->watch(s->watcher, operation, out, x, n);
     book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, (double)w->bytes);
 }
 
