@@ -230,9 +230,9 @@ static void test_scales(void) {
         float bell = random_float() + random_float() + random_float();
         w[i] = r == 0 ? 0 : r == 1 ? 0.7f : r == 2 ? -0.003f : r == 3 ? 1e-7f * bell : r == 4 ? 5 + 0.01f * bell : 0.02f * bell;
     }
-    best_scales(scale, zero, w, 128, 15);
+    best_scales(scale, zero, w, ONES, 128, 15);
     Fit fit;
-    fit_codes(&fit, NULL, w, 128, scale, zero, 15);
+    fit_codes(&fit, NULL, w, ONES, 128, scale, zero, 15);
     for (size_t r = 0; r < PANEL; r++) {
         float low = w[r], high = w[r];
         double plain = 0;
