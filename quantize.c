@@ -510,6 +510,21 @@ static void gptq(Rounding *q, const float *u) {
     free(x);
 }
 
+/* Without GPTQ: rounds the weights in q->e to nearest, each counting by its importance [n], the square of what comes in. */
+static void round_panels(Rounding *q, const float *importance) {
+    size_t n = q->n, nb = q->group;
+    #pragma omp parallel for schedule(static)
+    for (size_t p = 0; p < q->n_panels; p++)
+        for (size_t b = 0; b < n; b += nb) {
+            float *e = q->e + (p * n + b) * PANEL, *scale = q->scales + (p * n + b) / nb * 2 * PANEL, *zero = scale + PANEL;
+            uint8_t *codes = q->codes + (p * n + b) * PANEL;
+            Fit fit;
+            best_scales(scale, zero, e, importance + b, nb, q->levels);
+            fit_codes(&fit, codes, e, importance + b, nb, scale, zero, q->levels);
+            for (size_t i = 0; i < nb * PANEL; i++) e[i] -= scale[i % PANEL] * (codes[i] - zero[i % PANEL]);
+        }
+}
+
 /* The rows b to b + nb - 1 of H, of which the upper triangle is there, in the order of the columns that is given: [nb][n]. */
 static void gather_symmetric(float *out, const float *h, size_t n, const size_t *order, size_t b, size_t nb) {
     #pragma omp parallel for schedule(static)
@@ -587,8 +602,8 @@ static void descend(float *e, float *v, uint8_t *codes, const float *scale, cons
     }
 }
 
-/* Goes over the groups once more, each step lowering (1). */
-static void refine(Rounding *q, const float *h, const size_t *order) {
+/* Goes over the groups once more, each step lowering (1); codes_too: not the scales and zeros alone. */
+static void refine(Rounding *q, const float *h, const size_t *order, bool codes_too) {
     size_t n = q->n, nb = q->group;
     float *x = (float *)allocate(nb * n, sizeof(float), "calibration");
     for (size_t b = 0; b < n; b += nb) {
@@ -599,7 +614,7 @@ static void refine(Rounding *q, const float *h, const size_t *order) {
             uint8_t *codes = q->codes + (p * n + b) * PANEL;
             add_product(v, q->e + p * n * PANEL, x, n, nb, 0, n);
             refit_scales(scale, scale + PANEL, e, v, codes, x + b, n, nb);
-            descend(e, v, codes, scale, x + b, n, nb, q->levels);
+            if (codes_too) descend(e, v, codes, scale, x + b, n, nb, q->levels);
         }
     }
     free(x);
@@ -621,6 +636,12 @@ static double rounding_loss(const Rounding *q, const float *h, const size_t *ord
     free(x);
     return loss;
 }
+
+typedef struct {
+    bool        gptq, awq;
+    const char *text;                   /* the file to calibrate with */
+    size_t      tokens;                 /* how many of its tokens */
+} Calibration;
 
 /* ---- what a text brings to a matrix ---- */
 
@@ -648,7 +669,7 @@ typedef struct {
     int     operation;
     Stream *original, *quantized;
     size_t  rows, cols, n;              /* of the matrix; columns rounded up to whole groups */
-    float  *h, *g;                      /* panels of n columns: [n, n], of which the upper triangle; [rows, n] */
+    float  *h, *g;                      /* panels of n columns: [n, n], of which the upper triangle; [rows, n] or NULL */
     float  *y;                          /* [CHUNK, rows] */
     float  *xt;                         /* [n][CHUNK]: x' transposed */
     jmp_buf done;                       /* forward() is left when the product was seen */
@@ -685,12 +706,14 @@ static void accumulate(float *sum, const float *a, size_t rows, const float *xt,
 static void watch_quantized(void *watcher, int operation, const float *out, const float *x, size_t n) {
     Collector *c = (Collector *)watcher;
     if (operation != c->operation) return;
-    for (size_t i = 0; i < n * c->rows; i++) c->y[i] -= out[i] + (joins_stream(operation) ? c->quantized->state.x[i] : 0);
     #pragma omp parallel for schedule(static)
     for (size_t k = 0; k < c->cols; k++)
         for (size_t t = 0; t < n; t++) c->xt[k * CHUNK + t] = x[t * c->cols + k];
     accumulate(c->h, x, c->cols, c->xt, c->n, n, true);
-    accumulate(c->g, c->y, c->rows, c->xt, c->n, n, false);
+    if (c->g) {
+        for (size_t i = 0; i < n * c->rows; i++) c->y[i] -= out[i] + (joins_stream(operation) ? c->quantized->state.x[i] : 0);
+        accumulate(c->g, c->y, c->rows, c->xt, c->n, n, false);
+    }
     longjmp(c->done, 1);
 }
 
@@ -708,7 +731,7 @@ static void run_streams(Stream *original, Stream *quantized, size_t n_tokens, Co
             Token token = {(int)(f + i), (f + i) % SEQUENCE, 0, logits != NULL};
             tokens[i] = token;
         }
-        for (volatile size_t k = 0; k < 2; k++) {
+        for (volatile size_t k = collector && !collector->g; k < 2; k++) {
             Stream *s = both[k];
             s->state.watch = !collector ? NULL : k ? watch_quantized : watch_original;
             s->state.watcher = collector;
@@ -720,8 +743,8 @@ static void run_streams(Stream *original, Stream *quantized, size_t n_tokens, Co
     }
 }
 
-static void collect(Collector *c, int operation, const Matrix *w, size_t n, Stream *original, Stream *quantized, size_t n_tokens,
-                    float *logits, Work *work) {
+static void collect(Collector *c, int operation, const Matrix *w, size_t n, bool errors, Stream *original, Stream *quantized,
+                    size_t n_tokens, float *logits, Work *work) {
     memset(c, 0, sizeof *c);
     c->operation = operation;
     c->original = original;
@@ -730,7 +753,7 @@ static void collect(Collector *c, int operation, const Matrix *w, size_t n, Stre
     c->cols = w->cols;
     c->n = n;
     c->h = (float *)allocate(n * n, sizeof(float), "calibration");
-    c->g = (float *)allocate(w->n_panels * n, PANEL * sizeof(float), "calibration");
+    if (errors) c->g = (float *)allocate(w->n_panels * n, PANEL * sizeof(float), "calibration");
     c->y = (float *)allocate(CHUNK * w->rows, sizeof(float), "calibration");
     c->xt = (float *)allocate(CHUNK * n, sizeof(float), "calibration");
     work->part = (double)w->rows * (double)w->cols;
@@ -741,26 +764,48 @@ static void collect(Collector *c, int operation, const Matrix *w, size_t n, Stre
 
 /* ---- a matrix, from the file through its calibration to codes ---- */
 
-/* Panels of a matrix in FP32, out [n_panels][n][32], columns in the order given, zeros where there are none; dies if a weight
- * is not a number or too large. */
-static void load_panels(float *out, const Matrix *m, size_t n, const size_t *order, const char *path, const char *name) {
-    size_t bad = 0;
-    #pragma omp parallel for schedule(static) reduction(+:bad)
+/* Panels of a matrix in FP32, out [n_panels][n][32], columns in the order given, zeros where there are none. The order keeps
+ * groups together: what is unpacked serves for many. */
+static void load_panels(float *out, const Matrix *m, size_t n, const size_t *order) {
+    #pragma omp parallel for schedule(static)
     for (size_t p = 0; p < m->n_panels; p++) {
         float w[MAX_GROUP * PANEL];
-        size_t from = n;
-        for (size_t k = 0; k < n; k++) {        /* the order keeps groups together: what was unpacked serves for many */
-            float *to = out + (p * n + k) * PANEL;
-            if (order[k] / MAX_GROUP != from) {
-                from = order[k] / MAX_GROUP;
-                size_t first = from * MAX_GROUP, count = first < m->cols ? min_size(MAX_GROUP, m->cols - first) : 0;
-                unpack_group(w, m->type, m->data + p * m->panel_bytes + from * m->block_bytes, count);
-                for (size_t i = 0; i < count * PANEL; i++) bad += !(fabsf(w[i]) <= 65519);
+        size_t group = n;
+        for (size_t k = 0; k < n; k++) {
+            if (order[k] / MAX_GROUP != group && order[k] < m->cols) {
+                group = order[k] / MAX_GROUP;
+                unpack_group(w, m->type, m->data + p * m->panel_bytes + group * m->block_bytes, min_size(MAX_GROUP, m->cols - group * MAX_GROUP));
             }
-            if (order[k] < m->cols) memcpy(to, w + order[k] % MAX_GROUP * PANEL, PANEL * sizeof(float));
-            else memset(to, 0, PANEL * sizeof(float));
+            if (order[k] < m->cols) memcpy(out + (p * n + k) * PANEL, w + order[k] % MAX_GROUP * PANEL, PANEL * sizeof(float));
+            else memset(out + (p * n + k) * PANEL, 0, PANEL * sizeof(float));
         }
     }
+}
+
+/* A matrix as FP32, to be freed. */
+static Matrix copy_matrix(const Matrix *m) {
+    Matrix copy;
+    size_t *order = (size_t *)allocate(m->cols, sizeof *order, "calibration");
+    for (size_t k = 0; k < m->cols; k++) order[k] = k;
+    matrix_layout(&copy, F32, 0, m->rows, m->cols);
+    copy.data = (unsigned char *)allocate(copy.bytes, 1, "calibration");
+    load_panels((float *)copy.data, m, m->cols, order);
+    free(order);
+    return copy;
+}
+
+/* Dies if a weight is infinite, not a number, or, but for norms, too large for FP16. */
+static void check_weights(const Matrix *m, const char *path, const char *name) {
+    float limit = m->cols == 1 ? 3.4028235e38f : 65519;
+    size_t bad = 0;
+    #pragma omp parallel for schedule(static) reduction(+:bad)
+    for (size_t p = 0; p < m->n_panels; p++)
+        for (size_t g = 0; g < m->n_groups; g++) {
+            float w[MAX_GROUP * PANEL];
+            size_t n = min_size(MAX_GROUP, m->cols - g * MAX_GROUP);
+            unpack_group(w, m->type, m->data + p * m->panel_bytes + g * m->block_bytes, n);
+            for (size_t k = 0; k < n * PANEL; k++) bad += !(fabsf(w[k]) <= limit);
+        }
     if (bad) die(BAD_WEIGHT, path, name);
 }
 
@@ -810,9 +855,12 @@ static float *damped_factor(float *h, size_t n, size_t cols, const size_t *order
 
 enum { SWEEPS = 3 };                    /* of refine() */
 
-/* Quantizes w to `out`, whose data is filled in, with what was collected; c->g is used up. */
-static void quantize_matrix(Matrix *out, const Matrix *w, Collector *c, const char *path, const char *name) {
-    size_t n = c->n, *order = (size_t *)allocate(n, sizeof *order, "calibration");
+/* Quantizes w, whose product is `operation`, to `out`, whose data is filled in. */
+static void quantize_matrix(Matrix *out, const Matrix *w, int operation, const Calibration *o, Stream *original, Stream *quantized,
+                            size_t n_tokens, float *logits, Work *work) {
+    Collector collected, *c = &collected;
+    size_t n = out->n_groups * out->group, *order = (size_t *)allocate(n, sizeof *order, "calibration");
+    collect(c, operation, w, n, true, original, quantized, n_tokens, logits, work);
     Rounding q = {n, out->group, out->n_panels, levels_of(out->type), (float *)allocate(out->n_panels * n, PANEL * sizeof(float), "calibration"),
                   (uint8_t *)allocate(out->n_panels * n, PANEL, "calibration"),
                   (float *)allocate(out->n_panels * n / out->group, 2 * PANEL * sizeof(float), "calibration")};
@@ -823,11 +871,17 @@ static void quantize_matrix(Matrix *out, const Matrix *w, Collector *c, const ch
         for (size_t k = 0; k < n; k++) memcpy(c->g + (p * n + k) * PANEL, q.e + order[k] * PANEL, PANEL * sizeof(float));
     }
     solve(c->g, q.n_panels, u, n);
-    load_panels(q.e, w, n, order, path, name);
+    load_panels(q.e, w, n, order);
     for (size_t i = 0; i < q.n_panels * n * PANEL; i++) q.e[i] += c->g[i];
-    gptq(&q, u);
+    if (o->gptq) gptq(&q, u);
+    else {
+        float *importance = (float *)allocate(n, sizeof(float), "calibration");
+        for (size_t k = 0; k < n; k++) importance[k] = *element(c->h, n, order[k], order[k]);
+        round_panels(&q, importance);
+        free(importance);
+    }
     free(u);
-    for (int i = 0; i < SWEEPS; i++) refine(&q, c->h, order);
+    for (int i = 0; i < SWEEPS; i++) refine(&q, c->h, order, o->gptq);
     #pragma omp parallel for schedule(static)
     for (size_t p = 0; p < q.n_panels; p++)
         for (size_t b = 0; b < n; b += q.group) {
@@ -838,19 +892,132 @@ static void quantize_matrix(Matrix *out, const Matrix *w, Collector *c, const ch
             pack_group((unsigned char *)out->data + p * out->panel_bytes + order[b] / q.group * out->block_bytes, out->type, codes, scale,
                        scale + PANEL, q.group);
         }
+    free(c->h);
+    free(c->g);
     free(q.e);
     free(q.codes);
     free(q.scales);
     free(order);
+    work->done += work->part;
+}
+
+/* ---- AWQ: scales of channels (Lin et al. 2023) ---- */
+
+/* A channel's weights may be multiplied by s if what comes in is divided by it: a large s makes the steps of important weights
+ * finer and those of their group coarser. Dividing costs nothing where a norm's weight or a matrix's rows stand before. Among
+ * s = importance^(a/2), a from 0 to 1, this takes what makes the sum over channels of importance times squared error least,
+ * of at most 16 panels of w. importance, s: [cols]. */
+static void choose_scales(float *s, const Matrix *w, const float *importance, size_t group, float levels) {
+    enum { STEPS = 10, SAMPLE = 16 };
+    size_t n_panels = min_size(w->n_panels, SAMPLE), cols = w->cols;
+    float *candidate = (float *)allocate(cols, sizeof(float), "calibration");
+    double mean = 0, best = INFINITY;
+    for (size_t k = 0; k < cols; k++) mean += importance[k] / (double)cols;
+    for (int step = 0; step <= STEPS; step++) {
+        double logs = 0, loss = 0;
+        for (size_t k = 0; k < cols; k++) {
+            double log_s = 0.5 * step / STEPS * log(fmax(importance[k], 1e-6 * mean + 1e-30));
+            candidate[k] = (float)log_s;
+            logs += log_s / (double)cols;
+        }
+        for (size_t k = 0; k < cols; k++) candidate[k] = (float)exp(candidate[k] - logs);
+        double losses[SAMPLE] = {0};
+        #pragma omp parallel for schedule(static)
+        for (size_t p = 0; p < n_panels; p++)
+            for (size_t k = 0, n; k < cols; k += n) {
+                float scaled[MAX_GROUP * PANEL], left[MAX_GROUP], scale[PANEL], zero[PANEL];
+                const float *panel = (const float *)w->data + (p * w->n_panels / n_panels * cols + k) * PANEL;
+                Fit fit;
+                n = min_size(group, cols - k);
+                for (size_t i = 0; i < n * PANEL; i++) scaled[i] = panel[i] * candidate[k + i / PANEL];
+                for (size_t i = 0; i < n; i++) left[i] = importance[k + i] / (candidate[k + i] * candidate[k + i]);
+                best_scales(scale, zero, scaled, left, n, levels);
+                fit_codes(&fit, NULL, scaled, left, n, scale, zero, levels);
+                for (size_t r = 0; r < PANEL; r++) losses[p] += fit.error[r];
+            }
+        for (size_t p = 0; p < n_panels; p++) loss += losses[p];
+        if (loss < best) { best = loss; memcpy(s, candidate, cols * sizeof(float)); }
+    }
+    free(candidate);
+}
+
+/* All query heads of a key head get the same importance, since their inputs are the same values. */
+static void share_scales(float *importance, const Header *c) {
+    size_t group = c->n_heads / c->n_kv_heads;
+    for (size_t h = 0; h < c->n_heads; h += group)
+        for (size_t d = 0; d < c->head_dim; d++) {
+            float sum = 0;
+            for (size_t i = h; i < h + group; i++) sum += importance[i * c->head_dim + d] / (float)group;
+            for (size_t i = h; i < h + group; i++) importance[i * c->head_dim + d] = sum;
+        }
+}
+
+static void scale_columns(Matrix *w, const float *s) {
+    #pragma omp parallel for schedule(static)
+    for (size_t p = 0; p < w->n_panels; p++)
+        for (size_t i = 0; i < w->cols * PANEL; i++) ((float *)w->data)[p * w->cols * PANEL + i] *= s[i / PANEL];
+}
+
+/* Divides the rows from `first` on by s: [n]. Also of a norm's weight, which has one column. */
+static void divide_rows(Matrix *w, size_t first, size_t n, const float *s) {
+    #pragma omp parallel for schedule(static)
+    for (size_t k = 0; k < w->cols; k++)
+        for (size_t i = 0; i < n; i++) *element((float *)w->data, w->cols, k, first + i) /= s[i];
+}
+
+/* The scales of what comes into w, [cols], to be freed. What a channel's error costs is the mean square of what comes in; where
+ * GPTQ rounds, U_kk^2, since what others make good costs nothing. */
+static float *search_scales(const Matrix *w, int operation, const Tensor *to, const Calibration *o, Stream *original, Stream *quantized,
+                            size_t n_tokens, float *logits, Work *work) {
+    size_t n = round_up(w->cols, to->group), *order = (size_t *)allocate(n, sizeof *order, "calibration");
+    float *s = (float *)allocate(w->cols, sizeof(float), "calibration"), *importance = (float *)allocate(n, sizeof(float), "calibration");
+    Collector c;
+    collect(&c, operation, w, n, false, original, quantized, n_tokens, logits, work);
+    choose_order(order, c.h, n, to->group);
+    float *u = o->gptq ? damped_factor(c.h, n, w->cols, order) : NULL;
+    for (size_t k = 0; k < n; k++) {
+        float h = u ? *element(u, n, k, k) : *element(c.h, n, order[k], order[k]);
+        importance[order[k]] = u ? h * h : h;
+    }
+    if (operation == WO) share_scales(importance, &original->model.c);
+    choose_scales(s, w, importance, to->group, levels_of((int)to->type));
+    free(u);
+    free(c.h);
+    free(order);
+    free(importance);
+    return s;
+}
+
+/* Chooses the scales of a layer's four inputs, its matrices being FP32, and multiplies and divides by them: the layer computes
+ * what it did. to: the layer's entries in the table. */
+static void fold_layer(Layer *w, const Header *c, const Tensor *to, const Calibration *o, Stream *original, Stream *quantized, size_t n_tokens, Work *work) {
+    size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim, group = c->n_heads / c->n_kv_heads;
+    float *s_qkv = search_scales(&w->wqkv, WQKV, &to[1], o, original, quantized, n_tokens, NULL, work);
+    float *s_o = search_scales(&w->wo, WO, &to[2], o, original, quantized, n_tokens, NULL, work);
+    float *s_13 = search_scales(&w->w13, W13, &to[4], o, original, quantized, n_tokens, NULL, work);
+    float *s_2 = search_scales(&w->w2, W2, &to[5], o, original, quantized, n_tokens, NULL, work);
+    scale_columns(&w->wqkv, s_qkv);
+    scale_columns(&w->wo, s_o);
+    scale_columns(&w->w13, s_13);
+    scale_columns(&w->w2, s_2);
+    divide_rows(&w->rms_att_weight, 0, c->dim, s_qkv);
+    for (size_t h = 0; h < c->n_kv_heads; h++)          /* a key head's values come in by all its query heads */
+        divide_rows(&w->wqkv, q_dim + kv_dim + h * c->head_dim, c->head_dim, s_o + h * group * c->head_dim);
+    divide_rows(&w->rms_ffn_weight, 0, c->dim, s_13);
+    divide_rows(&w->w13, c->hidden_dim, c->hidden_dim, s_2);
+    free(s_qkv);
+    free(s_o);
+    free(s_13);
+    free(s_2);
+}
+
+static Layer copy_layer(const Layer *from) {
+    Layer copy;
+    for (size_t k = 0; k < 6; k++) ((Matrix *)&copy)[k] = copy_matrix((const Matrix *)from + k);
+    return copy;
 }
 
 /* ---- a model ---- */
-
-typedef struct {
-    bool        gptq;
-    const char *text;                   /* the file to calibrate with */
-    size_t      tokens;                 /* how many of its tokens */
-} Calibration;
 
 /* The text's ids in sequences of SEQUENCE, each from BOS on, evenly spread where not all are wanted; *n of them. */
 static int *calibration_ids(const Model *m, const Calibration *o, size_t *n) {
@@ -931,55 +1098,71 @@ static void calibrate(const char *path, const char *out_path, uint32_t type, uin
     uint64_t end = write_head(f, &out, to, m.map + m.c.tokenizer_offset);
 
     Matrix embedding = new_matrix(&to[0]);
-    size_t bad = 0;
-    #pragma omp parallel for schedule(dynamic) reduction(+:bad)
+    check_weights(&m.token_embedding, path, from[0].name);
+    #pragma omp parallel for schedule(dynamic)
     for (size_t p = 0; p < embedding.n_panels; p++)
-        bad += !convert_panel((unsigned char *)embedding.data + p * embedding.panel_bytes, &embedding,
-                              m.token_embedding.data + p * m.token_embedding.panel_bytes, &m.token_embedding);
-    if (bad) die(BAD_WEIGHT, path, from[0].name);
+        convert_panel((unsigned char *)embedding.data + p * embedding.panel_bytes, &embedding,
+                      m.token_embedding.data + p * m.token_embedding.panel_bytes, &m.token_embedding);
     write_tensor(f, &to[i++], &embedding, &end);
     Stream original, quantized;
     start_stream(&original, &m, &m.token_embedding, ids, n_tokens);
     start_stream(&quantized, &m, &embedding, ids, n_tokens);
     free((void *)embedding.data);
-    float *logits = NULL;
-    for (size_t l = 0; l <= m.c.n_layers; l++) {            /* the last turn: the final norm and the classifier */
-        bool last = l == m.c.n_layers;
-        Matrix made[6] = {{0}}, *sources = last ? &m.rms_final_weight : (Matrix *)&m.layers[l];
-        if (last) {
-            original.model.c.n_layers = quantized.model.c.n_layers = 0;
-            logits = (float *)allocate(CHUNK * m.c.vocab_size, sizeof(float), path);
-        } else original.layer = quantized.layer = m.layers[l];
-        for (size_t k = 0; k < 6 && i < out.n_tensors; k++, i++) {
-            const Matrix *w = &sources[k];
-            if (w->cols == 1) {
-                size_t n_bad = 0;
-                for (size_t d = 0; d < w->rows; d++) n_bad += !(fabsf(((const float *)w->data)[d]) <= 3.4028235e38f);
-                if (n_bad) die(BAD_WEIGHT, path, from[i].name);
-                write_tensor(f, &to[i], w, &end);
-                continue;
-            }
-            Collector c;
-            made[k] = new_matrix(&to[i]);
-            collect(&c, last ? CLASSIFIER : OPERATIONS[k], w, made[k].n_groups * made[k].group, &original, &quantized, n_tokens, logits, &work);
-            quantize_matrix(&made[k], w, &c, path, from[i].name);
-            free(c.h);
-            free(c.g);
-            if (!last) ((Matrix *)&quantized.layer)[k] = made[k];
-            write_tensor(f, &to[i], &made[k], &end);
-            work.done += work.part;
-            progress(true, work.name, work.done, work.all);
+    for (size_t l = 0; l < m.c.n_layers; l++) {
+        Layer source = m.layers[l], made;
+        for (size_t k = 0; k < 6; k++) check_weights(&((Matrix *)&source)[k], path, from[i + k].name);
+        original.layer = quantized.layer = source;
+        if (o->awq) {
+            source = copy_layer(&source);
+            fold_layer(&source, &m.c, &to[i], o, &original, &quantized, n_tokens, &work);
+            original.layer = quantized.layer = source;
         }
-        if (!last) run_streams(&original, &quantized, n_tokens, NULL, NULL, &work);
-        for (size_t k = 0; k < 6; k++) free((void *)made[k].data);
+        made = source;
+        for (size_t k = 0; k < 6; k++, i++) {
+            Matrix *w = (Matrix *)&source + k, *q = (Matrix *)&made + k;
+            if (w->cols > 1) {
+                *q = new_matrix(&to[i]);
+                quantize_matrix(q, w, OPERATIONS[k], o, &original, &quantized, n_tokens, NULL, &work);
+                ((Matrix *)&quantized.layer)[k] = *q;
+            }
+            write_tensor(f, &to[i], q, &end);
+        }
+        run_streams(&original, &quantized, n_tokens, NULL, NULL, &work);
+        for (size_t k = 0; k < 6; k++) {
+            if (((Matrix *)&source)[k].cols > 1) free((void *)((Matrix *)&made)[k].data);
+            if (o->awq) free((void *)((Matrix *)&source)[k].data);
+        }
     }
+    original.model.c.n_layers = quantized.model.c.n_layers = 0;      /* what is left: the final norm and the classifier */
+    Matrix norm = m.rms_final_weight, wcls = m.wcls;
+    check_weights(&norm, path, from[i].name);
+    if (i + 1 < out.n_tensors) {
+        float *logits = (float *)allocate(CHUNK * m.c.vocab_size, sizeof(float), path);
+        check_weights(&wcls, path, from[i + 1].name);
+        if (o->awq) {
+            norm = copy_matrix(&norm);
+            wcls = copy_matrix(&wcls);
+            float *s = search_scales(&wcls, CLASSIFIER, &to[i + 1], o, &original, &quantized, n_tokens, logits, &work);
+            scale_columns(&wcls, s);
+            divide_rows(&norm, 0, norm.rows, s);
+            free(s);
+            original.model.rms_final_weight = quantized.model.rms_final_weight = norm;
+            original.model.wcls = quantized.model.wcls = wcls;
+        }
+        write_tensor(f, &to[i++], &norm, &end);
+        Matrix made = new_matrix(&to[i]);
+        quantize_matrix(&made, &wcls, CLASSIFIER, o, &original, &quantized, n_tokens, logits, &work);
+        write_tensor(f, &to[i], &made, &end);
+        free((void *)made.data);
+        if (o->awq) { free((void *)norm.data); free((void *)wcls.data); }
+        free(logits);
+    } else write_tensor(f, &to[i], &norm, &end);
     close_output(f);
     report_file(out_path, &out, to, type, start);
     free_state(&original.state);
     free_state(&quantized.state);
     free(original.x);
     free(quantized.x);
-    free(logits);
     free(ids);
     free(to);
     free_model(&m);
@@ -988,27 +1171,28 @@ static void calibrate(const char *path, const char *out_path, uint32_t type, uin
 #ifndef TESTING
 static const char QUANTIZE_HELP[] =
     "usage: quantize IN.bin OUT.bin TYPE [options]       IN.bin may be -, standard input\n"
-    "       quantize IN.bin OUT.bin TYPE --gptq --calib TEXT [options]\n"
+    "       quantize IN.bin OUT.bin TYPE --gptq|--awq --calib FILE [options]\n"
     "       quantize --random SHAPE OUT.bin TYPE [options]\n"
     "makes a checkpoint of another type from an FP32 or FP16 one, or one of random weights\n"
     "  TYPE                 f16; q8, q4: 8 or 4 bits a weight, a scale and a zero for each group\n"
     "  SHAPE                mistral-7b, mistral-nemo: for benchmarks; mistral-7b-layer: one layer\n"
     "  -g, --group N        weights of a group: 32, 64 or 128 (q8: 64, q4: 128)\n"
-    "      --gptq           round so that what the layers put out over a text changes least, and not\n"
-    "                       to nearest; takes minutes a layer, and once stopped begins anew\n"
+    "      --gptq           round so that what each matrix puts out over a text changes least; takes\n"
+    "                       minutes a layer of a 7B model, and what is stopped begins anew\n"
+    "      --awq            scale channels by what comes in over a text, and round to nearest; or both\n"
     "      --calib FILE     that text, UTF-8, like what the model will read\n"
     "      --calib-tokens N so many of its tokens, evenly spread (32768)\n"
     "  -j, --threads N      (the cores)\n"
     "  -h, --help\n";
 
 int main(int argc, char **argv) {
-    enum { GPTQ = 256, CALIB, CALIB_TOKENS };
-    static const struct option table[] = {{"group", 1, 0, 'g'}, {"threads", 1, 0, 'j'}, {"random", 1, 0, 'r'}, {"help", 0, 0, 'h'}, {"gptq", 0, 0, GPTQ},
+    enum { GPTQ = 256, AWQ, CALIB, CALIB_TOKENS };
+    static const struct option table[] = {{"group", 1, 0, 'g'}, {"threads", 1, 0, 'j'}, {"random", 1, 0, 'r'}, {"help", 0, 0, 'h'}, {"gptq", 0, 0, GPTQ}, {"awq", 0, 0, AWQ},
                                           {"calib", 1, 0, CALIB}, {"calib-tokens", 1, 0, CALIB_TOKENS}, {0, 0, 0, 0}};
     const char *shape = NULL;
     uint32_t group = 0, type = 0;
     int option;
-    Calibration calibration = {false, NULL, 0};
+    Calibration calibration = {false, false, NULL, 0};
     program = "quantize";
     opterr = 0;
     while ((option = getopt_long(argc, argv, ":g:j:h", table, NULL)) != -1) {
@@ -1024,6 +1208,7 @@ int main(int argc, char **argv) {
             }
             case 'r': shape = optarg; break;
             case GPTQ: calibration.gptq = true; break;
+            case AWQ: calibration.awq = true; break;
             case CALIB: calibration.text = optarg; break;
             case CALIB_TOKENS: calibration.tokens = whole_argument("--calib-tokens", optarg, 1, 1u << 30); break;
             case 'h': fputs(QUANTIZE_HELP, stdout); return 0;
@@ -1036,18 +1221,20 @@ int main(int argc, char **argv) {
     if (group && group != 32 && group != 64 && group != 128) usage("-g %u: not 32, 64 or 128", group);
     for (uint32_t t = F32; t <= Q4; t++) if (!strcmp(argv[argc - 1], TYPE_NAMES[t])) type = t;
     if (!type || (type == F32 && !shape)) usage("%s: not a type: f16, q8 or q4", argv[argc - 1]);
-    if (calibration.gptq) {
-        if (!calibration.text) usage("--gptq: needs --calib FILE, a text to calibrate with");
-        if (type < Q8) usage("--gptq: means nothing for %s, only for q4 and q8", TYPE_NAMES[type]);
-        if (shape || !strcmp(argv[optind], "-")) usage("--gptq: reads IN.bin more than once: write it to a file first");
-    } else if (calibration.text || calibration.tokens) usage("--calib, --calib-tokens: mean nothing without --gptq");
+    bool calibrated = calibration.gptq || calibration.awq;
+    if (calibrated) {
+        const char *asked = calibration.gptq ? "--gptq" : "--awq";
+        if (!calibration.text) usage("%s: needs --calib FILE, a text to calibrate with", asked);
+        if (type < Q8) usage("%s: means nothing for %s, only for q4 and q8", asked, TYPE_NAMES[type]);
+        if (shape || !strcmp(argv[optind], "-")) usage("%s: reads IN.bin more than once: write it to a file first", asked);
+    } else if (calibration.text || calibration.tokens) usage("--calib, --calib-tokens: mean nothing without --gptq or --awq");
 
     if (!group) group = type == Q8 ? 64 : 128;      /* 8 bits are asked for where quality comes first */
     if (!calibration.tokens) calibration.tokens = 32768;
 
     interrupted = 1;                    /* there is no half a checkpoint: the first Ctrl-C ends it */
     catch_signals();
-    if (calibration.gptq) {
+    if (calibrated) {
         calibrate(argv[optind], argv[argc - 2], type, group, &calibration);
         return 0;
     }
