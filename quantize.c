@@ -17,7 +17,8 @@
  * a least squares fit of a better scale and zero to the same codes needs; each column counts by its importance. All [32]. */
 typedef struct { float error[PANEL], c[PANEL], cc[PANEL], wc[PANEL]; } Fit;
 
-static const float ONES[MAX_GROUP] = {[0 ... MAX_GROUP - 1] = 1};       /* all columns are as important */
+#define EIGHT(x) x, x, x, x, x, x, x, x
+static const float ONES[MAX_GROUP] = {EIGHT(EIGHT(1)), EIGHT(EIGHT(1))};     /* all columns are as important */
 
 /* Codes that round to nearest: code = clamp(w / scale + zero, 0, levels), rounded by adding 1.5 * 2^23. w: [n][32];
  * importance: [n]; codes: [n][32] or NULL. */
@@ -109,13 +110,33 @@ static const char BAD_WEIGHT[] = "%s: %s has a weight that is infinite, not a nu
 
 static float levels_of(int type) { return type == Q8 ? 255 : 15; }
 
+/* Codes of nf4, as bitsandbytes finds them: the largest magnitude of a row's group is 1, each weight takes the nearest of 16 values. */
+static void nf4_codes(uint8_t *codes, float *scale, float *zero, const float *w, size_t n) {
+    for (size_t r = 0; r < PANEL; r++) {
+        float largest = 0;
+        for (size_t k = 0; k < n; k++) largest = fmaxf(largest, fabsf(w[k * PANEL + r]));
+        scale[r] = half_to_float(float_to_half(largest / 127));
+        zero[r] = 128;
+    }
+    for (size_t k = 0; k < n; k++)
+        for (size_t r = 0; r < PANEL; r++) {
+            float x = scale[r] > 0 ? w[k * PANEL + r] / scale[r] + 128 : 128;
+            uint8_t code = 0;
+            for (int c = 0; c < 15; c++) code += x > 0.5f * (NF4_CODES[c] + NF4_CODES[c + 1]);
+            codes[k * PANEL + r] = code;
+        }
+}
+
 /* Rounds one group of one panel to nearest, w: [group][32] of which n columns exist. */
 static void round_group(unsigned char *block, int type, const float *w, size_t n, size_t group) {
     float scale[PANEL], zero[PANEL];
     uint8_t codes[MAX_GROUP * PANEL];
     Fit fit;
-    best_scales(scale, zero, w, ONES, n, levels_of(type));
-    fit_codes(&fit, codes, w, ONES, n, scale, zero, levels_of(type));
+    if (type == NF4) nf4_codes(codes, scale, zero, w, n);
+    else {
+        best_scales(scale, zero, w, ONES, n, levels_of(type));
+        fit_codes(&fit, codes, w, ONES, n, scale, zero, levels_of(type));
+    }
     memset(codes + n * PANEL, 0, (group - n) * PANEL);
     pack_group(block, type, codes, scale, zero, group);
 }
@@ -256,7 +277,7 @@ static void new_table(Header *out, Tensor *to, const Tensor *from, uint32_t type
     out->file_size = end;
 }
 
-static const unsigned char PADDING[64];
+static const unsigned char PADDING[64] = {0};
 
 /* Writes all that stands before the tensors; returns where that ends. */
 static uint64_t write_head(FILE *f, const Header *out, const Tensor *to, const void *tokenizer) {
@@ -1174,9 +1195,10 @@ static const char QUANTIZE_HELP[] =
     "       quantize IN.bin OUT.bin TYPE --gptq|--awq --calib FILE [options]\n"
     "       quantize --random SHAPE OUT.bin TYPE [options]\n"
     "makes a checkpoint of another type from an FP32 or FP16 one, or one of random weights\n"
-    "  TYPE                 f16; q8, q4: 8 or 4 bits a weight, a scale and a zero for each group\n"
+    "  TYPE                 f16; q8, q4: 8 or 4 bits a weight, a scale and a zero for each group;\n"
+    "                       nf4: 4 bits with bitsandbytes' code book\n"
     "  SHAPE                mistral-7b, mistral-nemo: for benchmarks; mistral-7b-layer: one layer\n"
-    "  -g, --group N        weights of a group: 32, 64 or 128 (q8: 64, q4: 128)\n"
+    "  -g, --group N        weights of a group: 32, 64 or 128 (q8, nf4: 64, q4: 128)\n"
     "      --gptq           round so that what each matrix puts out over a text changes least; takes\n"
     "                       minutes a layer of a 7B model, and what is stopped begins anew\n"
     "      --awq            scale channels by what comes in over a text, and round to nearest; or both\n"
@@ -1219,17 +1241,17 @@ int main(int argc, char **argv) {
     int n = argc - optind, wanted = shape ? 2 : 3;
     if (n != wanted) usage(shape ? "needs OUT.bin and a type" : "needs IN.bin, OUT.bin and a type");
     if (group && group != 32 && group != 64 && group != 128) usage("-g %u: not 32, 64 or 128", group);
-    for (uint32_t t = F32; t <= Q4; t++) if (!strcmp(argv[argc - 1], TYPE_NAMES[t])) type = t;
-    if (!type || (type == F32 && !shape)) usage("%s: not a type: f16, q8 or q4", argv[argc - 1]);
+    for (uint32_t t = F32; t <= NF4; t++) if (!strcmp(argv[argc - 1], TYPE_NAMES[t])) type = t;
+    if (!type || (type == F32 && !shape)) usage("%s: not a type: f16, q8, q4 or nf4", argv[argc - 1]);
     bool calibrated = calibration.gptq || calibration.awq;
     if (calibrated) {
         const char *asked = calibration.gptq ? "--gptq" : "--awq";
         if (!calibration.text) usage("%s: needs --calib FILE, a text to calibrate with", asked);
-        if (type < Q8) usage("%s: means nothing for %s, only for q4 and q8", asked, TYPE_NAMES[type]);
+        if (type != Q8 && type != Q4) usage("%s: means nothing for %s, only for q4 and q8", asked, TYPE_NAMES[type]);
         if (shape || !strcmp(argv[optind], "-")) usage("%s: reads IN.bin more than once: write it to a file first", asked);
     } else if (calibration.text || calibration.tokens) usage("--calib, --calib-tokens: mean nothing without --gptq or --awq");
 
-    if (!group) group = type == Q8 ? 64 : 128;      /* 8 bits are asked for where quality comes first */
+    if (!group) group = type == Q4 ? 128 : 64;      /* 8 bits are asked for where quality comes first; bitsandbytes' nf4 has 64 */
     if (!calibration.tokens) calibration.tokens = 32768;
 
     interrupted = 1;                    /* there is no half a checkpoint: the first Ctrl-C ends it */

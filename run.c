@@ -489,7 +489,7 @@ static const uint8_t *unpack_codes(uint8_t *room, int type, const uint8_t *packe
             room[k * PANEL + i] = packed[i] & 15;
             room[(k + 2) * PANEL + i] = packed[i] >> 4;
         }
-    for (size_t i = 0; type == NF4 && i < n * PANEL; i++) room[i] = NF4_CODES[room[i]];
+    for (size_t i = 0; type == NF4 && i < round_up(n, 4) * PANEL; i++) room[i] = NF4_CODES[room[i]];
     return room;
 }
 

@@ -45,7 +45,8 @@ static const char *odd_model(const char *type, uint32_t group) {
 }
 
 static const struct { const char *type; uint32_t group; } KINDS[] = {
-    {"f32", 32}, {"f16", 32}, {"q8", 32}, {"q8", 64}, {"q8", 128}, {"q4", 32}, {"q4", 64}, {"q4", 128}};
+    {"f32", 32}, {"f16", 32}, {"q8", 32}, {"q8", 64}, {"q8", 128}, {"q4", 32}, {"q4", 64}, {"q4", 128},
+    {"nf4", 64}, {"nf4", 128}};
 enum { N_KINDS = sizeof KINDS / sizeof *KINDS };
 
 /* ---- the mathematics ---------------------------------------------------------------------------------------------- */
@@ -130,11 +131,11 @@ static void test_group_product(void) {
     static int8_t q[64 * 128];
     float fast[64 * PANEL], plain[64 * PANEL], unpacked[64 * PANEL], scale[2 * PANEL], scale_q[64], sum_q[64];
     for (int turn = 0; turn < 400; turn++) {
-        int type = turn % 2 ? Q4 : Q8;
-        bool extremes = turn < 4, whole = turn < 100;
+        int type = turn % 3 == 0 ? Q8 : turn % 3 == 1 ? Q4 : NF4;
+        bool extremes = turn < 6, whole = turn < 100;
         size_t n = (size_t)32 << random_below(3), T = 1 + random_below(64);
         for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)(extremes ? 255 : random_below(256));
-        for (size_t i = 0; i < sizeof q; i++) q[i] = (int8_t)(extremes ? (turn < 2 ? -127 : 127) : (int)random_below(255) - 127);
+        for (size_t i = 0; i < sizeof q; i++) q[i] = (int8_t)(extremes ? (turn < 3 ? -127 : 127) : (int)random_below(255) - 127);
         for (size_t r = 0; r < 2 * PANEL; r++) scale[r] = whole ? r < PANEL : random_float();
         for (size_t t = 0; t < 64; t++) {
             scale_q[t] = whole ? 1 : random_float();
@@ -153,7 +154,7 @@ static void test_group_product(void) {
                 for (size_t k = 0; k < n; k++) {
                     const uint8_t *four = codes + k / 4 * (type == Q8 ? 128 : 64);
                     int code = type == Q8 ? four[4 * r + k % 4] : r < 16 ? four[4 * r + k % 4] & 15 : four[4 * (r - 16) + k % 4] >> 4;
-                    sum += code * q[t * n + k];
+                    sum += (type == NF4 ? NF4_CODES[code] : code) * q[t * n + k];
                 }
                 size_t i = t * PANEL + r;
                 if (whole) CHECK(plain[i] == (float)sum, "plain %s, %zu: %g, not %ld", TYPE_NAMES[type], n, plain[i], sum);
@@ -196,7 +197,7 @@ static void test_matrices(void) {
             size_t padded = m.n_groups * m.group;
             Activations a = {(float *)allocate(n * padded, 4, "test"), NULL, (float *)allocate(n * m.n_groups, 4, "test"), (float *)allocate(n * m.n_groups, 4, "test")};
             a.q = (int8_t *)a.x;
-            double tolerance = m.type == F32 ? 0 : m.type == F16 ? 1e-4 : m.type == Q8 ? 0.12 / 255 : 0.12 / 15;    /* half a step of the range, nearly 0.24 */
+            double tolerance = m.type == F32 ? 0 : m.type == F16 ? 1e-4 : m.type == Q8 ? 0.12 / 255 : m.type == Q4 ? 0.12 / 15 : 0.013;    /* half a step of the range, nearly 0.24; nf4's is 0.24, its steps unequal */
             for (size_t r = 0; r < rows; r++) {
                 matrix_row(row + r * cols, &m, r);
                 double error = 0;
@@ -770,7 +771,7 @@ static int tokenize(const char *path) {
 static void test_cuda_products(void) {
     static const size_t SHAPES[][2] = {{5, 7}, {33, 130}, {64, 128}, {100, 300}, {257, 1000}, {300, 4100}}, COUNTS[] = {1, 3, 8, 9, 17, 33, 64, 65, 130};
     enum { ROOM = 256 };
-    for (size_t kind = 0; kind < N_KINDS; kind++)
+    for (size_t kind = 0; kind < N_KINDS && strcmp(KINDS[kind].type, "nf4"); kind++)
         for (size_t shape = 0; shape < sizeof SHAPES / sizeof *SHAPES; shape++) {
             size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1], none = 0, width = round_up(cols, COLUMNS), out_width = round_up(rows, 32);
             float *w = (float *)allocate(rows * cols, 4, "test"), *x = (float *)allocate(ROOM * width, 4, "test");
@@ -851,6 +852,7 @@ static void test_cuda_forward(void) {
     static float expect[LENGTH * VOCAB], got[LENGTH * VOCAB];
     int ids[LENGTH];
     for (size_t kind = 0; kind <= N_KINDS; kind++) {
+        if (kind < N_KINDS && !strcmp(KINDS[kind].type, "nf4")) continue;       /* not on the GPU */
         const char *path = kind < N_KINDS ? odd_model(KINDS[kind].type, KINDS[kind].group) : "demo/tiny-mistral-q8.bin";
         Model cpu = load_on(&CPU, path), gpu = load_on(&GPU, path);
         size_t vocab = cpu.c.vocab_size;

@@ -53,9 +53,9 @@ def tmp(tmp_path):
 def odd(tmp_path_factory):
     """Random models by type, of 300 pieces and a shape that is a multiple of nothing: {"f32": path, ...}"""
     directory = tmp_path_factory.mktemp("odd")
-    for t in ("f32", "f16", "q8", "q4"):
+    for t in ("f32", "f16", "q8", "q4", "nf4"):
         subprocess.run([QUANTIZE, "--random", "odd", str(directory / (t + ".bin")), t], check=True, stderr=subprocess.DEVNULL)
-    return {t: str(directory / (t + ".bin")) for t in ("f32", "f16", "q8", "q4")}
+    return {t: str(directory / (t + ".bin")) for t in ("f32", "f16", "q8", "q4", "nf4")}
 
 
 @pytest.fixture(scope="module")
@@ -617,7 +617,7 @@ def test_more_sequences_than_tokens_in_a_forward(tmp, odd):
         assert sequences(tmp, odd["q4"], "-i", "x", "-n", 5, "-l", 3, "-s", 42 + i) == [many[i]]
 
 
-@pytest.mark.parametrize("model", ["demo", "f32", "f16", "q8", "q4"])
+@pytest.mark.parametrize("model", ["demo", "f32", "f16", "q8", "q4", "nf4"])
 def test_threads_do_not_matter(tmp, odd, model):
     path = DEMO if model == "demo" else odd[model]
     runs = [done(tmp, path, "-i", "Once", "-b", 3, "-n", 20, "-j", j)[0] for j in (1, 2, 5)]
@@ -1169,7 +1169,7 @@ def test_reader_that_leaves(tmp):
 # ---------------------------------------------------------------------------------------------------------------------
 # quantize
 
-TYPES = {"f32": 1, "f16": 2, "q8": 3, "q4": 4}
+TYPES = {"f32": 1, "f16": 2, "q8": 3, "q4": 4, "nf4": 5}
 
 
 def table(path):
@@ -1226,7 +1226,7 @@ def test_quantize_wrong_usage(tmp, args, start):
 
 def test_quantize_types(tmp, odd):
     f32, names = table(odd["f32"]), list(table(odd["f32"]))
-    for t in ("f16", "q8", "q4"):
+    for t in ("f16", "q8", "q4", "nf4"):
         status, out, err = quantize(odd["f32"], tmp / "m.bin", t)
         assert (status, out) == (0, b"") and err.count(b"\n") == 1 and err.decode().startswith("%s: " % (tmp / "m.bin"))
         made = table(tmp / "m.bin")
@@ -1235,7 +1235,7 @@ def test_quantize_types(tmp, odd):
             assert (rows, cols) == f32[name][2:4] and offset % 64 == 0
             assert kind == (1 if cols == 1 else TYPES[t]) and group == (0 if cols == 1 or t == "f16" else 32)
             groups, panels = (cols + 31) // 32, (rows + 31) // 32
-            assert size == panels * (32 * 4 if cols == 1 else {"f16": 64 * cols, "q8": groups * (128 + 32 * 32), "q4": groups * (128 + 16 * 32)}[t])
+            assert size == panels * (32 * 4 if cols == 1 else {"f16": 64 * cols, "q8": groups * (128 + 32 * 32), "q4": groups * (128 + 16 * 32), "nf4": groups * (128 + 16 * 32)}[t])
         assert (tmp / "m.bin").read_bytes() == open(odd[t], "rb").read()        # --random makes what the FP32 one becomes
         assert done(tmp, tmp / "m.bin", "-i", "x", "-n", 2)[0]["dtype"] == t
 
@@ -1244,15 +1244,15 @@ def test_quantize_groups(tmp, odd):
     source = write_checkpoint(tmp / "f32.bin", odd)
     nll = {}
     for args, group in (([], None), (["-g", 128], 128), (["-g", 64], 64), (["--group", 32], 32)):
-        for t in ("q8", "q4"):
-            group = {"q8": 64, "q4": 128}[t] if not args else group                 # what is taken where none is asked for
+        for t in ("q8", "q4", "nf4"):
+            group = {"q8": 64, "q4": 128, "nf4": 64}[t] if not args else group                 # what is taken where none is asked for
             assert quantize(source, tmp / "m.bin", t, *args)[0] == 0
             made = table(tmp / "m.bin")
             for name, (kind, g, rows, cols, _, _) in made.items():
                 if cols > 1:                                    # w2 has 192 columns: 64 is the largest that divides them
                     assert (kind, g) == (TYPES[t], min(group, 64) if name.endswith("w2") else group), name
             nll[t, group] = perplexity(tmp, tmp / "m.bin", "--against", source)["kl"]
-    assert nll["q8", 32] < nll["q8", 128] < nll["q4", 32] < nll["q4", 128] < 0.1
+    assert nll["q8", 32] < nll["q8", 128] < nll["q4", 32] < nll["q4", 128] < 0.1 and nll["q4", 64] < nll["nf4", 64] < nll["nf4", 128] < 0.15
 
 
 def test_quantize_threads_do_not_matter(tmp, odd):

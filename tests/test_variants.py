@@ -61,7 +61,7 @@ def models(tmp_path_factory):
     """Models of every type."""
     folder = tmp_path_factory.mktemp("variants")
     made = [DEMO]
-    for dtype in ("f32", "f16", "q8", "q4"):
+    for dtype in ("f32", "f16", "q8", "q4", "nf4"):
         made.append(str(folder / dtype) + ".bin")
         subprocess.run([os.path.join(ROOT, "quantize"), "--random", "odd", made[-1], dtype], check=True)
     return made
