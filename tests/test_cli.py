@@ -1252,7 +1252,8 @@ def test_quantize_groups(tmp, odd):
                 if cols > 1:                                    # w2 has 192 columns: 64 is the largest that divides them
                     assert (kind, g) == (TYPES[t], min(group, 64) if name.endswith("w2") else group), name
             nll[t, group] = perplexity(tmp, tmp / "m.bin", "--against", source)["kl"]
-    assert nll["q8", 32] < nll["q8", 128] < nll["q4", 32] < nll["q4", 128] < 0.1 and nll["q4", 64] < nll["nf4", 64] < nll["nf4", 128] < 0.15
+    assert nll["q8", 32] < nll["q8", 128] < nll["q4", 32] < nll["q4", 128] < 0.1
+    assert nll["q8", 128] < min(nll["nf4", 32], nll["nf4", 64], nll["nf4", 128]) and max(nll["nf4", 32], nll["nf4", 64], nll["nf4", 128]) < 0.05
 
 
 def test_quantize_threads_do_not_matter(tmp, odd):
