@@ -12,7 +12,8 @@
  *   7. The step       forward() as a list of launches, which CUDA keeps as a graph
  *
  * A token's numbers are the same whatever else is in the batch, and from run to run: every sum has an order that depends on
- * the model, the place in the text, -b and whether this is prefill or decoding. They differ from the CPU's in the last
+ * the model, the place in the text, the number of slots, the GPU and whether this is prefill or decoding (but for prefill with FP16
+ * weights, where cuBLAS chooses by the number of tokens). They differ from the CPU's in the last
  * digits: sums over groups are added in another order (those within a group are of whole numbers, and the same).
  *
  * Written for compute capability 7.5 (the T4) and later. On 9.0 a kernel starts while the one before it ends. */
@@ -31,8 +32,8 @@ static void cuda_check(cudaError_t error, const char *call) {
 
 enum { COLUMNS = 128 };                 /* of a tile of weights; activations are padded to a multiple */
 
-/* Lets the next kernel begin, and waits until the one before has ended and its results can be read. Before it a kernel may
- * only read weights. Without it (before 9.0) kernels simply follow one another. */
+/* Programmatic dependent launch: lets the next kernel begin, and waits until the one before has ended and its results can be read
+ * (and, since that one waited too before it ended, those of all before it). Before it a kernel may only read weights. Without it (before 9.0) kernels simply follow one another. */
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
@@ -201,7 +202,7 @@ static void cuda_load(Model *m) {
     size_t n = c->n_layers, largest = m->token_embedding.bytes, need = 0, free_bytes, all;
     for (size_t i = 0; i < 6 * n; i++) largest = largest > ((Matrix *)m->layers)[i].bytes ? largest : ((Matrix *)m->layers)[i].bytes;
     largest = largest > m->wcls.bytes ? largest : m->wcls.bytes;
-    need = largest + (size_t)c->file_size;
+    need = largest + (size_t)c->file_size / (m->layers[0].wqkv.type == F32 ? 2 : 1);        /* f32 becomes FP16 */
     CUDA(cudaMemGetInfo(&free_bytes, &all));
     if (need > free_bytes)
         die("%s: its weights need %.1f GB of GPU memory and %.1f of %.1f GB are free: quantize it further (q8, q4)", m->path, (double)need / 1e9,
@@ -315,7 +316,7 @@ __device__ inline void mma_halves(float *d, const uint32_t *a, const uint32_t *b
 /* ------------------------------------------------------------------------------------------------------------------
  * 3. Products: out[token][row] = sum over columns of w[row][column] * x[token][column]                              */
 
-/* The plain one: a thread for each output. */
+/* The plain one, to be read, and for test_all.c to compare with: a thread for each output. */
 __global__ void product_plain(float *out, Weights w, Inputs in, int n) {
     int row = blockIdx.x * blockDim.x + threadIdx.x, token = blockIdx.y;
     float sum = 0;
@@ -466,7 +467,7 @@ template <int TOKEN_TILES> __device__ inline void add_warps(float total[][2][4],
 /* For up to 8 tokens, where reading the weights is all that takes time. A block's 4 warps share 32 rows, each taking every 4th tile of
  * columns: the next is on its way while others compute, the first before the kernel before this one has ended. That little is
  * asked for ahead leaves registers for many blocks, which is worth more (SPEED.md).
- * gridDim.x: blocks of 32 rows. gridDim.y: parts of the columns, each with an out of its own, which whoever reads it adds up. */
+ * gridDim.x: blocks of 32 rows. gridDim.y: parts of the columns (split-K), each with an out of its own, which whoever reads it adds up. */
 enum { FEW_BLOCKS = 6 };                /* of a multiprocessor */
 template <int TYPE, int GROUPS>
 __global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4) product_few(float *out, Weights w, Inputs in, int n, int units) {
@@ -487,9 +488,9 @@ __global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4) product_few(
     auto load_inputs = [&](int k) {     /* of the tokens that there are */
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            if (lane / 4 < n) x[0][h] = __ldg(inputs + (TYPE == F16 ? (size_t)k * 8 + 4 * h : (size_t)k * in.stride * 8 + h));
+            if (lane / 4 < n) x[0][h] = inputs[TYPE == F16 ? (size_t)k * 8 + 4 * h : (size_t)k * in.stride * 8 + h];
 #pragma unroll
-        for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[0][g] = __ldg(input_scales + (size_t)(k * GROUPS + g) * (in.stride / 2));
+        for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[0][g] = input_scales[(size_t)(k * GROUPS + g) * (in.stride / 2)];
     };
     if (k < end) load_inputs(k);
     for (; k < end; k += 4) {
@@ -774,10 +775,12 @@ __device__ inline float2 turned_pair(const float *parts, int n_parts, int part_w
     return make_float2(x.x * r.x - x.y * r.y, x.y * r.x + x.x * r.y);
 }
 
+__device__ inline __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+
 /* Puts a pair of a key or value where attention reads it; head: from n_heads on; keys, values: the slot's. */
 __device__ inline void store_pair(__half *keys, __half *values, float2 x, int pos, int head, int i, const Heads &c) {
     int kv_head = (head - c.n_heads) % c.n_kv_heads, at = pos % c.ring, half = c.head_dim / 2;
-    __half a = __float2half_rn(fminf(fmaxf(x.x, -65504.0f), 65504.0f)), b = __float2half_rn(fminf(fmaxf(x.y, -65504.0f), 65504.0f));
+    __half a = to_half(x.x), b = to_half(x.y);
     size_t of_head = (size_t)kv_head * c.ring * c.width;
     if (head < c.n_heads + c.n_kv_heads) {
         keys[of_head + (size_t)at * c.width + i] = a;
@@ -798,8 +801,8 @@ __global__ void rope_and_cache(__half *queries, __half *keys, __half *values, Pr
     size_t cache = (size_t)rows[token].slot * c.n_kv_heads * c.ring * c.width;
     if (head >= c.n_heads) { store_pair(keys + cache, values + cache, x, rows[token].pos, head, i, c); return; }
     __half *to = queries + ((size_t)token * c.n_heads + head) * c.width;
-    to[i] = __float2half_rn(x.x * c.query_scale);
-    to[i + c.head_dim / 2] = __float2half_rn(x.y * c.query_scale);
+    to[i] = to_half(x.x * c.query_scale);
+    to[i + c.head_dim / 2] = to_half(x.y * c.query_scale);
 }
 
 /* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. A warp for each tile of columns, 8 in a
@@ -919,7 +922,7 @@ template <int WIDTH> struct Attention {
                 mma_halves(score[t], a[j][0], &x.x);
                 mma_halves(score[t], a[j][1], &x.z);
             }
-        uint32_t p[4][2];               /* e^(score - max) as FP16: [t][row g, row g + 8] */
+        uint32_t p[4][2];               /* 2^(score - max) as FP16: [t][row g, row g + 8] */
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             if (start + 31 > pos[h] || start < first[h])
@@ -1000,7 +1003,7 @@ __global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *sof
     }
 }
 
-/* Decoding: a block is there for a token, a key head with up to 16 of its query heads, and a span of positions, of which its 4 warps
+/* Decoding: a block is there for a token, a key head with up to 16 of its query heads, and a span of positions (flash-decoding), of which its 4 warps
  * take every fourth 32. It makes the queries from wqkv's product itself, and in the last span the token's key and value.
  * With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to out,
  * [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
@@ -1023,8 +1026,8 @@ __global__ void __launch_bounds__(128) attention_decode(float *out, float2 *soft
         int row = at / half, i = at % half, head = row < n_heads ? first_head + row : c.n_heads + kv_head + (row - n_heads) * c.n_kv_heads;
         float2 x = turned_pair(qkv.parts, qkv.n, qkv.width, n, rotations, token, head, i, c);
         if (row >= n_heads) { store_pair(keys + cache, values + cache, x, pos, head, i, c); continue; }
-        query[row][i] = __float2half_rn(x.x * c.query_scale);
-        query[row][i + half] = __float2half_rn(x.y * c.query_scale);
+        query[row][i] = to_half(x.x * c.query_scale);
+        query[row][i + half] = to_half(x.y * c.query_scale);
     }
     for (int at = threadIdx.x; at < n_heads * (WIDTH - c.head_dim); at += 128) query[at / (WIDTH - c.head_dim)][c.head_dim + at % (WIDTH - c.head_dim)] = 0;
     __syncthreads();
@@ -1194,7 +1197,20 @@ typedef struct {
     bool     profiled;
 } Device;
 
-/* Launches a kernel of operation `operation` (for -P). */
+/* With -P: an event where an operation ends. */
+static void mark(Device *d, int operation) {
+    if (!d->profiled) return;
+    if (d->n_events == d->events_room) {
+        size_t room = d->events_room;
+        d->events = (cudaEvent_t *)grow(d->events, room, &d->events_room, sizeof *d->events);
+        d->event_operation = (int *)grow(d->event_operation, room, &room, sizeof(int));
+        for (size_t i = d->n_events; i < d->events_room; i++) CUDA(cudaEventCreate(&d->events[i]));
+    }
+    d->event_operation[d->n_events] = operation;
+    CUDA(cudaEventRecord(d->events[d->n_events++], d->stream));
+}
+
+/* Launches a kernel of operation `operation`. */
 template <class... P, class... A>
 static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, dim3 block, A... arguments) {
     cudaLaunchConfig_t config;
@@ -1208,15 +1224,7 @@ static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, di
     config.attrs = &attribute;
     config.numAttrs = d->overlap && !d->profiled;
     CUDA(cudaLaunchKernelEx(&config, kernel, (P)arguments...));
-    if (!d->profiled) return;
-    if (d->n_events == d->events_room) {
-        size_t room = d->events_room;
-        d->events = (cudaEvent_t *)grow(d->events, room, &d->events_room, sizeof *d->events);
-        d->event_operation = (int *)grow(d->event_operation, room, &room, sizeof(int));
-        for (size_t i = d->n_events; i < d->events_room; i++) CUDA(cudaEventCreate(&d->events[i]));
-    }
-    d->event_operation[d->n_events] = operation;
-    CUDA(cudaEventRecord(d->events[d->n_events++], d->stream));
+    mark(d, operation);
 }
 
 template <int TYPE, int GROUPS> static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
@@ -1236,16 +1244,17 @@ static int token_tiles(const State *s) {
     return !s->decoding || n > 64 ? 16 : n > 32 ? 8 : n > 16 ? 4 : n > 8 ? 2 : 1;
 }
 
-/* Into how many parts the columns are cut so that there are two blocks for each multiprocessor. */
+/* Into how many parts the columns are cut so that there are two blocks for each multiprocessor (six of product_few), MAX_PARTS at most. */
 static int product_parts(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
     int tiles = token_tiles(s), blocks = tiles == 1 ? w.row_tiles / 2 : (w.row_tiles + 7) / 8;
     int parts = (tiles == 1 ? FEW_BLOCKS : 2) * d->multiprocessors / blocks, most = w.column_tiles / 8;
     parts = parts < most ? parts : most;
-    return tiles == 16 || parts < 1 ? 1 : parts > 8 ? 8 : parts;
+    return tiles == 16 || parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : parts;
 }
 
-/* out: [parts][n][w.rows], or with `units` SwiGLU's [n][units]; returns the number of parts. */
+/* out: [parts][n][w.rows], or with `units` SwiGLU's [n][units]; returns the number of parts, or 0 if cuBLAS made it:
+ * one part, and without SwiGLU. */
 static int device_product(State *s, int operation, float *out, const Weights &w, int n, int units, bool one_part) {
     Device *d = (Device *)s->device;
     int tiles = token_tiles(s), parts = units || one_part ? 1 : product_parts(s, w);
@@ -1262,6 +1271,7 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
             if (cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, w.row_tiles * 16, n, width, &one, w.halves, CUDA_R_16F, width, d->in.halves,
                             CUDA_R_16F, width, &none, to, CUDA_R_32F, w.row_tiles * 16, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
                 die("cuBLAS: a product of [%d, %d] with %d tokens failed", w.rows, w.cols, n);
+            mark(d, operation);
             return 0;                   /* which tells w13's caller that SwiGLU is still to be done */
         }
         launch_product<F16, 1>(d, operation, out, w, tiles, parts, n, units);
@@ -1306,6 +1316,7 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     unsigned tokens = (unsigned)n;
     size_t layer_cache = s->n_slots * c->n_kv_heads * s->ring * s->head_width;
 
+    mark(d, EMBEDDING);                 /* where the first begins */
     launch(d, EMBEDDING, embed, dim3(tokens), 256, d->x, width, d->rotations, d->rows, m->embedding, d->frequencies, half);
     for (size_t l = 0; l < c->n_layers; l++) {
         __half *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
@@ -1366,13 +1377,14 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, 
     s->profile[ATTENTION].operations += 4.0 * n_keys * c->n_heads * c->head_dim * c->n_layers;
     s->profile[ATTENTION].bytes += bytes;
     s->bytes += bytes;
-    if ((size_t)*n_want > d->logits_room) {
-        size_t none = 0;
-        cudaFree(d->logits);
-        d->logits_room = (size_t)*n_want;
-        d->logits = (float *)device_allocate(d->logits_room * round_up(c->vocab_size, 32) * sizeof(float), &none, s->model->path);
-        d->bytes += none;
-    }
+    if ((size_t)*n_want <= d->logits_room) return;
+    size_t row = round_up(c->vocab_size, 32) * sizeof(float);
+    cudaFree(d->logits);                /* graphs that hold it are recorded anew */
+    for (size_t i = 0; i <= s->n_slots; i++) if (d->graphs[i].exec) { CUDA(cudaGraphExecDestroy(d->graphs[i].exec)); d->graphs[i].exec = NULL; }
+    d->bytes -= d->logits_room ? d->logits_room * row + 256 : 0;
+    d->logits_room = (size_t)*n_want;
+    d->logits = (float *)device_allocate(d->logits_room * row, &d->bytes, s->model->path);
+    CUDA(cudaDeviceSynchronize());      /* it is zeroed in another stream */
 }
 
 /* Adds the times between the events of a step to its operations. */
@@ -1409,7 +1421,7 @@ static void launch_step(State *s, int n, int n_want, int n_tiles, int n_spans, f
 }
 
 /* A decoding step's some 300 launches take the CPU longer than the GPU: they are recorded once, as a graph, for each number of
- * tokens, and again when the spans have doubled. */
+ * tokens, and again whenever the number of spans has changed. */
 static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p) {
     Device *d = (Device *)s->device;
     int n_want, n_tiles, n_spans;
@@ -1460,6 +1472,7 @@ static void cuda_open(State *s) {
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
     if (c->dim > NORM_WARPS * MAX_TILES * COLUMNS) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, NORM_WARPS * MAX_TILES * COLUMNS);
+    if (s->n_slots > 65535) die("-b %zu: run_cuda takes up to 65535", s->n_slots);
     Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window,
                    1.44269504f / sqrtf((float)c->head_dim)};
     d->heads = heads;
@@ -1471,7 +1484,11 @@ static void cuda_open(State *s) {
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv_dim = q_dim + 2ull * c->n_kv_heads * c->head_dim, slots = min_size(s->n_slots, d->room);
     size_t widest_out = round_up(qkv_dim > c->dim ? qkv_dim : c->dim, 32), part_rows = d->room > MAX_PARTS * 64 ? d->room : MAX_PARTS * 64;
     size_t widest_in = round_up(c->dim > q_dim ? (c->dim > c->hidden_dim ? c->dim : c->hidden_dim) : (q_dim > c->hidden_dim ? q_dim : c->hidden_dim), COLUMNS);
-    bool half_weights = m->layers[0].wqkv.type < Q8 || m->wcls.type < Q8 || m->layers[0].w13.type < Q8;
+    bool half_weights = m->wcls.type < Q8;      /* each tensor has a type of its own */
+    for (size_t l = 0; l < c->n_layers; l++) {
+        const Layer *w = &m->layers[l];
+        half_weights |= w->wqkv.type < Q8 || w->wo.type < Q8 || w->w13.type < Q8 || w->w2.type < Q8;
+    }
     size_t parts = part_rows * widest_out;
     if (half_weights && d->room * round_up(2 * c->hidden_dim, 32) > parts) parts = d->room * round_up(2 * c->hidden_dim, 32);
     size_t span_rows = slots * (size_t)d->max_spans > d->room ? slots * (size_t)d->max_spans : d->room;
