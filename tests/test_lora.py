@@ -781,8 +781,8 @@ def test_stopped(tmp_path, odd, number, late):
     time.sleep(0.4 * late)
     process.send_signal(number)
     if number != signal.SIGKILL:
-        while not (tmp_path / "cleaning").exists():
-            assert time.monotonic() < deadline and process.poll() is None
+        while not (tmp_path / "cleaning").exists() and process.poll() is None:  # there may be nothing in it yet to clean up
+            assert time.monotonic() < deadline
             time.sleep(0.005)
         for second in STOPS:
             process.send_signal(second)
@@ -794,7 +794,7 @@ def test_stopped(tmp_path, odd, number, late):
         merge(odd, tmp_path / "a", tmp_path / "out")  # and it is not in the way
     else:
         assert process.wait() == 1 and error == "lora_merge.py: out: interrupted\n"
-        assert sorted(os.listdir(tmp_path)) == ["a", "cleaning"]
+        assert set(os.listdir(tmp_path)) - {"cleaning"} == {"a"}
 
 
 def test_stopped_in_mkdir(tmp_path, odd, monkeypatch):
