@@ -11,7 +11,8 @@ PYTHON  = python3
 CFLAGS  = -O3 -march=native -Wall -Wextra
 OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp || echo -Wno-unknown-pragmas)
 NVCC    = nvcc
-ARCH    = native
+# a Hopper's own instructions are in sm_90a alone, which `native` does not choose
+ARCH   := $(if $(filter 9.0,$(shell nvidia-smi --query-gpu=compute_cap --format=csv 2>/dev/null | tail -1)),90a,native)
 NVCCFLAGS = -O3 -arch=$(if $(filter native,$(ARCH)),native,sm_$(ARCH)) -diag-suppress 128,161,177
 SANITIZE = -g -O2 -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
 
@@ -31,7 +32,7 @@ build/test_all_sanitized: test_all.c quantize.c run.c
 	@mkdir -p build
 	$(CC) $(SANITIZE) $(OPENMP) test_all.c -lm -o $@
 
-# for the GPU at hand; ARCH=75 for a T4, ARCH=90 for an H200
+# for the GPU at hand; ARCH=75 for a T4, ARCH=90a for an H200
 run_cuda build/run_cuda: run_cuda.cu run.c
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) run_cuda.cu -o $@

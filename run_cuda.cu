@@ -47,14 +47,13 @@ __device__ inline void wait_for_inputs() {
 /* A matrix on the device, [rows, cols].
  *
  * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it
- * to the tensor cores. Thread 4 g + q has of the rows g and g + 8 a quarter of each group, the columns from q * group / 4 on:
+ * to the tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 a quarter of each group, the columns from q * group / 4 on:
  * 32 columns a row, which are 16 bytes in q4 and 32 in q8, read in one piece.
- *   codes   [row tile][column tile][row g, g + 8][q8: half 0, 1][thread] of 16 bytes. In q4 a word has eight columns, the low
- *           halves of its bytes the first four, the high halves the others.
- *   scales  [row tile][column tile][group][g][row g, g + 8] of (scale, zero)
- * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it, padded to multiples of 16 rows and 128 columns.
- * The rows of w13 change places: 8 of the gate, then the 8 of up that they are multiplied with. So both stand in the
- * same thread. */
+ *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread] of 16 bytes. In q4 a word has eight columns,
+ *           the low halves of its bytes the first four, the high halves the others.
+ *   scales  [8 row tiles][column tile][row tile][group][16 rows] of (scale, zero)
+ * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it. All are padded to multiples of 128 rows and columns.
+ * The rows of w13 change places: after each of the gate comes that of up which it is multiplied with. So both stand in the same thread. */
 typedef struct {
     int     type, group, shift;         /* F16, Q8 or Q4; shift: group is 2^shift */
     int     rows, cols, row_tiles, column_tiles;
@@ -75,8 +74,7 @@ typedef struct {
 /* Which row of the file a row of the device's matrix is; -1: none. */
 __device__ inline int file_row(const Raw &m, int row) {
     if (!m.gate) return row < m.rows ? row : -1;
-    int unit = row / 16 * 8 + row % 8;
-    return unit >= m.gate ? -1 : row % 16 < 8 ? unit : m.gate + unit;
+    return row / 2 >= m.gate ? -1 : row % 2 * m.gate + row / 2;
 }
 
 __device__ inline int file_code(const Raw &m, int row, int col) {
@@ -89,12 +87,19 @@ __device__ inline int file_code(const Raw &m, int row, int col) {
 /* Column of a tile that is the j-th of thread quarter q, j < 32. */
 __device__ inline int tile_column(int q, int j, int group) { return j / (group / 4) * group + q * (group / 4) + j % (group / 4); }
 
+/* The place of a tile among all: eight below one another lie together, which is what one block of threads needs at a time. */
+__device__ inline size_t tile_index(const Weights &w, int row_tile, int column_tile) {
+    return ((size_t)(row_tile / 8) * w.column_tiles + column_tile) * 8 + row_tile % 8;
+}
+__device__ inline int row_tile_of(const Weights &w, size_t index) { return (int)(index / 8 / w.column_tiles) * 8 + index % 8; }
+__device__ inline int column_tile_of(const Weights &w, size_t index) { return (int)(index / 8 % w.column_tiles); }
+
 __global__ void tile_codes(Weights w, Raw m) {      /* a thread makes 16 bytes */
     int pieces = m.type == Q8 ? 4 : 2;
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, tile = i / 32 / pieces;
     if (tile >= (size_t)w.row_tiles * w.column_tiles) return;
     int thread = i % 32, piece = i / 32 % pieces, q = thread % 4, half = m.type == Q8 ? piece / 2 : piece;
-    int row = file_row(m, (int)(tile / w.column_tiles) * 16 + half * 8 + thread / 4), col = (int)(tile % w.column_tiles) * COLUMNS;
+    int row = file_row(m, row_tile_of(w, tile) * 16 + thread / 4 * 2 + half), col = column_tile_of(w, tile) * COLUMNS;
     unsigned char bytes[16];
     for (int b = 0; b < 16; b++)
         if (m.type == Q8) bytes[b] = file_code(m, row, col + tile_column(q, piece % 2 * 16 + b, m.group));
@@ -107,8 +112,8 @@ __global__ void tile_scales(Weights w, Raw m) {     /* a thread makes one (scale
     int per_tile = COLUMNS / m.group;
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, tile = i / 16 / per_tile;
     if (tile >= (size_t)w.row_tiles * w.column_tiles) return;
-    int row = file_row(m, (int)(tile / w.column_tiles) * 16 + i % 2 * 8 + i / 2 % 8);
-    int col = (int)(tile % w.column_tiles) * COLUMNS + (int)(i / 16 % per_tile) * m.group;
+    int row = file_row(m, row_tile_of(w, tile) * 16 + i % 16);
+    int col = column_tile_of(w, tile) * COLUMNS + (int)(i / 16 % per_tile) * m.group;
     const __half *block = (const __half *)(m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes);
     bool inside = row >= 0 && col < m.cols;
     w.scales[i] = inside ? __halves2half2(block[row % PANEL], block[PANEL + row % PANEL]) : __half2(0, 0);
@@ -127,8 +132,8 @@ __global__ void tile_halves(Weights w, Raw m) {
 /* One weight, as the plain product and the embedding read it. */
 __device__ inline float weight_at(const Weights &w, int row, int col) {
     if (w.type == F16) return __half2float(w.halves[(size_t)row * w.column_tiles * COLUMNS + col]);
-    size_t tile = (size_t)(row / 16) * w.column_tiles + col / COLUMNS;
-    int quarter = w.group / 4, s = col % COLUMNS / w.group, c = col % w.group, g = row % 8, half = row % 16 / 8;
+    size_t tile = tile_index(w, row / 16, col / COLUMNS);
+    int quarter = w.group / 4, s = col % COLUMNS / w.group, c = col % w.group, g = row % 16 / 2, half = row % 2;
     int thread = 4 * g + c / quarter, j = s * quarter + c % quarter, code;
     if (w.type == Q8) code = ((const uint8_t *)&w.codes[(tile * 4 + half * 2 + j / 16) * 32 + thread])[j % 16];
     else code = ((const uint8_t *)&w.codes[(tile * 2 + half) * 32 + thread])[j / 8 * 4 + j % 4] >> j % 8 / 4 * 4 & 15;
@@ -166,9 +171,9 @@ static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, c
     w.type = m->type < Q8 ? F16 : m->type;
     w.group = (int)m->group;
     w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
-    w.rows = gate ? (int)round_up((size_t)gate, 8) * 2 : (int)m->rows;
+    w.rows = (int)m->rows;
     w.cols = (int)m->cols;
-    w.row_tiles = (int)blocks_of((size_t)w.rows, 32) * 2;       /* a warp takes two at once */
+    w.row_tiles = (int)blocks_of((size_t)w.rows, 128) * 8;
     w.column_tiles = (int)blocks_of(m->cols, COLUMNS);
     w.bytes = (double)m->bytes;
     size_t tiles = (size_t)w.row_tiles * w.column_tiles, codes = tiles * (m->type == Q8 ? 128 : 64), scales = tiles * 16 * COLUMNS / m->group;
@@ -246,13 +251,21 @@ static void cuda_unload(Model *m) {
     free(d);
 }
 
-/* Activations on their way into a product, as `emit` below leaves them. */
+/* Activations on their way into a product, as `write_inputs` below leaves them. */
 typedef struct {
     int8_t *q;                          /* [column tile][stride tokens][128], a tile's columns in the order of its threads */
     float2 *scale;                      /* [group][stride tokens] of (scale, sum of q) */
     __half *halves;                     /* [stride tokens][128 * column tiles], for FP16 weights */
     int     stride;                     /* room for so many tokens, a multiple of 128 */
+    bool    swizzled;                   /* for product_wide: the columns that the threads of a quarter give to one instruction lie together, and
+                                           pieces of 16 bytes change places by token, so that 8 tokens' lie in different banks */
 } Inputs;
+
+/* Where column `column` of a tile stands among the 128 bytes of a token; 4 neighbours stand together. */
+__device__ inline int input_place(const Inputs &in, const Weights &w, int token, int column) {
+    int c = column & (w.group - 1), quarter = w.shift - 2, q = c >> quarter, j = ((column >> w.shift) << quarter) + (c & ((1 << quarter) - 1));
+    return in.swizzled ? ((j / 4) ^ (token % 8)) * 16 + q * 4 + j % 4 : q * 32 + j;
+}
 
 /* ------------------------------------------------------------------------------------------------------------------
  * 2. Tensor cores                                                                                                   */
@@ -322,10 +335,9 @@ __global__ void product_plain(float *out, Weights w, Inputs in, int n) {
     float sum = 0;
     if (row >= w.rows || token >= n) return;
     for (int k = 0; k < w.cols; k++) {
-        int group = k / w.group, c = k % w.group, quarter = w.group / 4, s = group % (COLUMNS / w.group);
-        int at = c / quarter * 32 + s * quarter + c % quarter;
         float x = w.type == F16 ? __half2float(in.halves[(size_t)token * w.column_tiles * COLUMNS + k])
-                : in.q[((size_t)(k / COLUMNS) * in.stride + token) * COLUMNS + at] * in.scale[(size_t)group * in.stride + token].x;
+                : in.q[((size_t)(k / COLUMNS) * in.stride + token) * COLUMNS + input_place(in, w, token, k % COLUMNS)] *
+                  in.scale[(size_t)(k / w.group) * in.stride + token].x;
         sum += weight_at(w, row, k) * x;
     }
     out[(size_t)token * w.rows + row] = sum;
@@ -335,18 +347,18 @@ __global__ void product_plain(float *out, Weights w, Inputs in, int n) {
 template <int TYPE, int GROUPS> struct Stage {
     static const int PIECES = TYPE == Q4 ? 2 : 4;           /* of 16 bytes a thread, of 16 rows */
     uint4 codes[2][PIECES];
-    uint2 scales[2][TYPE == F16 ? 1 : GROUPS];              /* (scale, zero) of row g, of row g + 8 */
+    uint2 scales[2][TYPE == F16 ? 1 : GROUPS];              /* (scale, zero) of row 2 g, of row 2 g + 1 */
 };
 
-/* Where a thread finds its part of the first tile of the rows from row_tile on, in pieces of 16 bytes; and from one tile to the
- * next, and from one 8 (FP16) or 16 rows to the next. 32 bits: a matrix has fewer than 2^32 pieces. */
+/* Where a thread finds its part of the first tile of the rows from row_tile on, in pieces of 16 bytes, and of 8 of scales. 32 bits: a
+ * matrix has fewer than 2^32 pieces. */
 template <int TYPE, int GROUPS> struct Place {
-    uint32_t codes, scales, row_step;
+    uint32_t codes, scales;
     __device__ Place(const Weights &w, int row_tile) {
         int lane = threadIdx.x % 32;
-        row_step = (uint32_t)w.column_tiles * (TYPE == F16 ? 128 : Stage<TYPE, GROUPS>::PIECES * 32);
-        codes = TYPE == F16 ? (row_tile * 2) * row_step + lane / 4 * (w.column_tiles * 16) + lane % 4 : row_tile * row_step + lane;
-        scales = (uint32_t)row_tile * w.column_tiles * GROUPS * 8 + lane / 4;
+        uint32_t tile = (uint32_t)tile_index(w, row_tile, 0);
+        codes = TYPE == F16 ? (uint32_t)(row_tile * 16 + lane / 4 * 2) * w.column_tiles * 16 + lane % 4 : tile * Stage<TYPE, GROUPS>::PIECES * 32 + lane;
+        scales = tile * GROUPS * 8 + lane / 4;
     }
 };
 
@@ -357,17 +369,17 @@ template <int TYPE, int GROUPS> __device__ inline void load_stage(Stage<TYPE, GR
     for (int m = 0; m < 2; m++) {
 #pragma unroll
         for (int p = 0; p < s.PIECES; p++)
-            s.codes[m][p] = __ldg(TYPE == F16 ? codes + (at.codes + (2 * m + p / 2) * at.row_step + k * 8) + p % 2 * 4
-                                              : codes + (at.codes + m * at.row_step + k * (s.PIECES * 32)) + p * 32);
+            s.codes[m][p] = __ldg(TYPE == F16 ? codes + (at.codes + (16 * m + p / 2) * w.column_tiles * 16 + k * 8) + p % 2 * 4
+                                              : codes + (at.codes + (8 * k + m) * (s.PIECES * 32)) + p * 32);
 #pragma unroll
         for (int g = 0; g < GROUPS && TYPE != F16; g++)
-            s.scales[m][g] = __ldg((const uint2 *)w.scales + (at.scales + (m * w.column_tiles + k) * (GROUPS * 8)) + g * 8);
+            s.scales[m][g] = __ldg((const uint2 *)w.scales + (at.scales + (8 * k + m) * (GROUPS * 8)) + g * 8);
     }
 }
 
 /* A stage as the tensor cores want it, four codes or two halves a register: a[i] for the i-th instruction of a tile. */
 template <int TYPE, int GROUPS> __device__ inline void unpack(uint32_t (*a)[4], const Stage<TYPE, GROUPS> &s, int m) {
-    const uint32_t *words = (const uint32_t *)s.codes[m];   /* q4: [row g, g + 8][4]; q8: [row g, g + 8][8]; f16: [row g, g + 8][2][4] */
+    const uint32_t *words = (const uint32_t *)s.codes[m];   /* q4: [row 2 g, 2 g + 1][4]; q8: [row][8]; f16: [row][2][4] */
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if (TYPE == Q4) {
@@ -394,7 +406,13 @@ enum { SUM_START = 0x4b400000 };
 __device__ inline float sum_value(int sum) { return __int_as_float(sum) - 12582912.0f; }
 #endif
 
-/* Adds a stage's columns to total[tokens][two tiles of 16 rows][row g, g + 8; token 2 q, 2 q + 1], of N times 8 tokens. x: 16 bytes twice
+/* Adds to the totals of a row and two tokens a group's sums. row: the weights' (scale, zero); tokens: (scale, sum) of each. */
+__device__ inline void add_sums(float to[2], float2 row, float4 tokens, const int sum[2]) {
+    to[0] = fmaf(row.x * tokens.x, fmaf(-row.y, tokens.y, sum_value(sum[0])), to[0]);
+    to[1] = fmaf(row.x * tokens.z, fmaf(-row.y, tokens.w, sum_value(sum[1])), to[1]);
+}
+
+/* Adds a stage's columns to total[tokens][two tiles of 16 rows][row 2 g, 2 g + 1; token 2 q, 2 q + 1], of N times 8 tokens. x: 16 bytes twice
  * of the activations of token g; scale: (scale, sum) of the tokens 2 q and 2 q + 1. The instructions of a sum wait for one
  * another, and for long; those of 2 N sums stand side by side, so that there is something to do. */
 template <int TYPE, int GROUPS, int N> __device__ inline void add_tiles(float total[N][2][4], const uint32_t a[2][4][4], const uint2 scales[2][GROUPS],
@@ -420,30 +438,24 @@ template <int TYPE, int GROUPS, int N> __device__ inline void add_tiles(float to
             for (int h = 0; h < 2; h++) {
                 float2 w = __half22float2(((const __half2 *)&scales[m][g])[h]);
 #pragma unroll
-                for (int t = 0; t < N; t++) {
-                    float *to = total[t][m] + 2 * h;
-                    to[0] = fmaf(w.x * scale[t][g].x, fmaf(-w.y, scale[t][g].y, sum_value(sum[t][m][2 * h])), to[0]);
-                    to[1] = fmaf(w.x * scale[t][g].z, fmaf(-w.y, scale[t][g].w, sum_value(sum[t][m][2 * h + 1])), to[1]);
-                }
+                for (int t = 0; t < N; t++) add_sums(total[t][m] + 2 * h, w, scale[t][g], sum[t][m] + 2 * h);
             }
     }
 }
 
-__device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-/* Stores what a warp has of two tiles by 8 tokens. out: [n][w.row_tiles * 16]; or, with `units`, h = silu(gate) * up, [n][units]
- * (w13, where row g is the gate of row g + 8). */
-__device__ inline void store(float *out, const Weights &w, const float total[2][4], int row_tile, int token, int n, int units) {
-    int lane = threadIdx.x % 32, t = token + lane % 4 * 2, row = row_tile * 16 + lane / 4, unit = row_tile * 8 + lane / 4;
+/* Stores what a warp has of a tile of 16 rows by 8 tokens. out: [n][w.row_tiles * 16]; or, with `units`, h = silu(gate) * up, [n][units]
+ * (w13, where an even row is the gate of the next). */
+__device__ inline void store(float *out, const Weights &w, const float total[4], int row_tile, int token, int n, int units) {
+    int lane = threadIdx.x % 32, t = token + lane % 4 * 2, unit = row_tile * 8 + lane / 4;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            if (t + i >= n) continue;
-            float *to = out + (size_t)(t + i) * (units ? units : w.row_tiles * 16);
-            if (units) to[unit + 8 * m] = silu(total[m][i]) * total[m][i + 2];
-            else { to[row + 16 * m] = total[m][i]; to[row + 16 * m + 8] = total[m][i + 2]; }
-        }
+    for (int i = 0; i < 2; i++) {
+        if (t + i >= n) continue;
+        float *to = out + (size_t)(t + i) * (units ? units : w.row_tiles * 16);
+        if (units) to[unit] = silu(total[i]) * total[i + 2];
+        else *(float2 *)(to + 2 * unit) = make_float2(total[i], total[i + 2]);
+    }
 }
 
 /* Adds to the sums of the first of the warps that share rows those of the others, in order. room: [warps - 1][row warps]. */
@@ -501,7 +513,7 @@ __global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4) product_few(
         if (k + 4 < end) { load_stage(s, w, place, k + 4); load_inputs(k + 4); }
     }
     add_warps<1>(total, room, warp, 4, 0, 1);
-    if (warp == 0) store(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0], row_tile, 0, n, units);
+    for (int m = 0; m < 2 && warp == 0; m++) store(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0][m], row_tile + m, 0, n, units);
 }
 
 /* Copies of 16 bytes into shared memory that go on while the thread computes (from 8.0 on); before, the bytes wait in a register, and
@@ -558,8 +570,7 @@ __global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, BLOCKS_OF(BL
     int row_tile = (blockIdx.y * 4 + row_warp) * 2, token = blockIdx.x * TOKENS, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
     int first = (int)((long long)all * blockIdx.z / gridDim.z), end = (int)((long long)all * (blockIdx.z + 1) / gridDim.z);
     int steps = (end - first + COLUMN_WARPS - 1) / COLUMN_WARPS, k = first + column_warp;
-    bool works = row_tile < w.row_tiles;
-    Place<TYPE, GROUPS> place(w, works ? row_tile : 0);
+    Place<TYPE, GROUPS> place(w, row_tile);
     Stage<TYPE, GROUPS> s;
     float total[TOKEN_TILES][2][4] = {};
     load_stage(s, w, place, min(k, end - 1));
@@ -621,11 +632,141 @@ __global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, BLOCKS_OF(BL
         land(copies, COPIES + 1);
     }
     if (COLUMN_WARPS > 1) add_warps<TOKEN_TILES>(total, (float4(*)[TOKEN_TILES * 2][32])x, column_warp, COLUMN_WARPS, row_warp, 4);
-    if (!works || column_warp) return;
+    if (column_warp) return;
     out += (size_t)blockIdx.z * n * w.row_tiles * 16;
 #pragma unroll
-    for (int t = 0; t < TOKEN_TILES; t++) store(out, w, total[t], row_tile, token + (token_warp * TOKEN_TILES + t) * 8, n, units);
+    for (int t = 0; t < 2 * TOKEN_TILES; t++) store(out, w, total[t / 2][t % 2], row_tile + t % 2, token + (token_warp * TOKEN_TILES + t / 2) * 8, n, units);
 }
+
+/* ---- For prefill on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores do twice the
+ * work if a group of four warps gives it to them at once (wgmma, PTX ISA). A block makes 128 rows by 128 tokens: two such groups of 64
+ * rows each, and a thread of a third that fetches, WIDE_STAGES steps of 128 columns ahead, all that they read, with copies that need no
+ * thread once they are begun, and report to a barrier in shared memory. Activations lie in memory as this instruction wants them,
+ * Inputs.swizzled. As many blocks as there are multiprocessors go over all of the output, so that the next tiles arrive while the last
+ * are stored. On other GPUs this kernel is empty. */
+enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block */
+template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
+    static const int PIECES = TYPE == Q8 ? 4 : 2;
+    uint4  x[128 * 8];                  /* [token][8 pieces of 16 bytes] */
+    uint4  codes[WIDE_ROWS][PIECES][32];
+    float4 scale[GROUPS][64];           /* (scale, sum) of two tokens */
+    uint2  scales[WIDE_ROWS][GROUPS][8];
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HAS_WGMMA 1
+__device__ inline void await(uint64_t *barrier, int phase) {       /* until the barrier has ended its phase of this parity */
+    uint32_t done = 0;
+    while (!done)
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done) : "r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(phase) : "memory");
+}
+__device__ inline void arrive(uint64_t *barrier, int bytes) {       /* and announce so many bytes */
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
+}
+__device__ inline void bulk_copy(void *to, const void *from, int bytes, uint64_t *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                 "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(barrier)) : "memory");
+}
+
+/* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, 16 of each warp as for mma_codes, and b of 32 columns by 128
+ * tokens in shared memory. Of 8 tokens a thread has four sums, as mma_codes gives them. Runs on by itself. */
+__device__ inline void start_wgmma(int sum[16][4], const uint32_t a[4], uint64_t b, int more) {
+#define SUM(t) "+r"(sum[t][0]), "+r"(sum[t][1]), "+r"(sum[t][2]), "+r"(sum[t][3])
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
+                 "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p;}"
+                 : SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7), SUM(8), SUM(9), SUM(10), SUM(11), SUM(12), SUM(13), SUM(14), SUM(15)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+#undef SUM
+}
+__device__ inline void wait_wgmma(int sum[16][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < 64; i++) asm volatile("" : "+r"(sum[i / 4][i % 4]));    /* not to be read before */
+}
+#else
+#define HAS_WGMMA 0
+#endif
+__device__ int has_wgmma = HAS_WGMMA;               /* what this was built for, for the host to ask */
+
+template <int TYPE, int GROUPS>
+__global__ void __launch_bounds__(384, 1) product_wide(float *out, Weights w, Inputs in, int n, int units) {
+#if HAS_WGMMA
+    typedef Wide<TYPE, GROUPS> Stages;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
+    Stages *stages = (Stages *)shared;
+    const int COUNT = 4 / GROUPS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS, step = 0;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < WIDE_STAGES; i++)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], 8;" ::"r"((uint32_t)__cvta_generic_to_shared(full + i)),
+                         "r"((uint32_t)__cvta_generic_to_shared(empty + i)));
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (warp >= WIDE_ROWS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");    /* for the others */
+        wait_for_inputs();
+        for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)       /* the thread that fetches */
+            for (int k = 0; k < w.column_tiles; k++, step++) {
+                Stages *s = stages + step % WIDE_STAGES;
+                uint64_t *barrier = full + step % WIDE_STAGES;
+                size_t tile = tile_index(w, block / token_blocks * WIDE_ROWS, k), token = block % token_blocks * 128;
+                if (step >= WIDE_STAGES) await(empty + step % WIDE_STAGES, (step / WIDE_STAGES - 1) & 1);
+                arrive(barrier, (int)(sizeof s->x + sizeof s->codes + sizeof s->scale + sizeof s->scales));
+                bulk_copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS, sizeof s->x, barrier);
+                bulk_copy(s->codes, w.codes + tile * (Stages::PIECES * 32), sizeof s->codes, barrier);
+                bulk_copy(s->scales, w.scales + tile * (GROUPS * 16), sizeof s->scales, barrier);
+                for (int g = 0; g < GROUPS; g++) bulk_copy(s->scale[g], in.scale + ((size_t)k * GROUPS + g) * in.stride + token, sizeof s->scale[g], barrier);
+            }
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+        float total[16][4] = {};
+        for (int k = 0; k < w.column_tiles; k++, step++) {
+            Stages *s = stages + step % WIDE_STAGES;
+            Stage<TYPE, GROUPS> codes;
+            uint32_t a[4][4];
+            /* where token 0 begins, in units of 16 bytes; 8 tokens are 1,024 bytes; swizzled by 128 (PTX ISA, matrix descriptor) */
+            uint64_t b = (uint64_t)((uint32_t)__cvta_generic_to_shared(s->x) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+            await(full + step % WIDE_STAGES, step / WIDE_STAGES & 1);
+#pragma unroll
+            for (int p = 0; p < Stages::PIECES; p++) codes.codes[0][p] = s->codes[warp][p][lane];
+            unpack(a, codes, 0);
+#pragma unroll
+            for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));      /* all of it before the first instruction */
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) {
+                int sum[16][4];
+                uint2 scales = s->scales[warp][g][lane / 4];
+                float2 rows[2] = {__half22float2(*(const __half2 *)&scales.x), __half22float2(*(const __half2 *)&scales.y)};
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int i = 0; i < COUNT; i++) start_wgmma(sum, a[g * COUNT + i], b + (g * COUNT + i) * 2, i);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                wait_wgmma(sum);
+#pragma unroll
+                for (int t = 0; t < 16; t++) {
+                    float4 tokens = s->scale[g][t * 4 + lane % 4];
+#pragma unroll
+                    for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[h], tokens, sum[t] + 2 * h);
+                }
+            }
+            __syncwarp();
+            if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((uint32_t)__cvta_generic_to_shared(empty + step % WIDE_STAGES)) : "memory");
+        }
+#pragma unroll
+        for (int t = 0; t < 16; t++)
+            store(out, w, total[t], block / token_blocks * WIDE_ROWS + warp, block % token_blocks * 128 + t * 8, n, units);
+    }
+#endif
+}
+
+/* ---- end of what may be skipped */
 
 /* cuBLAS, for prefill with FP16 weights, if it is installed (it is part of the toolkit); opened when needed, so that nothing must be
  * linked. */
@@ -659,15 +800,15 @@ static bool open_cublas(cudaStream_t stream) {
 /* A token of this step, as it is copied to the device, and beside it, at the same index, what else the step must know. */
 typedef struct {
     int id, pos, slot;
-    int tile, tile_tokens, tile_pos, tile_slot; /* the i-th tile of queries of attention: its first token, how many, and where */
+    int query_tile, query_tokens, query_pos, query_slot;     /* the i-th tile of queries of attention: its first token, how many, and where */
     int wanted;                         /* the i-th token whose logits are wanted */
     double random;                      /* what its next id is drawn with */
 } Row;
 
 /* Puts 128 activations of a token, a column tile, where the product with w reads them: rounded to int8 by group, or as FP16. By a
  * warp, each thread of which has four neighbours. */
-__device__ inline void emit(Inputs in, const Weights &w, int token, int tile, float4 x) {
-    int lane = threadIdx.x % 32, group = w.group, shift = w.shift, c = lane * 4 & (group - 1), s = lane * 4 >> shift;
+__device__ inline void write_inputs(Inputs in, const Weights &w, int token, int tile, float4 x) {
+    int lane = threadIdx.x % 32, group = w.group;
     float v[4] = {x.x, x.y, x.z, x.w}, max = 0;
     if (w.type == F16) {
         __half2 low, high;
@@ -687,9 +828,9 @@ __device__ inline void emit(Inputs in, const Weights &w, int token, int tile, fl
         bytes |= (uint32_t)(q & 255) << 8 * i;
         sum += q;
     }
-    *(uint32_t *)(in.q + ((size_t)tile * in.stride + token) * COLUMNS + (c >> (shift - 2)) * 32 + (s << (shift - 2)) + (c & (group / 4 - 1))) = bytes;
+    *(uint32_t *)(in.q + ((size_t)tile * in.stride + token) * COLUMNS + input_place(in, w, token, lane * 4)) = bytes;
     for (int other = group / 8; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
-    if (c == 0) in.scale[((size_t)(tile << (7 - shift)) + s) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
+    if (lane * 4 % group == 0) in.scale[(size_t)((tile * COLUMNS + lane * 4) >> w.shift) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
 }
 
 /* The sum of x over a block, to all its threads; always in the same order. */
@@ -746,7 +887,7 @@ __global__ void __launch_bounds__(32 * NORM_WARPS, 2) norm_input(float *x, const
     for (int i = 0; i < MAX_TILES; i++) {
         if (tile + NORM_WARPS * i >= w.column_tiles) break;
         float4 weights = *(const float4 *)(weight + (tile + NORM_WARPS * i) * COLUMNS + lane * 4);
-        emit(in, w, blockIdx.x, tile + NORM_WARPS * i, make_float4(weights.x * (v[i].x * scale), weights.y * (v[i].y * scale),
+        write_inputs(in, w, blockIdx.x, tile + NORM_WARPS * i, make_float4(weights.x * (v[i].x * scale), weights.y * (v[i].y * scale),
                                                            weights.z * (v[i].z * scale), weights.w * (v[i].w * scale)));
     }
 }
@@ -810,20 +951,20 @@ __global__ void rope_and_cache(__half *queries, __half *keys, __half *values, Pr
 __global__ void quantize_input(const float *x, Inputs in, Weights w) {
     wait_for_inputs();
     int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
-    if (tile < w.column_tiles) emit(in, w, token, tile, *(const float4 *)(x + ((size_t)token * w.column_tiles + tile) * COLUMNS + threadIdx.x % 32 * 4));
+    if (tile < w.column_tiles) write_inputs(in, w, token, tile, *(const float4 *)(x + ((size_t)token * w.column_tiles + tile) * COLUMNS + threadIdx.x % 32 * 4));
 }
 
-/* The same, of what cuBLAS made of w13: [n][part_width], eight gates, then the eight they are multiplied with, and so on. */
+/* The same, of what cuBLAS made of w13: [n][part_width], after each gate what it is multiplied with. */
 __global__ void swiglu_input(const float *h13, int part_width, Inputs in, Weights w) {
     wait_for_inputs();
-    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y, unit = tile * COLUMNS + threadIdx.x % 32 * 4, at = unit / 8 * 16 + unit % 8;
+    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y, at = 2 * (tile * COLUMNS + threadIdx.x % 32 * 4);
     if (tile >= w.column_tiles) return;
-    float4 gate = make_float4(0, 0, 0, 0), up = gate;
+    float4 x = make_float4(0, 0, 0, 0), y = x;
     if (at < part_width) {
-        gate = *(const float4 *)(h13 + (size_t)token * part_width + at);
-        up = *(const float4 *)(h13 + (size_t)token * part_width + at + 8);
+        x = *(const float4 *)(h13 + (size_t)token * part_width + at);
+        y = *(const float4 *)(h13 + (size_t)token * part_width + at + 4);
     }
-    emit(in, w, token, tile, make_float4(silu(gate.x) * up.x, silu(gate.y) * up.y, silu(gate.z) * up.z, silu(gate.w) * up.w));
+    write_inputs(in, w, token, tile, make_float4(silu(x.x) * x.y, silu(x.z) * x.w, silu(y.x) * y.y, silu(y.z) * y.w));
 }
 
 /* The same, of what attention found in each span. spans: [n_spans][n][n_heads][width]; softmax: [n_spans][n][n_heads] of (maximum, sum),
@@ -852,7 +993,7 @@ __global__ void attention_input(const float *spans, const float2 *softmax, int n
         }
         out[i] = x / sum;
     }
-    emit(in, w, token, tile, make_float4(out[0], out[1], out[2], out[3]));
+    write_inputs(in, w, token, tile, make_float4(out[0], out[1], out[2], out[3]));
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -968,7 +1109,7 @@ template <int WIDTH> struct Attention {
     }
 };
 
-/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is rows[i / parts].tile with the heads of part
+/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is rows[i / parts].query_tile with the heads of part
  * i % parts, 16 at most. out: [n][n_heads][WIDTH]; softmax: [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
 template <int WIDTH>
 __global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *softmax, const __half *queries, const __half *keys, const __half *values,
@@ -977,20 +1118,20 @@ __global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *sof
     int lane = threadIdx.x % 32, index = blockIdx.x * 4 + threadIdx.x / 32, group = c.n_heads / c.n_kv_heads, heads = min(group, 16), kv_head = blockIdx.y;
     if (index >= n_tiles * parts) return;
     Row tile = rows[index / parts];
-    size_t cache = ((size_t)tile.tile_slot * c.n_kv_heads + kv_head) * c.ring * WIDTH;
+    size_t cache = ((size_t)tile.query_slot * c.n_kv_heads + kv_head) * c.ring * WIDTH;
     const __half *query[2];
     int pos[2], first[2], head[2];      /* of row g, row g + 8; where their output goes, in heads, or -1 */
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        int row = lane / 4 + 8 * h, of_tile = min(row / heads, tile.tile_tokens - 1), of_group = index % parts * heads + row % heads;
-        bool valid = row < tile.tile_tokens * heads && of_group < group;
-        pos[h] = tile.tile_pos + of_tile;
+        int row = lane / 4 + 8 * h, of_tile = min(row / heads, tile.query_tokens - 1), of_group = index % parts * heads + row % heads;
+        bool valid = row < tile.query_tokens * heads && of_group < group;
+        pos[h] = tile.query_pos + of_tile;
         first[h] = first_position(pos[h], c.window);
-        head[h] = valid ? (tile.tile + of_tile) * c.n_heads + kv_head * group + of_group : -1;
+        head[h] = valid ? (tile.query_tile + of_tile) * c.n_heads + kv_head * group + of_group : -1;
         query[h] = valid ? queries + (size_t)head[h] * WIDTH : NULL;
     }
     Attention<WIDTH> sums(query);
-    for (int start = first_position(tile.tile_pos, c.window) / 32 * 32; start < tile.tile_pos + tile.tile_tokens; start += 32)
+    for (int start = first_position(tile.query_pos, c.window) / 32 * 32; start < tile.query_pos + tile.query_tokens; start += 32)
         sums.add(keys + cache, values + cache, c.ring, start, first, pos);
     sums.finish();
 #pragma unroll
@@ -1009,7 +1150,7 @@ __global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *sof
  * [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
 template <int WIDTH>
 __global__ void __launch_bounds__(128) attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, __half *keys, __half *values,
-                                                        const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool straight) {
+                                                        const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
     __shared__ __align__(16) __half query[16][WIDTH];
     __shared__ float shared_out[4][16][WIDTH + 4];
     __shared__ float2 shared_softmax[4][16];
@@ -1056,7 +1197,7 @@ __global__ void __launch_bounds__(128) attention_decode(float *out, float2 *soft
         }
         return x;
     };
-    if (straight) {
+    if (fused) {
         for (int tile = warp; tile < n_heads * c.head_dim / COLUMNS; tile += 4) {
             float v[4], l;
             for (int i = 0; i < 4; i++) {
@@ -1064,7 +1205,7 @@ __global__ void __launch_bounds__(128) attention_decode(float *out, float2 *soft
                 v[i] = merged(column / c.head_dim, column % c.head_dim, &l);
                 v[i] /= l;
             }
-            emit(in, wo, token, first_head * c.head_dim / COLUMNS + tile, make_float4(v[0], v[1], v[2], v[3]));
+            write_inputs(in, wo, token, first_head * c.head_dim / COLUMNS + tile, make_float4(v[0], v[1], v[2], v[3]));
         }
         return;
     }
@@ -1178,6 +1319,7 @@ typedef struct {
     cudaStream_t stream;
     int      multiprocessors;
     bool     overlap;                   /* kernels may start before the one before has ended */
+    int      wgmma;                     /* built for, and on, a GPU that has it */
     size_t   bytes, room;               /* device memory that is taken, the model's included; tokens there is room for, a multiple of 128 */
     Heads    heads;
     float   *x, *parts, *h, *spans, *logits;    /* [room, dim]; of products, [parts, room, rows]; [room, hidden_dim]; of attention; widths
@@ -1210,14 +1352,15 @@ static void mark(Device *d, int operation) {
     CUDA(cudaEventRecord(d->events[d->n_events++], d->stream));
 }
 
-/* Launches a kernel of operation `operation`. */
+/* Launches a kernel of operation `operation`; shared: bytes of dynamic shared memory. */
 template <class... P, class... A>
-static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, dim3 block, A... arguments) {
+static void launch_shared(Device *d, int operation, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
     cudaLaunchConfig_t config;
     cudaLaunchAttribute attribute;
     memset(&config, 0, sizeof config);
     config.gridDim = grid;
     config.blockDim = block;
+    config.dynamicSmemBytes = shared;
     config.stream = d->stream;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -1227,14 +1370,27 @@ static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, di
     mark(d, operation);
 }
 
+template <class... P, class... A>
+static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, dim3 block, A... arguments) {
+    launch_shared(d, operation, kernel, grid, block, 0, arguments...);
+}
+
 template <int TYPE, int GROUPS> static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
-    unsigned rows = (unsigned)w.row_tiles / 8 + (w.row_tiles % 8 > 0), z = (unsigned)parts;
+    unsigned rows = (unsigned)w.row_tiles / 8, z = (unsigned)parts;
     auto many = [&](auto kernel, int tokens, int threads) { launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units); };
     if (tiles == 1) launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
     else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, GROUPS == 4 ? 1 : 2, 2>, 16, 256);
     else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 4 ? 1 : 2, 2>, 32, 256);
     else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
-    else many(product_many<TYPE, GROUPS, 2, 8, 1, 1, 2>, 128, 256);
+    else if (TYPE == F16 || !d->in.swizzled) many(product_many<TYPE, GROUPS, 2, 8, 1, 1, 2>, 128, 256);
+    else {
+        const int WIDE = TYPE == F16 ? Q8 : TYPE;       /* never F16 */
+        static bool allowed;                            /* more shared memory than kernels have unasked */
+        size_t shared = WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>);
+        if (!allowed) CUDA(cudaFuncSetAttribute(product_wide<WIDE, GROUPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+        allowed = true;
+        launch_shared(d, operation, product_wide<WIDE, GROUPS>, min(d->multiprocessors, (n + 127) / 128 * w.row_tiles / 8), 384, shared, out, w, d->in, n, units);
+    }
 }
 
 /* Token tiles of 8 that a decoding step's products are made for: by the slots there are, not by the tokens of this step, so that a
@@ -1247,7 +1403,7 @@ static int token_tiles(const State *s) {
 /* Into how many parts the columns are cut so that there are two blocks for each multiprocessor (six of product_few), MAX_PARTS at most. */
 static int product_parts(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
-    int tiles = token_tiles(s), blocks = tiles == 1 ? w.row_tiles / 2 : (w.row_tiles + 7) / 8;
+    int tiles = token_tiles(s), blocks = w.row_tiles / (tiles == 1 ? 2 : 8);
     int parts = (tiles == 1 ? FEW_BLOCKS : 2) * d->multiprocessors / blocks, most = w.column_tiles / 8;
     parts = parts < most ? parts : most;
     return tiles == 16 || parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : parts;
@@ -1293,17 +1449,17 @@ template <int WIDTH> static void launch_attention(State *s, Product qkv, __half 
     const Heads &c = d->heads;
     int group = c.n_heads / c.n_kv_heads;
     unsigned parts = (unsigned)(group + 15) / 16, kv_heads = (unsigned)c.n_kv_heads, half = (unsigned)c.head_dim / 2, heads = 256 / half, tokens = (unsigned)n;
-    bool straight = s->decoding && n_spans == 1 && parts == 1 && group * c.head_dim % COLUMNS == 0;
+    bool fused = s->decoding && n_spans == 1 && parts == 1 && group * c.head_dim % COLUMNS == 0;
     if (s->decoding)
         launch(d, ATTENTION, attention_decode<WIDTH>, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 128, d->spans, d->softmax, qkv, d->rotations, keys, values,
-               d->rows, n, (int)parts, d->span, c, d->in, wo, straight);
+               d->rows, n, (int)parts, d->span, c, d->in, wo, fused);
     else {
         launch(d, ROPE, rope_and_cache, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + heads - 1) / heads, tokens), dim3(half, heads), d->queries, keys, values,
                qkv, n, d->rotations, d->rows, c);
         launch(d, ATTENTION, attention_prefill<WIDTH>, dim3((n_tiles * parts + 3) / 4, kv_heads), 128, d->spans, d->softmax, d->queries, keys, values, d->rows,
                n_tiles, (int)parts, c);
     }
-    if (!straight)
+    if (!fused)
         launch(d, ATTENTION, attention_input, dim3((unsigned)(wo.column_tiles + 7) / 8, tokens), 256, d->spans, d->softmax, s->decoding ? n_spans : 1, n, c, d->in, wo);
 }
 
@@ -1314,6 +1470,7 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     const DeviceModel *m = (const DeviceModel *)s->model->device;
     int half = (int)c->head_dim / 2, n_parts = 0, width = (int)round_up(c->dim, COLUMNS), part_width = 0;
     unsigned tokens = (unsigned)n;
+    d->in.swizzled = d->wgmma && token_tiles(s) == 16;
     size_t layer_cache = s->n_slots * c->n_kv_heads * s->ring * s->head_width;
 
     mark(d, EMBEDDING);                 /* where the first begins */
@@ -1354,15 +1511,15 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, 
         r->id = tokens[i].id;
         r->pos = (int)pos;
         r->slot = (int)tokens[i].slot;
-        if (!tile || (size_t)tile->tile_tokens == tile_tokens || tokens[i].slot != tokens[i - 1].slot || pos != tokens[i - 1].pos + 1) {
+        if (!tile || (size_t)tile->query_tokens == tile_tokens || tokens[i].slot != tokens[i - 1].slot || pos != tokens[i - 1].pos + 1) {
             tile = &d->rows_host[(*n_tiles)++];
-            tile->tile = (int)i;
-            tile->tile_tokens = 0;
-            tile->tile_pos = (int)pos;
-            tile->tile_slot = (int)tokens[i].slot;
+            tile->query_tile = (int)i;
+            tile->query_tokens = 0;
+            tile->query_pos = (int)pos;
+            tile->query_slot = (int)tokens[i].slot;
             n_reads += (double)(pos + 1 - first);
         }
-        tile->tile_tokens++;
+        tile->query_tokens++;
         n_keys += (double)(pos + 1 - first);
         size_t of_token = pos / (size_t)d->span - first / (size_t)d->span + 1;
         while (spans < of_token) spans *= 2;
@@ -1378,7 +1535,7 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, 
     s->profile[ATTENTION].bytes += bytes;
     s->bytes += bytes;
     if ((size_t)*n_want <= d->logits_room) return;
-    size_t row = round_up(c->vocab_size, 32) * sizeof(float);
+    size_t row = round_up(c->vocab_size, 128) * sizeof(float);
     cudaFree(d->logits);                /* graphs that hold it are recorded anew */
     for (size_t i = 0; i <= s->n_slots; i++) if (d->graphs[i].exec) { CUDA(cudaGraphExecDestroy(d->graphs[i].exec)); d->graphs[i].exec = NULL; }
     d->bytes -= d->logits_room ? d->logits_room * row + 256 : 0;
@@ -1466,6 +1623,7 @@ static void cuda_open(State *s) {
     int built_for = attributes.ptxVersion;
     if (built_for < 75) fprintf(stderr, "%s: built for old GPUs, without tensor cores: nvcc -O3 -arch=native run_cuda.cu -o run_cuda makes it many times as fast\n", program);
     d->overlap = properties.major >= 9 && built_for >= 90;
+    CUDA(cudaMemcpyFromSymbol(&d->wgmma, has_wgmma, sizeof d->wgmma));
     d->multiprocessors = properties.multiProcessorCount;
     s->device = d;
     s->kv_size = sizeof(__half);
@@ -1482,7 +1640,7 @@ static void cuda_open(State *s) {
 
     /* sizes of all that a step needs, and whether it fits */
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv_dim = q_dim + 2ull * c->n_kv_heads * c->head_dim, slots = min_size(s->n_slots, d->room);
-    size_t widest_out = round_up(qkv_dim > c->dim ? qkv_dim : c->dim, 32), part_rows = d->room > MAX_PARTS * 64 ? d->room : MAX_PARTS * 64;
+    size_t widest_out = round_up(qkv_dim > c->dim ? qkv_dim : c->dim, 128), part_rows = d->room > MAX_PARTS * 64 ? d->room : MAX_PARTS * 64;
     size_t widest_in = round_up(c->dim > q_dim ? (c->dim > c->hidden_dim ? c->dim : c->hidden_dim) : (q_dim > c->hidden_dim ? q_dim : c->hidden_dim), COLUMNS);
     bool half_weights = m->wcls.type < Q8;      /* each tensor has a type of its own */
     for (size_t l = 0; l < c->n_layers; l++) {
@@ -1490,7 +1648,7 @@ static void cuda_open(State *s) {
         half_weights |= w->wqkv.type < Q8 || w->wo.type < Q8 || w->w13.type < Q8 || w->w2.type < Q8;
     }
     size_t parts = part_rows * widest_out;
-    if (half_weights && d->room * round_up(2 * c->hidden_dim, 32) > parts) parts = d->room * round_up(2 * c->hidden_dim, 32);
+    if (half_weights && d->room * round_up(2 * c->hidden_dim, 128) > parts) parts = d->room * round_up(2 * c->hidden_dim, 128);
     size_t span_rows = slots * (size_t)d->max_spans > d->room ? slots * (size_t)d->max_spans : d->room;
     s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * s->ring * s->head_width * sizeof(__half);
     const struct { void **to; size_t bytes; } all[] = {

@@ -773,7 +773,7 @@ static void test_cuda_products(void) {
     enum { ROOM = 256 };
     for (size_t kind = 0; kind < N_KINDS && strcmp(KINDS[kind].type, "nf4"); kind++)
         for (size_t shape = 0; shape < sizeof SHAPES / sizeof *SHAPES; shape++) {
-            size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1], none = 0, width = round_up(cols, COLUMNS), out_width = round_up(rows, 32);
+            size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1], none = 0, width = round_up(cols, COLUMNS), out_width = round_up(rows, 128);
             float *w = (float *)allocate(rows * cols, 4, "test"), *x = (float *)allocate(ROOM * width, 4, "test");
             float *expect = (float *)allocate(ROOM * rows, 4, "test"), *got = (float *)allocate(MAX_PARTS * ROOM * out_width, 4, "test");
             float *packed = (float *)allocate(ROOM * cols, 4, "test");
