@@ -200,6 +200,7 @@ typedef struct {
     const Backend *backend;
     void        *device;                /* the backend's copy of the weights, if it makes one */
     Header       c;                     /* the hyperparameters */
+    int          kv_type;               /* of the KV cache: F32 with FP32 weights, else F16, or Q8 (--kv q8) */
     Matrix       token_embedding;       /* [vocab_size, dim] */
     Layer       *layers;                /* [n_layers] */
     Matrix       rms_final_weight;      /* [dim, 1] */
@@ -358,6 +359,7 @@ static Model load_model(const char *path) {
         else if (i == 6ull * c->n_layers + 1) m.rms_final_weight = w;
         else m.wcls = w;
     }
+    m.kv_type = m.layers[0].wqkv.type == F32 ? F32 : F16;
     load_tokenizer(path, c, m.map + c->tokenizer_offset, &m.tokenizer);
     if (m.backend->load) m.backend->load(&m);
     return m;
@@ -762,25 +764,40 @@ static void matrix_row(float *out, const Matrix *w, size_t row) {
 /* The cache of one key head of one sequence: a ring of positions in blocks of 32, so that position p stands in slot
  * p % ring, and p and its neighbours in the same aligned 32 positions in one block. Both are panels, so that attention is
  * two products: keys are [head_dim][32], the rows being positions; values are [width / 32][32 positions][32], the rows being
- * a head's elements. FP16, or FP32 with an FP32 checkpoint. */
+ * a head's elements. FP32, FP16, or, in half the place of that, codes as q8 has them, four columns of a row side by side, behind the
+ * block's 32 FP16 scales, one of each position: x is about scale * (code - 128). */
 typedef struct {
-    void  *keys, *values;
+    unsigned char *keys, *values;
+    int    type;                        /* F32, F16 or Q8 */
     size_t ring;                        /* slots, a multiple of 32 */
     size_t head_dim, width;             /* width: head_dim rounded up to a multiple of 32 */
-    bool   half;
+    size_t block_bytes;
 } Cache;
 
+/* Bytes of a position's key or value. */
+static size_t cache_row(int type, size_t width) { return type == Q8 ? width + sizeof(uint16_t) : type == F16 ? width * sizeof(uint16_t) : width * sizeof(float); }
+
+/* Stores one element: `at` as panels have it, `at_code` as codes do. */
+static void store_element(int type, unsigned char *block, size_t at, size_t at_code, float x, int8_t q) {
+    uint16_t half = float_to_half(x);
+    if (type == Q8) block[2 * PANEL + at_code] = (unsigned char)(q + 128);
+    else if (type == F16) memcpy(block + at * sizeof half, &half, sizeof half);
+    else memcpy(block + at * sizeof x, &x, sizeof x);
+}
+
 static void cache_store(Cache c, size_t pos, const float *key, const float *value) {
-    size_t slot = pos % c.ring, block = slot / PANEL * PANEL * c.width, j = slot % PANEL;
+    size_t slot = pos % c.ring, j = slot % PANEL;
+    unsigned char *keys = c.keys + slot / PANEL * c.block_bytes, *values = c.values + slot / PANEL * c.block_bytes;
+    int8_t q[2][MAX_HEAD_DIM] = {{0}};
+    for (int i = 0; i < 2 && c.type == Q8; i++) {
+        float scale, sum;
+        quantize_activations(q[i], &scale, &sum, i ? value : key, c.head_dim, c.head_dim);
+        uint16_t half = float_to_half(scale);
+        memcpy((i ? values : keys) + 2 * j, &half, sizeof half);
+    }
     for (size_t d = 0; d < c.head_dim; d++) {
-        size_t at_key = block + d * PANEL + j, at_value = block + (d / PANEL * PANEL + j) * PANEL + d % PANEL;
-        if (c.half) {
-            ((uint16_t *)c.keys)[at_key] = float_to_half(key[d]);
-            ((uint16_t *)c.values)[at_value] = float_to_half(value[d]);
-        } else {
-            ((float *)c.keys)[at_key] = key[d];
-            ((float *)c.values)[at_value] = value[d];
-        }
+        store_element(c.type, keys, d * PANEL + j, (d / 4 * PANEL + j) * 4 + d % 4, key[d], q[0][d]);
+        store_element(c.type, values, (d / PANEL * PANEL + j) * PANEL + d % PANEL, d / PANEL * PANEL * PANEL + (j / 4 * PANEL + d % PANEL) * 4 + j % 4, value[d], q[1][d]);
     }
 }
 
@@ -827,39 +844,72 @@ enum { ROWS = 64, SPAN = 512 };         /* queries in one call of attention(); p
  * stand, tokens being q_stride apart. window: 0 for none.
  * Streams over blocks of 32 keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of 32 and SPAN: the
- * order of addition does not depend on how the prompt was cut. A block's slots that a token does not see may hold anything. */
+ * order of addition does not depend on how the prompt was cut. A block's slots that a token does not see may hold anything.
+ * With a cache of codes both products are of whole numbers: queries are rounded to int8, and so are, of each block, the exponentials
+ * times the values' scales. */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
     float room[PANEL * MAX_HEAD_DIM], query[ROWS * MAX_HEAD_DIM], sums[ROWS * MAX_HEAD_DIM], part[ROWS * PANEL];
+    float scales[4 * PANEL];            /* scale and zero of a block's keys; of values, whose scales are in the exponentials, 1 and zero */
     float scores[ROWS * PANEL], lanes[ROWS][PANEL / 2], max[ROWS], shrink[ROWS], scale = 1.0f / sqrtf((float)c.head_dim);
+    int8_t codes[ROWS * MAX_HEAD_DIM], exponential[ROWS * PANEL];       /* query's, [group of up to 128][n_rows][group]; [n_rows][32] */
+    float code_scale[MAX_HEAD_DIM / MAX_GROUP][2][ROWS], exponential_scale[2][ROWS];        /* of which these are scale and sum */
     size_t n_rows = n_tokens * n_heads;
     for (size_t r = 0; r < n_rows; r++) {
         size_t at = r / n_heads * stride + r % n_heads;
         for (size_t d = 0; d < c.head_dim; d++) query[r * c.head_dim + d] = scale * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
+        for (size_t d = 0; d < c.width && c.type == Q8; d += MAX_GROUP) {
+            size_t group = min_size(c.width - d, MAX_GROUP);
+            quantize_activations(codes + n_rows * d + r * group, &code_scale[d / MAX_GROUP][0][r], &code_scale[d / MAX_GROUP][1][r],
+                                 query + r * c.head_dim + d, min_size(c.head_dim - d, group), group);
+        }
         memset(out + at * c.head_dim, 0, c.head_dim * sizeof(float));
         softmax[at].max = -INFINITY;
         softmax[at].sum = 0;
     }
+    for (size_t i = 0; i < PANEL; i++) { scales[PANEL + i] = scales[3 * PANEL + i] = 128; scales[2 * PANEL + i] = 1; }
     for (size_t span = from / SPAN * SPAN; span < to; span += SPAN) {
         memset(sums, 0, n_rows * c.width * sizeof(float));
         memset(lanes, 0, sizeof lanes);
         for (size_t r = 0; r < n_rows; r++) max[r] = -INFINITY;
         for (size_t start = span > from ? span : from / PANEL * PANEL; start < min_size(to, span + SPAN); start += PANEL) {
-            size_t at = start % c.ring * c.width, n_keys = min_size(PANEL, to - start);
-            const float *keys = (const float *)c.keys + at, *values = (const float *)c.values + at;
-            size_t element = c.half ? sizeof(uint16_t) : sizeof(float);
-            Ahead next_keys = {(const char *)c.keys + (at + PANEL * c.width) * element, PANEL * c.head_dim * element};
-            if (c.half) keys = halves_to_floats(room, (const uint16_t *)c.keys + at, PANEL * c.head_dim);
-            tiles(n_rows, scores, keys, query, c.head_dim, c.head_dim, next_keys);
+            size_t at = start % c.ring / PANEL * c.block_bytes, n_keys = min_size(PANEL, to - start);
+            const unsigned char *keys = c.keys + at, *values = c.values + at;
+            Ahead next_keys = {keys + c.block_bytes, c.block_bytes};
+            if (c.type == Q8) {
+                halves_to_floats(scales, (const uint16_t *)keys, PANEL);
+                memset(scores, 0, n_rows * PANEL * sizeof(float));
+                for (size_t d = 0; d < c.width; d += MAX_GROUP) {
+                    Activations a = {NULL, codes + n_rows * d, code_scale[d / MAX_GROUP][0], code_scale[d / MAX_GROUP][1]};
+                    group_product(n_rows, scores, Q8, keys + 2 * PANEL + d * PANEL, scales, a, min_size(c.width - d, MAX_GROUP), next_keys);
+                }
+            } else {
+                const float *of_keys = c.type == F16 ? halves_to_floats(room, (const uint16_t *)keys, PANEL * c.head_dim) : (const float *)keys;
+                tiles(n_rows, scores, of_keys, query, c.head_dim, c.head_dim, next_keys);
+            }
             for (size_t r = 0; r < n_rows; r++) {
                 size_t p = pos + r / n_heads, first = first_seen(p, window);
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, PANEL), j0 = first > start ? min_size(first - start, j1) : 0;
                 shrink[r] = exponentials(scores + r * PANEL, lanes[r], &max[r], j0, j1);
             }
-            for (size_t d = 0; d < c.width; d += PANEL, values += PANEL * PANEL) {
-                Ahead next_values = {(const char *)c.values + (at + (c.width + d) * PANEL) * element, PANEL * PANEL * element};
-                if (c.half) values = halves_to_floats(room, (const uint16_t *)c.values + at + d * PANEL, n_keys * PANEL);
-                tiles(n_rows, part, values, scores, PANEL, n_keys, next_values);
+            if (c.type == Q8) {
+                halves_to_floats(room, (const uint16_t *)values, PANEL);
+                for (size_t r = 0; r < n_rows; r++) {
+                    for (size_t j = 0; j < PANEL; j++) scores[r * PANEL + j] *= room[j];
+                    quantize_activations(exponential + r * PANEL, &exponential_scale[0][r], &exponential_scale[1][r], scores + r * PANEL, PANEL, PANEL);
+                }
+            }
+            for (size_t d = 0; d < c.width; d += PANEL) {
+                Ahead next_values = {values + c.block_bytes + c.block_bytes / c.width * d, c.block_bytes / c.width * PANEL};
+                if (c.type == Q8) {
+                    Activations a = {NULL, exponential, exponential_scale[0], exponential_scale[1]};
+                    memset(part, 0, n_rows * PANEL * sizeof(float));
+                    group_product(n_rows, part, Q8, values + 2 * PANEL + d * PANEL, scales + 2 * PANEL, a, PANEL, next_values);
+                } else {
+                    const float *of_values = (const float *)values + d * PANEL;
+                    if (c.type == F16) of_values = halves_to_floats(room, (const uint16_t *)values + d * PANEL, n_keys * PANEL);
+                    tiles(n_rows, part, of_values, scores, PANEL, n_keys, next_values);
+                }
                 for (size_t r = 0; r < n_rows; r++)
                     for (size_t i = 0; i < PANEL; i++)
                         sums[r * c.width + d + i] = fmaf(sums[r * c.width + d + i], shrink[r], part[r * PANEL + i]);
@@ -894,9 +944,9 @@ struct State {
     bool decoding;                      /* in this step each token stands alone in its sequence */
     bool profiled;                      /* -P: a backend that would lose time by measuring times may do so */
     size_t ring;                        /* cached positions of a sequence */
-    size_t kv_bytes, kv_size;           /* of all caches; of one element: 2 or 4 */
     size_t head_width;                  /* head_dim rounded up to a multiple of 32 */
-    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * head_width] */
+    size_t kv_bytes, kv_row;            /* of all caches; of a key or value */
+    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * kv_row] */
     double  *frequencies;               /* [head_dim / 2], radians a position */
     float   *rotations;                 /* [chunk, head_dim / 2][cos, sin] */
     float   *x, *xb;                    /* [chunk, dim]: the residual stream; its norm, or what is added to it */
@@ -926,7 +976,7 @@ static State new_state(const Model *m, size_t n_slots, size_t context, size_t ch
     s.chunk = chunk;
     s.head_width = round_up(c->head_dim, PANEL);
     s.ring = round_up(c->window ? min_size(context, (size_t)c->window + min_size(chunk, CHUNK) - 1) : context, PANEL);
-    s.kv_size = m->layers[0].wqkv.type == F32 ? sizeof(float) : sizeof(uint16_t);
+    s.kv_row = cache_row(m->kv_type, s.head_width);
     m->backend->open(&s);
     return s;
 }
@@ -936,7 +986,7 @@ static void free_state(State *s) { s->model->backend->close(s); }
 /* Bytes of the caches, or dies if they are more than `memory`, which `machine` has. */
 static size_t cache_bytes(const State *s, double memory, const char *machine) {
     const Header *c = &s->model->c;
-    size_t position = c->n_layers * c->n_kv_heads * s->head_width * s->kv_size * 2, bytes = 0;
+    size_t position = c->n_layers * c->n_kv_heads * s->kv_row * 2, bytes = 0;
     double need = (double)position * (double)s->ring * (double)s->n_slots;
     if (__builtin_mul_overflow(s->ring * s->n_slots, position, &bytes) || need > memory)
         die("%s: the KV cache of %zu sequences of %zu positions takes %.1f GB, %s has %.1f: lower -b or -c",
@@ -950,10 +1000,10 @@ static void cpu_open(State *s) {
     size_t chunk = s->chunk, q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim;
     size_t heads = min_size(c->n_heads / c->n_kv_heads, ROWS);
     s->kv_bytes = cache_bytes(s, (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE), "this machine");
-    /* calloc, because large calloc'ed memory takes no place until it is written */
-    s->keys = (unsigned char *)calloc(s->kv_bytes / 2 + 64, 1);
-    s->values = (unsigned char *)calloc(s->kv_bytes / 2 + 64, 1);
-    if (!s->keys || !s->values) die("%s: no memory for a KV cache of %.1f GB: lower -b or -c", m->path, (double)s->kv_bytes / 1e9);
+    /* mapped: zeros that take no place until they are written */
+    s->keys = (unsigned char *)mmap(NULL, s->kv_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (s->keys == MAP_FAILED) die("%s: no memory for a KV cache of %.1f GB: lower -b or -c", m->path, (double)s->kv_bytes / 1e9);
+    s->values = s->keys + s->kv_bytes / 2;
 
     size_t widest = round_up(q_dim > c->hidden_dim ? q_dim : c->hidden_dim, MAX_GROUP);
     widest = widest > round_up(c->dim, MAX_GROUP) ? widest : round_up(c->dim, MAX_GROUP);
@@ -977,15 +1027,16 @@ static void cpu_open(State *s) {
 }
 
 static void cpu_close(State *s) {
-    void *all[] = {s->keys, s->values, s->frequencies, s->rotations, s->x, s->xb, s->qkv, s->att, s->softmax, s->runs, s->h13, s->h,
+    munmap(s->keys, s->kv_bytes);
+    void *all[] = {s->frequencies, s->rotations, s->x, s->xb, s->qkv, s->att, s->softmax, s->runs, s->h13, s->h,
                    s->activations.x, s->activations.scale, s->activations.sum, s->logits};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
 static Cache slot_cache(const State *s, size_t layer, size_t slot, size_t kv_head) {
     const Header *c = &s->model->c;
-    size_t at = ((layer * s->n_slots + slot) * c->n_kv_heads + kv_head) * s->ring * s->head_width * s->kv_size;
-    Cache cache = {s->keys + at, s->values + at, s->ring, c->head_dim, s->head_width, s->kv_size == sizeof(uint16_t)};
+    size_t at = ((layer * s->n_slots + slot) * c->n_kv_heads + kv_head) * s->ring * s->kv_row;
+    Cache cache = {s->keys + at, s->values + at, s->model->kv_type, s->ring, c->head_dim, s->head_width, PANEL * s->kv_row};
     return cache;
 }
 
@@ -1097,7 +1148,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
                 merge(&s->softmax[i], out, s->softmax[j], s->att + j * head_dim, head_dim);
             for (size_t d = 0; d < head_dim; d++) out[d] /= s->softmax[i].sum;
         }
-        book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(kv_dim * s->kv_size));
+        book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row));
         product(s, WO, s->xb, s->att, &w->wo, n);
 
         /* feed-forward: norm, gate and up, SwiGLU, down */
@@ -1461,7 +1512,7 @@ static double cpu_peak(const State *s) {
 
 /* What the command line says; section 9 has the meanings. */
 typedef struct {
-    const char *path, *mode, *prompt, *file, *system, *output, *against, *chat_template;
+    const char *path, *mode, *prompt, *file, *system, *output, *against, *chat_template, *kv;
     size_t   batch, tokens, prompt_tokens, seed, context, threads, warmup, repeat, skip, lookup;
     double   temperature, top_p, target;
     bool     ignore_eos, profile, quiet, help;
@@ -1798,7 +1849,7 @@ static bool report(const State *s, const Sequence *sequences, size_t n_sequences
     double decode_tok_s = decoding > 0 ? (double)p->decode_tokens / decoding : 0;
     double total_tok_s = total > 0 ? (double)(p->prompt_tokens + p->generated_tokens) / total : 0;
     double bandwidth = p->decode_seconds > 0 ? p->decode_bytes / p->decode_seconds / 1e9 : 0;
-    double ttft = 1e3 * quantile(&st->ttft, 0.5), itl_50 = 1e3 * quantile(&st->itl, 0.5), itl_95 = 1e3 * quantile(&st->itl, 0.95);
+    double ttft = 1e3 * quantile(&st->ttft, 0.5), ttft_95 = 1e3 * quantile(&st->ttft, 0.95), itl_50 = 1e3 * quantile(&st->itl, 0.5), itl_95 = 1e3 * quantile(&st->itl, 0.95);
     bool met = o->target < 0 || total_tok_s >= o->target;
 
     if (!o->quiet) {
@@ -1826,7 +1877,7 @@ static bool report(const State *s, const Sequence *sequences, size_t n_sequences
         {"batch", (double)s->n_slots}, {"prompt_tokens", (double)p->prompt_tokens},
         {"generated_tokens", (double)p->generated_tokens}, {"prefill_seconds", prefill}, {"decode_seconds", decoding},
         {"total_seconds", total}, {"total_seconds_min", quantile(&st->total, 0)}, {"total_seconds_max", quantile(&st->total, 1)},
-        {"prefill_tok_s", prefill_tok_s}, {"decode_tok_s", decode_tok_s}, {"total_tok_s", total_tok_s}, {"ttft_ms", ttft},
+        {"prefill_tok_s", prefill_tok_s}, {"decode_tok_s", decode_tok_s}, {"total_tok_s", total_tok_s}, {"ttft_ms", ttft}, {"ttft_ms_p95", ttft_95},
         {"itl_ms_p50", itl_50}, {"itl_ms_p95", itl_95}, {"weights_bytes", (double)m->c.file_size},
         {"kv_bytes", (double)s->kv_bytes}, {"peak_bytes", peak}, {"bandwidth_gb_s", bandwidth},
         {"target_tok_s", o->target >= 0 ? o->target : NAN}};
@@ -2283,6 +2334,7 @@ static const Option OPTIONS[] = {
     {0, "chat-template", "v1|v3", "chat: instead of the checkpoint's own", "c", TEXT, FIELD(chat_template), 0, 0},
     {0, "skip", "N", "perplexity: leave the first N positions of a window unscored", "p", WHOLE, FIELD(skip), 0, 1 << 30},
     {0, "against", "REF.bin", "perplexity: and divergence from this model", "p", TEXT, FIELD(against), 0, 0},
+    {0, "kv", "TYPE", "of the KV cache: f16 (default; f32 for f32 models) or q8, half as large", "gcps", TEXT, FIELD(kv), 0, 0},
     {0, "lookup", "N", "guess N tokens from the text so far: the same output, sooner (0)", "gc", WHOLE, FIELD(lookup), 0, 64},
     {'T', "target", "X", "tokens a second, in and out, to pass; prints PASS or FAIL", "gc", REAL, FIELD(target), 0, 1ull << 40},
     {'P', "profile", "", "time by operation", "gcps", FLAG, FIELD(profile), 0, 0},
@@ -2392,6 +2444,7 @@ static Options read_options(int argc, char **argv) {
     if ((o.mode[0] == 'p' || o.mode[0] == 's') && !o.file) usage("-m %s: needs -f FILE", o.mode);
     if (o.chat_template && strcmp(o.chat_template, "v1") && strcmp(o.chat_template, "v3"))
         usage("--chat-template %s: not v1 or v3", o.chat_template);
+    if (o.kv && strcmp(o.kv, "f16") && strcmp(o.kv, "q8")) usage("--kv %s: not f16 or q8", o.kv);
     if (o.file && o.prompt) usage("-i and -f: one of them");
 #ifdef _OPENMP
     if (!o.threads) o.threads = (size_t)omp_get_max_threads();
@@ -2418,6 +2471,7 @@ static int run(int argc, char **argv) {
     Options o = read_options(argc, argv);
     catch_signals();
     Model m = load_model(o.path);
+    if (o.kv) m.kv_type = o.kv[0] == 'q' ? Q8 : F16;
     const char *inputs[] = {o.path, o.file, o.against};
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
         struct stat in, out;
