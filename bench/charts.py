@@ -87,7 +87,8 @@ def charts(state, rows, directory):
 
         fig, axes = new_figure(2, width=11)
         by_batch(axes[0], ours, "ttft_ms", True)
-        axes[0].set_title("Time to the first token, median of the sequences")
+        by_batch(axes[0], ours, "ttft_ms_p95", False, style=":")
+        axes[0].set_title("Time to the first token: median" + (", and dotted 95%" if ours[0]["ttft_ms_p95"] else ""))
         axes[0].set_ylabel("ms")
         by_batch(axes[1], ours, "itl_ms_p50", False)
         by_batch(axes[1], ours, "itl_ms_p95", False, style=":")

@@ -1,5 +1,6 @@
 """What speed.py and bench.py share: running a program once and reading its statistics, what a checkpoint is, the machine,
 progress with the time left, and files that are whole or not there. Needs nothing but the standard library."""
+import hashlib
 import json
 import os
 import platform
@@ -39,6 +40,20 @@ def write_json(path, value):
     with open(path + ".tmp", "w") as f:
         json.dump(value, f, indent=1)
     os.replace(path + ".tmp", path)
+
+
+def digest(*parts):
+    """A short fingerprint of strings and bytes: 12 hexadecimal digits."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part if isinstance(part, bytes) else str(part).encode())
+    return h.hexdigest()[:12]
+
+
+def file_digest(path, limit=1 << 20):
+    """A fingerprint of a file's size and first bytes; limit -1: of all of it."""
+    with open(path, "rb") as f:
+        return digest(str(os.path.getsize(path)), f.read(limit))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -101,8 +116,8 @@ def cost(cell, passes):
 # Checkpoints
 
 def read_shape(path):
-    """What a checkpoint's header and table (FORMAT.md) say: the model's dimensions; `name`; `type`, of its matrices; and what
-    a forward has to do: `ops` for a token, `ops_logits` more where its logits are wanted, `bytes` of weights to read.
+    """What a checkpoint's header and table (FORMAT.md) say: the model's dimensions; `name`; `type` and `group`, of its
+    matrices; and what a forward has to do: `ops` for a token, `ops_logits` more where its logits are wanted, `bytes` of weights to read.
     Raises a RuntimeError if the file is no checkpoint."""
     names = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "window", "max_positions"]
     with open(path, "rb") as f:
@@ -116,13 +131,14 @@ def read_shape(path):
         table = f.read(96 * n_tensors)
         if len(table) < 96 * n_tensors:
             raise RuntimeError(f"{path}: the table of tensors is cut off: an incomplete copy?")
-    tensors = {}                        # name: (type, operations of a product with a vector, bytes)
-    for name, kind, _, rows, cols, _, size in struct.iter_unpack("<48sIIQQQQ8x", table):
-        tensors[name.rstrip(b"\0").decode(errors="replace")] = kind, 2 * rows * cols, size
+    tensors = {}                        # name: ((type, group), operations of a product with a vector, bytes)
+    for name, kind, group, rows, cols, _, size in struct.iter_unpack("<48sIIQQQQ8x", table):
+        tensors[name.rstrip(b"\0").decode(errors="replace")] = (kind, group), 2 * rows * cols, size
     if not {"token_embedding", "layers.0.wqkv"} <= set(tensors):
         raise RuntimeError(f"{path}: no table of a model's tensors")
     classifier = "wcls" if "wcls" in tensors else "token_embedding"
-    shape["type"] = TYPES.get(tensors["layers.0.wqkv"][0], "?")
+    kind, shape["group"] = tensors["layers.0.wqkv"][0]
+    shape["type"] = TYPES.get(kind, "?")
     shape["ops"] = sum(ops for name, (_, ops, _) in tensors.items() if ".w" in name)
     shape["ops_logits"] = tensors[classifier][1]
     shape["bytes"] = sum(size for _, _, size in tensors.values())
@@ -153,31 +169,47 @@ def memory_bytes():
 
 
 def gpus():
-    """[{name, memory_bytes}] of the GPUs that nvidia-smi lists."""
+    """[{name, memory_bytes, driver}] of the GPUs that nvidia-smi lists; memory_bytes is None where it does not say."""
     if not shutil.which("nvidia-smi"):
         return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    fields = [line.rsplit(",", 1) for line in done.stdout.splitlines() if line.count(",")]
-    return [{"name": name.strip(), "memory_bytes": int(mib) << 20} for name, mib in fields if mib.strip().isdigit()]
+    found = []
+    for line in done.stdout.splitlines():
+        fields = [field.strip() for field in line.rsplit(",", 2)]
+        if done.returncode == 0 and len(fields) == 3:
+            name, mib, driver = fields
+            found.append({"name": name, "memory_bytes": int(mib) << 20 if mib.isdigit() else None, "driver": driver})
+    return found
+
+
+def commit():
+    """What `git describe` calls this version of the project; without git, a fingerprint of the sources that are measured."""
+    if shutil.which("git") and os.path.exists(os.path.join(ROOT, ".git")):
+        done = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    files = [os.path.join(ROOT, name) for name in ("run.c", "run_cuda.cu", "quantize.c")]
+    return "sources " + digest(*(file_digest(path, -1) for path in files if os.path.exists(path)))
 
 
 def machine():
-    """{processor, cores, memory_gb, gpus, system, python, compiler, commit}, as far as they can be found out."""
+    """{processor, cores, memory_gb, gpus, cuda, system, python, compiler, commit}, as far as they can be found out; cuda: the
+    version of the CUDA Toolkit."""
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
             processor = next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), processor)
 
-    def first_line(*args):
-        if not shutil.which(args[0]):
-            return ""
-        done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        return (done.stdout.strip().splitlines() or [""])[0]
+    def lines(*args):
+        done = shutil.which(args[0]) and subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return done.stdout.strip().splitlines() if done else []
 
+    release = [line.split("release", 1)[1].split(",")[0].strip() for line in lines("nvcc", "--version") if "release" in line]
     return {"processor": processor, "cores": CORES, "memory_gb": round(memory_bytes() / 1e9, 1), "gpus": gpus(),
-            "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
-            "compiler": first_line("cc", "--version"), "commit": first_line("git", "-C", ROOT, "describe", "--always", "--dirty")}
+            "cuda": "".join(release[:1]), "system": f"{platform.system()} {platform.release()}",
+            "python": platform.python_version(), "compiler": "".join(lines("cc", "--version")[:1]), "commit": commit()}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -154,8 +154,13 @@ class Transformers(Peer):
         self.criteria = transformers.StoppingCriteriaList([Clock()])
 
     def load(self, auto):
-        return auto.from_pretrained(self.task["model"], dtype=getattr(self.torch, self.task["type"]),
-                                    attn_implementation=self.ATTENTION, device_map={"": self.device}).eval()
+        return self.pretrained(auto, getattr(self.torch, self.task["type"]), attn_implementation=self.ATTENTION)
+
+    def pretrained(self, auto, dtype, **options):
+        """from_pretrained() to the device; what is called dtype was called torch_dtype before transformers 4.56."""
+        major, minor = map(int, importlib.metadata.version("transformers").split(".")[:2])
+        options["dtype" if (major, minor) >= (4, 56) else "torch_dtype"] = dtype
+        return auto.from_pretrained(self.task["model"], device_map={"": self.device}, **options).eval()
 
     def one_pass(self, cell):
         n_sequences, n_in, n_out = cell
@@ -193,8 +198,7 @@ class BitsAndBytes(Transformers):
         half = self.torch.float16 if self.device == "cuda" else self.torch.float32
         config = (BitsAndBytesConfig(load_in_8bit=True) if self.task["type"] == "int8" else
                   BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=half))
-        return auto.from_pretrained(self.task["model"], dtype=half, quantization_config=config,
-                                    device_map={"": self.device}).eval()
+        return self.pretrained(auto, half, quantization_config=config)
 
 
 class OnnxRuntime(Transformers):
@@ -287,9 +291,10 @@ def measure(peer, task):
         gaps = [1e3 * (b - a) for times in passes for a, b in zip(times, times[1:])]
         total = statistics.median(totals)
         results.append({
-            "versions": found, "type": engine.type(), "batch": n_sequences, "threads": task["threads"], "prompt_tokens": n_sequences * n_in,
-            "generated_tokens": n_sequences * n_out, "prefill_seconds": prefill, "decode_seconds": decode,
-            "total_seconds": total, "total_seconds_min": min(totals), "total_seconds_max": max(totals),
+            "versions": found, "type": engine.type(), "batch": n_sequences, "threads": task["threads"],
+            "prompt_tokens": n_sequences * n_in, "generated_tokens": n_sequences * n_out,
+            "prefill_seconds": prefill, "decode_seconds": decode, "total_seconds": total,
+            "total_seconds_min": min(totals), "total_seconds_max": max(totals),
             "prefill_tok_s": n_sequences * n_in / prefill,
             "decode_tok_s": n_sequences * (n_out - 1) / decode if decode else 0,
             "total_tok_s": n_sequences * (n_in + n_out) / total,
@@ -308,7 +313,8 @@ def random_directory(shape, path):
         num_key_value_heads=shape["n_kv_heads"], max_position_embeddings=shape["max_positions"],
         sliding_window=shape["window"] or None, rms_norm_eps=shape["norm_eps"], rope_theta=shape["rope_theta"])
     torch.set_default_dtype(torch.float16)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path + ".tmp")
+    os.replace(path + ".tmp", path)
 
 
 def one_line(error):

@@ -4,6 +4,7 @@
 
 writes the report of a RESULTS_DIR with a results.json anew, for other limits or prices. Charts need matplotlib."""
 import argparse
+import collections
 import csv
 import hashlib
 import json
@@ -113,7 +114,7 @@ def price(state, backend, given):
         table = list(csv.DictReader(line for line in f if not line.startswith("#")))
     names = [gpu["name"] for gpu in state["machine"]["gpus"]]
     for row in table:
-        usd, source = float(row["usd_per_hour"]), f"{row['what']}, seen {row['dated']}"
+        usd, source = float(row["usd_per_hour"]), f"{row['what']}, {row['dated']} ({row['seen']})"
         if backend == "cpu" and row["match"] == "cpu-core":
             return usd * state["machine"]["cores"], f"{state['machine']['cores']} x {usd} for {source}"
         if backend == "cuda" and any(re.search(row["match"], name) for name in names):
@@ -138,9 +139,9 @@ def rows_of(state, price_per_hour=None):
         name, backend, kind = key.split()
         for batch in dict.fromkeys(batch for visit in visits for batch in visit["cells"]):
             cells = [visit["cells"][batch] for visit in visits if batch in visit["cells"]]
-            rows.append({"engine": name, "backend": backend, "dtype": cells[-1].get("type", kind), "batch": int(batch), "against": visits[-1]["against"],
-                         "same_weights": all(visit["same_weights"] for visit in visits), "versions": cells[-1]["versions"],
-                         **summary(cells)})
+            rows.append({"engine": name, "backend": backend, "dtype": cells[-1].get("type", kind), "batch": int(batch),
+                         "against": visits[-1]["against"], "versions": cells[-1]["versions"],
+                         "same_weights": all(visit["same_weights"] for visit in visits), **summary(cells)})
     for row in rows:
         usd, _ = price(state, row["backend"], price_per_hour)
         row["usd_per_million"] = usd / row["total_tok_s"] / 3600 * 1e6 if usd and row["total_tok_s"] else None
@@ -239,11 +240,11 @@ def markdown(header, lines, left=(0,)):
 
 
 def speed_table(rows):
-    header = ["engine", "batch", "prefill tok/s", "decode tok/s", "in+out tok/s", "spread", "first token ms", "between ms p50",
-              "p95", "peak memory", "$ a million"]
+    header = ["engine", "batch", "prefill tok/s", "decode tok/s", "in+out tok/s", "spread", "first token ms p50", "p95",
+              "between ms p50", "p95", "peak memory", "$ a million"]
     return markdown(header, [[f"{row['engine']} {row['backend']} {row['dtype']}", row["batch"], figure(row["prefill_tok_s"]),
                               figure(row["decode_tok_s"]), figure(row["total_tok_s"]), share(row["spread"]),
-                              figure(row["ttft_ms"]), figure(row["itl_ms_p50"]), figure(row["itl_ms_p95"]),
+                              *(figure(row[name]) for name in ("ttft_ms", "ttft_ms_p95", "itl_ms_p50", "itl_ms_p95")),
                               memory(row["peak_bytes"]), figure(row["usd_per_million"])] for row in rows])
 
 
@@ -319,18 +320,23 @@ def side_by_side(state, n_prompts=4, width=240):
     return "\n\n".join(parts)
 
 
+def gpu_text(gpus):
+    """The GPUs of a machine, as the end of a sentence."""
+    names = collections.Counter(gpu["name"] + (f" ({memory(gpu['memory_bytes'])})" if gpu["memory_bytes"] else "") for gpu in gpus)
+    return "".join(f", {f'one of {n} ' if n > 1 else ''}{name}" for name, n in names.items())
+
+
 def report_text(state, rows, choices, pictures, o):
     """The report as Markdown."""
     s, m = state["settings"], state["machine"]
-    gpu = "".join(f", {gpu['name']} ({memory(gpu['memory_bytes'])})" for gpu in m["gpus"])
+    cuda = f"driver {m['gpus'][0]['driver']}, CUDA Toolkit {m['cuda'] or 'unknown'}, " if m["gpus"] else ""
     versions = {name: version for row in rows if row.get("versions") for name, version in row["versions"].items()}
     backends = dict.fromkeys(row["backend"] for row in rows)
     batches = sorted(row["batch"] for row in rows)
     parts = [f"# {s['model']}: {s['in']} tokens in, {s['out']} out, batches of {batches[0]} to {batches[-1]}",
              "\n".join([f"- date: {state['began']}" + (f" to {state['updated']}" if state["updated"] != state["began"] else ""),
-                        f"- machine: {m['processor']}, {m['cores']} cores, {m['memory_gb']} GB{gpu}; {m['system']}",
-                        f"- programs: commit {m['commit'] or 'unknown'}, {m['compiler']}, Python {m['python']}; "
-                        f"{s['threads']} threads",
+                        f"- machine: {m['processor']}, {m['cores']} cores, {m['memory_gb']} GB{gpu_text(m['gpus'])}; {m['system']}",
+                        f"- programs: {m['commit']}, {m['compiler']}, {cuda}Python {m['python']}; {s['threads']} threads",
                         f"- command: `{state['command']}`",
                         *([f"- other engines: {', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}"]
                           if versions else []),
@@ -347,7 +353,7 @@ def report_text(state, rows, choices, pictures, o):
 
     parts += ["## Speed", *picture("throughput.png"), *picture("latency.png"), speed_table(rows),
               "Medians over the visits; the spread is (largest - smallest) / median. The first token of another engine is that of "
-              "the whole batch, of ours the median over the sequences."]
+              "the whole batch, of ours that of a sequence (p95: what 95% of them do not exceed, where run says it)."]
     ratios = ratio_table(rows)
     if ratios:
         parts += ["## Beside other engines", *picture("peers.png"), ratios,

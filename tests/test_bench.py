@@ -57,8 +57,9 @@ def models(tmp_path_factory):
     return tmp_path_factory.mktemp("models")
 
 
-def bench(output, models, text, *arguments, model=TINY):
-    return script("bench.py", "--model", model, "--dir", models, "-o", output, "--text", text, "--peers", "none", *SMALL, *arguments)
+def bench(output, models, text, *arguments, model=(TINY,), **options):
+    return script("bench.py", "--model", *model, "--dir", models, "-o", output, "--text", text, "--peers", "none", *SMALL, *arguments,
+                  **options)
 
 
 def results(output):
@@ -164,6 +165,33 @@ def wrapper(path, body):
     return path
 
 
+def gpu_machine(tmp_path, body="", lines=2 * ["Tesla T4, 15360, 550.54.15"]):
+    """A machine with GPUs, made up: (run with the backend's name changed in the place of run_cuda, an environment in which
+    nvidia-smi lists the lines). body: of the program, before it does what run does."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    smi = tools / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    smi.chmod(0o755)
+    run_cuda = tmp_path / "run_cuda"
+    run_cuda.write_text(f"""#!{sys.executable}
+import json, os, subprocess, sys
+a = sys.argv[1:]
+{textwrap.dedent(body)}
+status = subprocess.run([{RUN!r}, *a]).returncode
+if "-o" in a and status == 0:
+    path = a[a.index("-o") + 1]
+    result = json.load(open(path))
+    result["backend"] = "cuda"
+    if "ttft_ms" in result:
+        result["ttft_ms_p95"] = 2 * result["ttft_ms"]
+    json.dump(result, open(path, "w"))
+sys.exit(status)
+""")
+    run_cuda.chmod(0o755)
+    return run_cuda, {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+
+
 LOG = """
 if "-b" in a and "perplexity" not in a and "-f" not in a and "-P" not in a:
     with open({log!r}, "a") as f:
@@ -195,7 +223,7 @@ if "perplexity" in a and "q8" in a[0]:
 def test_all_fails(tmp_path, models, text):
     run = wrapper(tmp_path / "run", "sys.exit('run: not today')")
     status, _, said = bench(tmp_path / "out", models, text, "--run", run, "--dtypes", "f16", "--batches", "1")
-    assert status == 1 and "cpu is left out: run: not today" in said and said.endswith("bench.py: no program to measure: see above\n")
+    assert status == 1 and "cpu f16 is left out: run: not today" in said and said.endswith("bench.py: no program to measure: see above\n")
 
 
 def test_time_limit(tmp_path, models, text):
@@ -288,6 +316,122 @@ def test_bad_command_lines(tmp_path, arguments, message):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# A GPU, and checkpoints that are there
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Checkpoints of the demo model: {type: path}."""
+    directory = tmp_path_factory.mktemp("given")
+    paths = {dtype: str(directory / f"{dtype}.bin") for dtype in ("f16", "q4", "q4-g32", "q8-g128", "nf4")}
+    subprocess.run([sys.executable, os.path.join(ROOT, "export.py"), TINY, paths["f16"]], check=True, stderr=subprocess.DEVNULL)
+    for dtype, path in paths.items():
+        base, _, group = dtype.partition("-g")
+        if base != "f16":
+            subprocess.run([os.path.join(ROOT, "quantize"), paths["f16"], path, base, *(["-g", group] if group else [])], check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return paths
+
+
+def test_a_gpu(tmp_path, models, text, given):
+    """A checkpoint for each type, on both backends: all of them are measured, on the GPU one type cannot run and is a line,
+    one cell fails there and is a line; GPUs, driver, CUDA and commit are in results.json and the report; a GPU's price."""
+    run_cuda, environment = gpu_machine(tmp_path, """
+        if "nf4.bin" in a[0]:
+            sys.exit("run_cuda: has weights of type nf4")
+        if "-b" in a and a[a.index("-b") + 1] == "2" and "q4.bin" in a[0]:
+            sys.exit("run_cuda: CUDA: out of memory")
+    """)
+    nvcc = tmp_path / "tools" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    output = tmp_path / "out"
+    model = [given["nf4"], given["f16"], given["q4"], "gptq=" + given["q4-g32"]]
+    status, out, said = bench(output, models, text, "--backends", "cpu,cuda", "--run-cuda", run_cuda, "--batches", "1,2", "--rounds", "1",
+                              model=model, env=environment)
+    assert status == 0, said
+    types = ["nf4", "f16", "q4", "gptq"]
+    cells = [(row["backend"], row["dtype"], int(row["batch"])) for row in table(output)]
+    assert cells == [("cpu", dtype, batch) for dtype in types for batch in (1, 2)] + \
+        [("cuda", dtype, batch) for dtype in types[1:] for batch in (1, 2) if (dtype, batch) != ("q4", 2)]
+    state, written = results(output), (output / "report.md").read_text()
+    assert state["failures"] == {"cuda q4 batch 2": "run_cuda: CUDA: out of memory",
+                                 "cuda q4 batch 2 operations": "run_cuda: CUDA: out of memory"}
+    assert "failed: cuda q4 batch 2: run_cuda: CUDA: out of memory" in out
+    assert state["notes"] == ["cuda nf4 is left out: run_cuda: has weights of type nf4"] and state["notes"][0] in written
+    assert state["machine"]["gpus"] == 2 * [{"name": "Tesla T4", "memory_bytes": 15360 << 20, "driver": "550.54.15"}]
+    assert state["machine"]["cuda"] == "12.4" and "one of 2 Tesla T4 (16.11 GB)" in written
+    assert "driver 550.54.15, CUDA Toolkit 12.4, " in written and f"- programs: {state['machine']['commit']}, " in written
+    # the time to the first token that 95% do not exceed is shown where run says it
+    for row in table(output):
+        visit, = state["speed"][f"{row['backend']} {row['dtype']} batch {row['batch']}"]
+        assert row["ttft_ms_p95"] == str(visit.get("ttft_ms_p95", "")) and (row["backend"] == "cpu" or row["ttft_ms_p95"])
+        usd = report.price(state, row["backend"], None)[0]
+        assert float(row["usd_per_million"]) == pytest.approx(usd / float(row["total_tok_s"]) / 3600 * 1e6, rel=1e-6)
+    assert report.price(state, "cuda", None)[1].startswith("AWS g4dn")
+    assert all(row["kl"] != "" and row["accuracy"] != "" for row in table(output))
+
+
+def test_a_gpu_too_small(tmp_path, models, text, given):
+    """What does not fit in the GPU's memory is not tried; where its memory is not known, everything is."""
+    for mib, left_out in ("10, 1", True), ("[N/A], 1", False):
+        where = tmp_path / mib[:2].strip("[,")
+        where.mkdir()
+        run_cuda, environment = gpu_machine(where, lines=["NVIDIA X, " + mib])
+        status, _, said = bench(where / "out", models, text, "--backends", "cuda", "--run-cuda", run_cuda, "--batches", "1", "--rounds",
+                                "1", "--no-quality", model=[given["f16"], given["q4"]], env=environment)
+        assert status == 0 and [row["dtype"] for row in table(where / "out")] == (["q4"] if left_out else ["f16", "q4"])
+        assert ("cuda f16 is left out: needs 0.0 GB, 0.0 are there" in said) == left_out
+
+
+def test_no_gpu(tmp_path, models, text, given):
+    """run_cuda without a GPU says so; that is a line, and the processor is measured."""
+    run_cuda, _ = gpu_machine(tmp_path, "sys.exit('run_cuda: no NVIDIA GPU can be used (no driver); run needs none')")
+    status, _, said = bench(tmp_path / "out", models, text, "--backends", "cpu,cuda", "--run-cuda", run_cuda, "--batches", "1", "--rounds",
+                            "1", "--no-quality", model=[given["q4"]])
+    assert status == 0 and "cuda q4 is left out: run_cuda: no NVIDIA GPU can be used" in said
+    assert [row["backend"] for row in table(tmp_path / "out")] == ["cpu"]
+
+
+def test_given_checkpoints(tmp_path, models, text, given):
+    """Those that --dtypes names, also by type alone; what they cannot be is refused in a line."""
+    log = tmp_path / "log"
+    run = wrapper(tmp_path / "run", LOG.format(log=str(log)))
+    arguments = ["--run", run, "--no-quality", "--rounds", "1", "--batches", "1"]
+    assert bench(tmp_path / "a", models, text, *arguments, "--dtypes", "q4,q8", model=[given["q8-g128"], given["q4"]])[0] == 0
+    assert [row["dtype"] for row in table(tmp_path / "a")] == ["q4", "q8-g128"]
+    assert {line.split("/")[-1] for line in log.read_text().splitlines()} == {"g128.bin 1", "q4.bin 1"}
+    status, _, said = bench(tmp_path / "b", models, text, *arguments, model=[given["q4"], given["q4"]])
+    assert status == 1 and f"is q4, as {given['q4']} is: say what else it is, as in gptq={given['q4']}" in said
+    subprocess.run([os.path.join(ROOT, "quantize"), "--random", "odd", str(tmp_path / "odd.bin"), "q4"], check=True,
+                   stderr=subprocess.DEVNULL)
+    status, _, said = bench(tmp_path / "b", models, text, *arguments, model=[given["q4"], tmp_path / "odd.bin"])
+    assert status == 1 and f"{tmp_path / 'odd.bin'}: not the model of {given['q4']}: other dimensions" in said
+    # random weights have no quality to measure, whoever made the file
+    status, _, said = bench(tmp_path / "c", models, text, *arguments[:2], *arguments[3:], model=[tmp_path / "odd.bin"])
+    assert status == 0 and "quality is left out: the weights are random" in said
+
+
+def test_another_build(tmp_path, models, text, given):
+    """Figures of two builds of a program do not get into one table."""
+    run = wrapper(tmp_path / "run", "pass")
+    arguments = ["--run", run, "--no-quality", "--rounds", "1", "--batches", "1"]
+    assert bench(tmp_path / "out", models, text, *arguments, model=[given["q4"]])[0] == 0
+    wrapper(tmp_path / "run", "pass  # faster")
+    status, _, said = bench(tmp_path / "out", models, text, *arguments, model=[given["q4"]])
+    assert status == 1 and "holds another run" in said and "run was another build" in said
+    assert bench(tmp_path / "out", models, text, *arguments, "--fresh", model=[given["q4"]])[0] == 0
+
+
+def test_commit_without_git(monkeypatch, tmp_path):
+    """An unpacked archive is named by its sources, and by other ones if a source changes."""
+    monkeypatch.setattr(measure, "ROOT", str(tmp_path))
+    (tmp_path / "run.c").write_text("int main;")
+    first = measure.commit()
+    (tmp_path / "run.c").write_text("int Main;")
+    assert re.fullmatch("sources [0-9a-f]{12}", first) and measure.commit() != first
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The rules
 
 def row(dtype="q4", batch=1, tok_s=100.0, peak=4e9, ppl=5.0, kl=0.01, itl=50.0, usd=1.0, backend="cpu", **more):
@@ -339,12 +483,14 @@ def test_prices():
         return {"machine": {"cores": 4, "gpus": [{"name": name} for name in names]}}
     with open(os.path.join(BENCH, "prices.csv")) as f:
         rows = list(csv.DictReader(line for line in f if not line.startswith("#")))
-    usd = {r["match"]: float(r["usd_per_hour"]) for r in rows}
-    assert all(re.fullmatch(r"20\d\d-\d\d", r["dated"]) for r in rows)
+    usd = {r["match"].replace("\\b", ""): float(r["usd_per_hour"]) for r in rows}
+    assert all(re.fullmatch(r"20\d\d-\d\d", r["dated"]) and r["what"] and r["seen"] for r in rows)
     assert report.price(state(), "cpu", None)[0] == pytest.approx(4 * usd["cpu-core"])
     assert report.price(state("Tesla T4"), "cuda", None)[0] == usd["T4"]
     assert report.price(state("NVIDIA L4"), "cuda", None)[0] == usd["L4"]
     assert report.price(state("NVIDIA H200"), "cuda", None)[0] == usd["H200"]
+    assert report.price(state("NVIDIA A100-SXM4-80GB"), "cuda", None)[0] == usd["A100"]
+    assert report.price(state("NVIDIA L40S"), "cuda", None)[0] is None        # not an L4
     assert report.price(state("Unheard of"), "cuda", None)[0] is None
     assert report.price(state("Tesla T4"), "cuda", 9.0) == (9.0, "--price-per-hour")
 
