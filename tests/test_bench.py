@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import statistics
 import subprocess
@@ -344,10 +345,13 @@ def test_a_gpu(tmp_path, models, text, given):
     nvcc = tmp_path / "tools" / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
     nvcc.chmod(0o755)
+    items = tmp_path / "items.tsv"
+    with open(os.path.join(BENCH, "items.tsv")) as f:
+        items.write_text("".join(f.readlines()[:5]))
     output = tmp_path / "out"
     model = [given["nf4"], given["f16"], given["q4"], "gptq=" + given["q4-g32"]]
     status, out, said = bench(output, models, text, "--backends", "cpu,cuda", "--run-cuda", run_cuda, "--batches", "1,2", "--rounds", "1",
-                              model=model, env=environment)
+                              "--items", items, model=model, env=environment)
     assert status == 0, said
     types = ["nf4", "f16", "q4", "gptq"]
     cells = [(row["backend"], row["dtype"], int(row["batch"])) for row in table(output)]
@@ -668,13 +672,14 @@ def test_random_gguf_without_its_packages(tmp_path):
 # The notebook
 
 def execute(where, **settings):
-    """The notebook run from top to bottom in a directory: its outputs' text, the images' count. Raises CellExecutionError."""
+    """The notebook run from top to bottom in a directory, with settings as environment variables (None: not set): its outputs'
+    text, the images' count. Raises CellExecutionError."""
     import nbclient
     import nbformat
     notebook = nbformat.read(os.path.join(BENCH, "mistral_t4.ipynb"), 4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "the notebook is kept without outputs"
-    old = dict(os.environ)
-    os.environ.update({"MODE": "demo", **settings})
+    old, given = dict(os.environ), {"MODE": "demo", **settings}
+    os.environ.update({name: value for name, value in given.items() if value is not None})
     try:
         nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(where)}}).execute()
     finally:
@@ -706,5 +711,40 @@ def test_notebook(tmp_path):
 def test_notebook_alone(tmp_path):
     """Without the repository, and without an address of it, it stops with a line that says what to do."""
     from nbclient.exceptions import CellExecutionError
-    with pytest.raises(CellExecutionError, match="mistral.c is not here: set REPOSITORY"):
+    with pytest.raises(CellExecutionError, match="mistral.c is not here: upload it as a .zip or .tar.gz, or set REPOSITORY above"):
         execute(tmp_path, SCRATCH=str(tmp_path), OUTPUT=str(tmp_path / "out"), REPOSITORY="")
+
+
+def test_notebook_without_a_gpu(tmp_path):
+    """A T4 that is asked for and not there is a line before anything else."""
+    from nbclient.exceptions import CellExecutionError
+    if measure.gpus():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(CellExecutionError, match="MODE is t4, and nvidia-smi lists no GPU"):
+        execute(tmp_path, MODE="t4")
+
+
+def test_notebook_on_a_gpu(tmp_path):
+    """What a T4 with the internet off does, with a GPU that is made up: the project comes from an uploaded archive without git,
+    the pinned packages cannot be installed, nvcc builds, the 32 x (128 + 128) run on what it built."""
+    run_cuda, environment = gpu_machine(tmp_path)
+    nvcc = tmp_path / "tools" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\ncase $* in *--version*) echo 'release 12.4, V12.4.131';; *) cp {run_cuda} run_cuda;; esac\n")
+    nvcc.chmod(0o755)
+    copy, where = tmp_path / "mistral.c-main", tmp_path / "where"
+    where.mkdir()
+    unwanted = shutil.ignore_patterns("build", ".git", "shared", "results", "__pycache__", "golden", "run", "run_cuda", "quantize")
+    shutil.copytree(ROOT, copy, ignore=unwanted)
+    pins = (copy / "bench" / "requirements.txt").read_text()
+    (copy / "bench" / "requirements.txt").write_text(re.sub("matplotlib==.*", "matplotlib==0.1", pins))
+    shutil.make_archive(str(where / "upload"), "gztar", tmp_path, copy.name)
+    shutil.rmtree(copy)
+    said, images = execute(where, MODE=None, PATH=environment["PATH"], MODEL="demo/tiny-mistral", SCRATCH=str(tmp_path / "scratch"),
+                           OUTPUT=str(tmp_path / "out"), BATCHES="32", ROUNDS="1", PIP_NO_INDEX="1")
+    assert "unpacking ./upload.tar.gz" in said and "t4: " + str(where / "mistral.c" / copy.name) in said and images == 6
+    assert "the pinned versions cannot be installed" in said and "PASS: " in said
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["work"] == [32, 128, 128] and summary["backend"] == "cuda" and summary["machine"].endswith(", Tesla T4, Tesla T4")
+    versions = summary["versions"]
+    assert versions["cuda"] == "12.4" and versions["driver"] == 2 * ["550.54.15"] and versions["commit"].startswith("sources ")
+    assert versions["matplotlib"] != "0.1" and "## Target" in (tmp_path / "out" / "report.md").read_text()
