@@ -2,6 +2,7 @@
 the rules of the recommendations on made-up rows, the items, the other engines' part with an engine made up for it, the notebook.
 Needs ./run, ./quantize, what export.py needs and bench/requirements.txt."""
 import argparse
+import ast
 import csv
 import hashlib
 import json
@@ -666,6 +667,39 @@ def test_random_gguf_without_its_packages(tmp_path):
     """One line, also where gguf is missing; where it is there, a file."""
     status, _, said = script("random_gguf.py", DEMO, tmp_path / "out.gguf")
     assert (status == 0 and (tmp_path / "out.gguf").exists()) or re.fullmatch(r"random_gguf.py: .* \(pip install gguf numpy\)\n", said)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The page
+
+def literals(path):
+    """The texts that a source holds, as patterns in which what is put in is .+."""
+    with open(path) as f:
+        source = f.read()
+    if path.endswith(".py"):
+        for node in ast.walk(ast.parse(source)):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            if isinstance(parts[0], (ast.Constant, ast.FormattedValue)):
+                yield "".join(re.escape(part.value) if isinstance(part, ast.Constant) and isinstance(part.value, str) else ".+"
+                              for part in parts)
+    else:
+        for text in re.findall(r'"((?:[^"\\\n]|\\.)*)"', re.sub(r"'\\?\"'", "", source)):
+            yield ".+".join(map(re.escape, re.split(r"%[-.0-9]*(?:zu|ll[ud]|[sudfg])", text)))
+
+
+def test_errors_that_people_meet():
+    """Each message that bench/README.md quotes is one that a program really prints: what is not put in stands in a source."""
+    with open(os.path.join(BENCH, "README.md")) as f:
+        lines = f.read().split("| what it says |")[1].splitlines()[2:]
+    quoted = [match[1] for match in (re.match(r"\| `(.*?)` \|", line) for line in lines) if match]
+    names = ["run.c", "run_cuda.cu", "quantize.c", "export.py", *(f"bench/{name}.py" for name in ("bench", "models", "measure", "peers",
+                                                                                          "report"))]
+    patterns = {pattern for name in names for pattern in literals(os.path.join(ROOT, name))}
+    assert len(quoted) >= 15
+    for message in quoted:
+        fixed = [len(re.sub(r"\\|\.\+", "", pattern)) for pattern in patterns if len(pattern) > 20 and re.search(pattern, message)]
+        assert max(fixed, default=0) >= len(message) / 3, message
+    assert not any(len(pattern) > 20 and re.search(pattern, "run: m.bin: a message that no program prints") for pattern in patterns)
 
 
 # --------------------------------------------------------------------------------------------------------------------
