@@ -26,6 +26,14 @@ def plain(name):
     return re.sub(r"[^\w.-]+", "-", name)
 
 
+def execute_shown(args):
+    """Runs a program that takes long: on a terminal with its own progress there. Raises a RuntimeError if it fails."""
+    if not sys.stderr.isatty():
+        execute(args)
+    elif subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode:
+        raise RuntimeError(f"{os.path.basename(args[1] if args[0] == sys.executable else args[0])} failed: see above")
+
+
 def read_given(arguments):
     """({type: path}, shape) of checkpoints given as FILE or TYPE=FILE. Raises a RuntimeError unless they are of one model, and
     of a type each."""
@@ -71,7 +79,10 @@ class Model:
             digests = [file_digest(path) for path in self.given.values()]
             self.identity = digests[0] if len(digests) == 1 else digest(*sorted(digests))
         self.random = self.source == "random" or self.name.endswith(", random")
-        self.help = execute([o.quantize, "-h"])[0] if os.path.exists(o.quantize) else ""
+        try:
+            self.help = execute([o.quantize, "-h"])[0]
+        except RuntimeError:                    # it may not be needed
+            self.help = ""
 
     def dtypes(self, asked):
         """The types to measure: those asked for, a given checkpoint's name standing for its type too; or all."""
@@ -117,7 +128,7 @@ class Model:
             return path
         exported = self.source == "hf" and base(dtype) in ("f16", "f32")
         if not exported and words[-1] not in self.help:
-            raise RuntimeError(f"this quantize makes no {words[-1]}" if self.help else f"{self.o.quantize}: not there (make)")
+            raise RuntimeError(f"this quantize makes no {words[-1]}" if self.help else f"{self.o.quantize} does not run (make quantize)")
         calibration = ["--calib", self.o.calib] if len(words) > 1 else []
         arguments = [path, *words, *calibration, *(["-g", group] if group else [])]
         whole = self.plain or self.file("f16.bin")
@@ -126,11 +137,11 @@ class Model:
         self.room(bits)
         say(f"making {path}" + (" (calibration of a 7B takes minutes a layer)" if calibration else ""))
         if self.source == "random":
-            execute([self.o.quantize, "--random", self.name, *arguments])
+            execute_shown([self.o.quantize, "--random", self.name, *arguments])
         elif exported:
-            execute([sys.executable, EXPORT, self.path, path, "--dtype", dtype])
+            execute_shown([sys.executable, EXPORT, self.path, path, "--dtype", dtype])
         elif os.path.exists(whole):
-            execute([self.o.quantize, whole, *arguments])
+            execute_shown([self.o.quantize, whole, *arguments])
         else:
             self.pipe(arguments)
         return path
@@ -140,13 +151,13 @@ class Model:
         with tempfile.TemporaryFile() as messages:
             export = subprocess.Popen([sys.executable, EXPORT, self.path, "-"], stdout=subprocess.PIPE, stderr=messages)
             quantize = subprocess.run([self.o.quantize, "-", *arguments], stdin=export.stdout, stdout=subprocess.DEVNULL,
-                                      stderr=subprocess.PIPE, text=True)
+                                      stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True)
             export.stdout.close()
             export.wait()
             messages.seek(0)
-            said = messages.read().decode(errors="replace") if export.returncode > 0 else quantize.stderr
+            said = messages.read().decode(errors="replace") if export.returncode > 0 else quantize.stderr or "quantize failed: see above"
         if export.returncode or quantize.returncode:
-            raise RuntimeError((said.strip().splitlines() or ["export.py and quantize failed"])[-1])
+            raise RuntimeError((said.strip().splitlines() or ["export.py failed"])[-1])
 
     # Other engines' models: (path, whether its weights are ours)
 

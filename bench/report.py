@@ -72,14 +72,16 @@ def parse_operations(messages):
 
 
 def summary(visits):
-    """A row's figures from a list of statistics: medians, and the spread of total_tok_s, (largest - smallest) / median."""
+    """A row's figures from a list of statistics: medians, and the spread of total_tok_s over all passes, (largest - smallest)
+    / median; None if there was one pass alone."""
     row = {"visits": len(visits)}
     for name in SHARED:
         values = [visit[name] for visit in visits if visit.get(name) is not None]
         row[name] = statistics.median(values) if values else None
-    totals = [visit["total_tok_s"] for visit in visits]
+    totals = [visit["total_tok_s"] * visit.get("total_seconds", 1) / visit.get(name, visit.get("total_seconds", 1))
+              for visit in visits for name in ("total_seconds_min", "total_seconds_max")]
     row["total_tok_s_min"], row["total_tok_s_max"] = min(totals), max(totals)
-    row["spread"] = (max(totals) - min(totals)) / row["total_tok_s"] if row["total_tok_s"] else None
+    row["spread"] = (max(totals) - min(totals)) / row["total_tok_s"] if row["total_tok_s"] and len(set(totals)) > 1 else None
     return row
 
 
@@ -248,6 +250,13 @@ def speed_table(rows):
                               memory(row["peak_bytes"]), figure(row["usd_per_million"])] for row in rows])
 
 
+def memory_table(rows):
+    """Our rows, one for each backend and type: that of the largest batch."""
+    last = {(row["backend"], row["dtype"]): row for row in rows if row["engine"] == OURS}.values()
+    return markdown(["type", "batch", "checkpoint", "KV cache", "peak"], [[f"{row['backend']} {row['dtype']}", row["batch"], *(
+        memory(row[name]) for name in ("weights_bytes", "kv_bytes", "peak_bytes"))] for row in last])
+
+
 def quality_rows(rows):
     """Our rows, one for each backend and type: that of the largest batch; those whose quality was measured."""
     last = {(row["backend"], row["dtype"]): row for row in rows if row["engine"] == OURS and row.get("ppl")}
@@ -352,13 +361,14 @@ def report_text(state, rows, choices, pictures, o):
         return [f"![{shown[name]}]({name})"] if name in shown else []
 
     parts += ["## Speed", *picture("throughput.png"), *picture("latency.png"), speed_table(rows),
-              "Medians over the visits; the spread is (largest - smallest) / median. The first token of another engine is that of "
+              "Medians over the visits; the spread is that of all passes, (largest - smallest) / median. The first token of another engine is that of "
               "the whole batch, of ours that of a sequence (p95: what 95% of them do not exceed, where run says it)."]
     ratios = ratio_table(rows)
     if ratios:
         parts += ["## Beside other engines", *picture("peers.png"), ratios,
                   "Above 1 ours is faster. llama.cpp's time is that of its forward passes alone; ours and the others sample."]
-    parts += ["## Memory", *picture("memory.png")]
+    parts += ["## Memory", *picture("memory.png"), memory_table(rows),
+              "The peak is of the process, the mapped checkpoint included; on a GPU, of the memory allocated there."]
     if quality_rows(rows):
         parts += ["## Quality", *picture("quality.png"), *picture("tradeoff.png"), quality_table(state, rows)]
     texts = side_by_side(state)

@@ -307,9 +307,11 @@ def test_run_scores_or_a_line_says_not(done):
     (["--model", DEMO, "--peer-python", "nix=python"], "--peer-python nix=python: NAME=PYTHON"),
     (["--model", DEMO, "--text", "/nix"], "/nix: no such file"),
     (["--model", DEMO, "-o", "/proc/nix"], "/proc/nix: the directory cannot be made"),
-    (["--model", DEMO, "--run", "/nix", "--dtypes", "q8"], "cpu is left out"),
+    (["--model", DEMO, "--run", "/nix", "--dtypes", "q8", "--backends", "cpu"], "cpu is left out"),
     (["--model", DEMO, "--dtypes", "f16"], "is q8: other types are made from a Hugging Face directory, f32 or f16"),
-    (["--model", "random:nix", "--dtypes", "q4"], "q4 is left out: quantize:")])
+    (["--model", "random:nix", "--dtypes", "q4"], "q4 is left out: quantize:"),
+    (["--model", "random:mistral-7b", "--dtypes", "q4", "--quantize", "/nix"], "q4 is left out: /nix does not run (make quantize)"),
+    (["--model", DEMO, TINY], "Is a directory")])
 def test_bad_command_lines(tmp_path, arguments, message):
     where = [] if "-o" in arguments else ["-o", tmp_path / "out"]
     status, out, said = script("bench.py", *arguments, *where, "--dir", tmp_path, "--peers" if "--peers" not in arguments else "--rounds",
@@ -498,6 +500,15 @@ def test_prices():
     assert report.price(state("NVIDIA L40S"), "cuda", None)[0] is None        # not an L4
     assert report.price(state("Unheard of"), "cuda", None)[0] is None
     assert report.price(state("Tesla T4"), "cuda", 9.0) == (9.0, "--price-per-hour")
+
+
+def test_spread():
+    """Over the passes of all visits; a single pass has none."""
+    visits = [{"total_tok_s": 100, "total_seconds": 2, "total_seconds_min": 1, "total_seconds_max": 2.5},
+              {"total_tok_s": 120, "total_seconds": 2, "total_seconds_min": 2, "total_seconds_max": 2}]
+    row = report.summary(visits)
+    assert (row["total_tok_s_min"], row["total_tok_s_max"], row["spread"]) == (80, 200, pytest.approx(120 / 110))
+    assert report.summary(visits[1:])["spread"] is None and report.summary([{"total_tok_s": 5}])["spread"] is None
 
 
 def test_agreement():
