@@ -355,7 +355,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         bench.save()
         Progress.clear()
-        say(f"\nbench.py: stopped; the same command goes on from {bench.path}")
+        say(f"\nbench.py: stopped; the same command goes on from {bench.path}, report.py reports what is there")
         return 1
     return report.write(bench.state, o.output, o)
 

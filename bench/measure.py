@@ -77,13 +77,21 @@ def execute(args, **options):
     return done.stdout, done.stderr
 
 
+def read_statistics(path, program):
+    """The JSON that a program was told to write; a RuntimeError if it did not."""
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (OSError, ValueError):
+        raise RuntimeError(f"{os.path.basename(program)} ended well, but wrote no statistics") from None
+
+
 def run_json(program, model, arguments, timeout=None):
     """What `run MODEL arguments -o FILE` writes to FILE, as a dict, and its messages (of -P). Raises RuntimeErrors."""
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "statistics.json")
         messages = execute([program, model, "-q", *map(str, arguments), "-o", path], timeout=timeout)[1]
-        with open(path) as f:
-            return json.load(f), messages
+        return read_statistics(path, program), messages
 
 
 def generate(program, model, cell, threads, warmup=1, repeat=1, prompt="Hello", extra=(), timeout=None):
@@ -102,8 +110,7 @@ def ask_peer(python, name, task, timeout=None):
         paths = [os.path.join(directory, file) for file in ("task.json", "statistics.json")]
         write_json(paths[0], task)
         execute([python, PEERS, "measure", name, *paths], timeout=timeout)
-        with open(paths[1]) as f:
-            return json.load(f)
+        return read_statistics(paths[1], PEERS)
 
 
 def cost(cell, passes):
@@ -116,8 +123,8 @@ def cost(cell, passes):
 # Checkpoints
 
 def read_shape(path):
-    """What a checkpoint's header and table (FORMAT.md) say: the model's dimensions; `name`; `type` and `group`, of its
-    matrices; and what a forward has to do: `ops` for a token, `ops_logits` more where its logits are wanted, `bytes` of weights to read.
+    """What a checkpoint's header and table (FORMAT.md) say: the model's dimensions; `name`; `type` and `group` of its matrices;
+    and what a forward has to do: `ops` for a token, `ops_logits` more where its logits are wanted, `bytes` of weights to read.
     Raises a RuntimeError if the file is no checkpoint."""
     names = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "window", "max_positions"]
     with open(path, "rb") as f:

@@ -155,9 +155,9 @@ class Model:
             export.stdout.close()
             export.wait()
             messages.seek(0)
-            said = messages.read().decode(errors="replace") if export.returncode > 0 else quantize.stderr or "quantize failed: see above"
+            said = messages.read().decode(errors="replace") if export.returncode > 0 else quantize.stderr
         if export.returncode or quantize.returncode:
-            raise RuntimeError((said.strip().splitlines() or ["export.py failed"])[-1])
+            raise RuntimeError(((said or "").strip().splitlines() or ["export.py | quantize failed: see above"])[-1])
 
     # Other engines' models: (path, whether its weights are ours)
 

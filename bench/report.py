@@ -344,7 +344,8 @@ def report_text(state, rows, choices, pictures, o):
     batches = sorted(row["batch"] for row in rows)
     parts = [f"# {s['model']}: {s['in']} tokens in, {s['out']} out, batches of {batches[0]} to {batches[-1]}",
              "\n".join([f"- date: {state['began']}" + (f" to {state['updated']}" if state["updated"] != state["began"] else ""),
-                        f"- machine: {m['processor']}, {m['cores']} cores, {m['memory_gb']} GB{gpu_text(m['gpus'])}; {m['system']}",
+                        f"- machine: {m['processor']}, {m['cores']} cores, {m['memory_gb']} GB{gpu_text(m['gpus'])}; "
+                        f"{m['system']}",
                         f"- programs: {m['commit']}, {m['compiler']}, {cuda}Python {m['python']}; {s['threads']} threads",
                         f"- command: `{state['command']}`",
                         *([f"- other engines: {', '.join(f'{name} {version}' for name, version in sorted(versions.items()))}"]
@@ -361,8 +362,9 @@ def report_text(state, rows, choices, pictures, o):
         return [f"![{shown[name]}]({name})"] if name in shown else []
 
     parts += ["## Speed", *picture("throughput.png"), *picture("latency.png"), speed_table(rows),
-              "Medians over the visits; the spread is that of all passes, (largest - smallest) / median. The first token of another engine is that of "
-              "the whole batch, of ours that of a sequence (p95: what 95% of them do not exceed, where run says it)."]
+              "Medians over the visits; the spread is that of all passes, (largest - smallest) / median. The first token of "
+              "another engine is that of the whole batch, of ours that of a sequence (p95: what 95% of them do not exceed, where "
+              "run says it)."]
     ratios = ratio_table(rows)
     if ratios:
         parts += ["## Beside other engines", *picture("peers.png"), ratios,

@@ -209,6 +209,8 @@ if "-b" in a and a[a.index("-b") + 1] == "2":
     sys.exit("run: no room for two")
 if "perplexity" in a and "q8" in a[0]:
     os.kill(os.getpid(), signal.SIGSEGV)
+if "perplexity" in a:
+    sys.exit(0)
 """)
     output = tmp_path / "out"
     status, out, said = bench(output, models, text, "--run", run, "--dtypes", "f16,q8", "--batches", "1,2")
@@ -218,7 +220,8 @@ if "perplexity" in a and "q8" in a[0]:
     assert lines.count("f16.bin 2") == 1 and lines.count("f16.bin 1") == 2
     failed = (output / "report.md").read_text().split("## What failed")[1].split("##")[0]
     assert "- cpu f16 batch 2: run: no room for two\n" in failed and "- cpu q8 perplexity: run ended with signal 11" in failed
-    assert "- cpu q8 batch 2 operations:" in failed and failed.count("\n- ") == 5
+    assert "- cpu q8 batch 2 operations:" in failed and failed.count("\n- ") == 6
+    assert "- cpu f16 perplexity: run ended well, but wrote no statistics\n" in failed
     assert "failed: cpu q8 batch 2: run: no room for two" in out
 
 
