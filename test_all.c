@@ -356,17 +356,20 @@ enum { LENGTH = 100 };                  /* tokens; the window is 24, the ring at
 static void test_forward(void) {
     int ids[LENGTH];
     for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(300);
-    for (size_t kind = 0; kind < N_KINDS; kind++) {
-        Model m = load_model(odd_model(KINDS[kind].type, KINDS[kind].group));
+    for (size_t k = 0; k < 2 * N_KINDS; k++) {         /* of each type, with the cache it has unasked and with one of codes */
+        Model m = load_model(odd_model(KINDS[k / 2].type, KINDS[k / 2].group));
+        m.kv_type = k % 2 ? Q8 : m.kv_type;
         size_t n = LENGTH * m.c.vocab_size;
         double *expect = (double *)allocate(n, sizeof(double), "test"), error = 0, size = 0;
         float *logits = (float *)allocate(n, sizeof(float), "test");
         reference_forward(&m, ids, LENGTH, expect);
         chunked_forward(&m, ids, LENGTH, 1, 0, 1, logits);
         for (size_t i = 0; i < n; i++) { error += pow(logits[i] - expect[i], 2); size += expect[i] * expect[i]; }
-        /* FP32 rounds at 6e-8; an FP16 cache at up to 5e-4, less than which arrives; int8 activations at 1/254 of a group's largest */
-        double tolerance = m.layers[0].wqkv.type == F32 ? 2e-6 : m.layers[0].wqkv.type == F16 ? 4e-4 : 2e-2;
-        CHECK(sqrt(error / size) < tolerance, "%s: logits off by %g of their size", m.path, sqrt(error / size));
+        /* FP32 rounds at 6e-8; an FP16 cache at up to 5e-4, less than which arrives; int8 activations, keys and values at 1/254 of
+         * a group's largest */
+        int type = m.layers[0].wqkv.type;
+        double tolerance = type >= Q8 || m.kv_type == Q8 ? 2e-2 : type == F32 ? 2e-6 : 4e-4;
+        CHECK(sqrt(error / size) < tolerance, "%s, cache %s: logits off by %g of their size", m.path, TYPE_NAMES[m.kv_type], sqrt(error / size));
         free(expect);
         free(logits);
         free_model(&m);
@@ -377,8 +380,9 @@ static void test_forward(void) {
 static void test_determinism(void) {
     int ids[LENGTH];
     for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(300);
-    for (size_t kind = 0; kind < N_KINDS; kind++) {
-        Model m = load_model(odd_model(KINDS[kind].type, KINDS[kind].group));
+    for (size_t k = 0; k < 2 * N_KINDS; k++) {
+        Model m = load_model(odd_model(KINDS[k / 2].type, KINDS[k / 2].group));
+        m.kv_type = k % 2 ? Q8 : m.kv_type;
         size_t bytes = LENGTH * m.c.vocab_size * sizeof(float);
         float *alone = (float *)allocate(bytes, 1, "test"), *logits = (float *)allocate(bytes, 1, "test");
         chunked_forward(&m, ids, LENGTH, 1, 0, 1, alone);
@@ -390,7 +394,7 @@ static void test_determinism(void) {
                 omp_set_num_threads(threads);
 #endif
                 chunked_forward(&m, ids, LENGTH, chunks[run % 4], slot, n_slots, logits);
-                CHECK(!memcmp(alone, logits, bytes), "%s: %d threads, chunks of %zu, slot %zu of %zu", m.path, threads, chunks[run % 4], slot, n_slots);
+                CHECK(!memcmp(alone, logits, bytes), "%s, cache %s: %d threads, chunks of %zu, slot %zu of %zu", m.path, TYPE_NAMES[m.kv_type], threads, chunks[run % 4], slot, n_slots);
             }
         free(alone);
         free(logits);
@@ -401,34 +405,37 @@ static void test_determinism(void) {
     static const uint32_t windows[] = {0, SPAN + 100};
     int long_ids[LONG];
     for (size_t i = 0; i < LONG; i++) long_ids[i] = (int)random_below(300);
-    for (size_t k = 0; k < 2; k++) {
+    for (size_t k = 0; k < 4; k++) {
         Model m = load_model(odd_model("q8", 32));
-        m.c.window = windows[k];
+        m.c.window = windows[k / 2];
+        m.kv_type = k % 2 ? Q8 : m.kv_type;
         size_t bytes = LONG * m.c.vocab_size * sizeof(float);
         float *alone = (float *)allocate(bytes, 1, "test"), *logits = (float *)allocate(bytes, 1, "test");
         chunked_forward(&m, long_ids, LONG, 1, 0, 1, alone);
         chunked_forward(&m, long_ids, LONG, 40, 20, 50, logits);
-        CHECK(!memcmp(alone, logits, bytes), "window %u: 40 tokens among those of 49 other slots", windows[k]);
+        CHECK(!memcmp(alone, logits, bytes), "window %u, cache %s: 40 tokens among those of 49 other slots", windows[k / 2], TYPE_NAMES[m.kv_type]);
         chunked_forward(&m, long_ids, LONG, 150, 0, 1, logits);
-        CHECK(!memcmp(alone, logits, bytes), "window %u: chunks of 150", windows[k]);
+        CHECK(!memcmp(alone, logits, bytes), "window %u, cache %s: chunks of 150", windows[k / 2], TYPE_NAMES[m.kv_type]);
         free(alone);
         free(logits);
         free_model(&m);
     }
 }
 
-/* Writes the logits of a prefill of 96 tokens and of six steps of three sequences to stdout, as they lie in memory:
- * tests/test_variants.py compares builds. */
+/* Writes the logits of a prefill of 96 tokens and of six steps of three sequences to stdout, as they lie in memory, with both kinds
+ * of cache: tests/test_variants.py compares builds. */
 static int write_logits(const char *path) {
     Model m = load_model(path);
-    State s = new_state(&m, 3, 120, 96);
     size_t vocab = m.c.vocab_size, n;
     float *logits = (float *)allocate(96 * vocab, sizeof(float), "logits");
-    for (size_t step = 0; step < 7; step++) {
+    for (size_t step = 0; step < 14; step++) {
+        static State s;
         Token tokens[96];
-        for (n = 0; n < (step ? 3u : 96u); n++) {       /* first 80, 10 and 6 tokens of the three */
-            size_t slot = step ? n : n < 80 ? 0 : n < 90 ? 1 : 2, start = slot == 0 ? 0 : slot == 1 ? 80 : 90, length = slot == 0 ? 80 : slot == 1 ? 10 : 6;
-            Token token = {(int)random_below(vocab), step ? length + step - 1 : n - start, slot, true};
+        if (step == 7) { free_state(&s); m.kv_type = Q8; }
+        if (step % 7 == 0) s = new_state(&m, 3, 120, 96);
+        for (n = 0; n < (step % 7 ? 3u : 96u); n++) {       /* first 80, 10 and 6 tokens of the three */
+            size_t slot = step % 7 ? n : n < 80 ? 0 : n < 90 ? 1 : 2, start = slot == 0 ? 0 : slot == 1 ? 80 : 90, length = slot == 0 ? 80 : slot == 1 ? 10 : 6;
+            Token token = {(int)random_below(vocab), step % 7 ? length + step % 7 - 1 : n - start, slot, true};
             tokens[n] = token;
         }
         forward(&s, tokens, n, logits);
