@@ -48,14 +48,14 @@ __device__ inline void wait_for_inputs() {
  *
  * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it
  * to the tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 a quarter of each group, the columns from q * group / 4 on:
- * 32 columns a row, which are 16 bytes in q4 and 32 in q8, read in one piece.
+ * 32 columns a row, which are 16 bytes in q4 and nf4 and 32 in q8, read in one piece.
  *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread] of 16 bytes. In q4 a word has eight columns,
- *           the low halves of its bytes the first four, the high halves the others.
+ *           the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on in their order.
  *   scales  [8 row tiles][column tile][row tile][group][16 rows] of (scale, zero)
  * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it. All are padded to multiples of 128 rows and columns.
  * The rows of w13 change places: after each of the gate comes that of up which it is multiplied with. So both stand in the same thread. */
 typedef struct {
-    int     type, group, shift;         /* F16, Q8 or Q4; shift: group is 2^shift */
+    int     type, group, shift;         /* F16, Q8, Q4 or NF4; shift: group is 2^shift */
     int     rows, cols, row_tiles, column_tiles;
     uint4  *codes;
     __half2 *scales;
@@ -103,8 +103,10 @@ __global__ void tile_codes(Weights w, Raw m) {      /* a thread makes 16 bytes *
     unsigned char bytes[16];
     for (int b = 0; b < 16; b++)
         if (m.type == Q8) bytes[b] = file_code(m, row, col + tile_column(q, piece % 2 * 16 + b, m.group));
-        else bytes[b] = file_code(m, row, col + tile_column(q, b / 4 * 8 + b % 4, m.group)) |
-                        file_code(m, row, col + tile_column(q, b / 4 * 8 + b % 4 + 4, m.group)) << 4;
+        else {                          /* the column in the low half, and that in the high one */
+            int low = m.type == NF4 ? 2 * b : b / 4 * 8 + b % 4, high = m.type == NF4 ? low + 1 : low + 4;
+            bytes[b] = file_code(m, row, col + tile_column(q, low, m.group)) | file_code(m, row, col + tile_column(q, high, m.group)) << 4;
+        }
     memcpy(&w.codes[i], bytes, 16);
 }
 
@@ -129,6 +131,12 @@ __global__ void tile_halves(Weights w, Raw m) {
     else w.halves[i] = __float2half_rn(fminf(fmaxf(((const float *)m.data)[at], -65504.0f), 65504.0f));
 }
 
+/* Four codes of nf4, in the low 16 bits, as codes of q8: NF4_CODES, looked up among the first and among the last eight. */
+__device__ inline uint32_t of_nf4(uint32_t codes) {
+    uint32_t low = __byte_perm(0x4e3d2801, 0x8074695c, codes & 0x7777), high = __byte_perm(0xab9f948a, 0xffdcc7b8, codes & 0x7777);
+    return __byte_perm(low, high, 0x3210 + ((codes & 0x8888) >> 1));
+}
+
 /* One weight, as the plain product and the embedding read it. */
 __device__ inline float weight_at(const Weights &w, int row, int col) {
     if (w.type == F16) return __half2float(w.halves[(size_t)row * w.column_tiles * COLUMNS + col]);
@@ -136,7 +144,10 @@ __device__ inline float weight_at(const Weights &w, int row, int col) {
     int quarter = w.group / 4, s = col % COLUMNS / w.group, c = col % w.group, g = row % 16 / 2, half = row % 2;
     int thread = 4 * g + c / quarter, j = s * quarter + c % quarter, code;
     if (w.type == Q8) code = ((const uint8_t *)&w.codes[(tile * 4 + half * 2 + j / 16) * 32 + thread])[j % 16];
-    else code = ((const uint8_t *)&w.codes[(tile * 2 + half) * 32 + thread])[j / 8 * 4 + j % 4] >> j % 8 / 4 * 4 & 15;
+    else {
+        uint32_t word = ((const uint32_t *)&w.codes[(tile * 2 + half) * 32 + thread])[j / 8];
+        code = w.type == NF4 ? of_nf4(word >> j % 8 * 4 & 15) & 255 : word >> (j % 4 * 8 + j % 8 / 4 * 4) & 15;
+    }
     float2 scale = __half22float2(w.scales[(tile * (COLUMNS / w.group) + s) * 16 + 2 * g + half]);
     return scale.x * ((float)code - scale.y);
 }
@@ -167,7 +178,6 @@ static void *device_allocate(size_t bytes, size_t *total, const char *what) {
 static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, const char *path) {
     Weights w;
     memset(&w, 0, sizeof w);
-    if (m->type == NF4) die("%s: has weights of type nf4; run_cuda reads f32, f16, q8 and q4, run all", path);
     w.type = m->type < Q8 ? F16 : m->type;
     w.group = (int)m->group;
     w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
@@ -343,9 +353,9 @@ __global__ void product_plain(float *out, Weights w, Inputs in, int n) {
     out[(size_t)token * w.rows + row] = sum;
 }
 
-/* What a warp has under way of a tile: 32 rows by 128 columns of codes (q8 and q4) or by 64 of FP16. */
+/* What a warp has under way of a tile: 32 rows by 128 columns of codes or by 64 of FP16. */
 template <int TYPE, int GROUPS> struct Stage {
-    static const int PIECES = TYPE == Q4 ? 2 : 4;           /* of 16 bytes a thread, of 16 rows */
+    static const int PIECES = TYPE == Q4 || TYPE == NF4 ? 2 : 4;        /* of 16 bytes a thread, of 16 rows */
     uint4 codes[2][PIECES];
     uint2 scales[2][TYPE == F16 ? 1 : GROUPS];              /* (scale, zero) of row 2 g, of row 2 g + 1 */
 };
@@ -379,7 +389,7 @@ template <int TYPE, int GROUPS> __device__ inline void load_stage(Stage<TYPE, GR
 
 /* A stage as the tensor cores want it, four codes or two halves a register: a[i] for the i-th instruction of a tile. */
 template <int TYPE, int GROUPS> __device__ inline void unpack(uint32_t (*a)[4], const Stage<TYPE, GROUPS> &s, int m) {
-    const uint32_t *words = (const uint32_t *)s.codes[m];   /* q4: [row 2 g, 2 g + 1][4]; q8: [row][8]; f16: [row][2][4] */
+    const uint32_t *words = (const uint32_t *)s.codes[m];   /* q4, nf4: [row 2 g, 2 g + 1][4]; q8: [row][8]; f16: [row][2][4] */
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         if (TYPE == Q4) {
@@ -387,6 +397,11 @@ template <int TYPE, int GROUPS> __device__ inline void unpack(uint32_t (*a)[4], 
             a[i][1] = words[4 + i] & 0x0f0f0f0f;
             a[i][2] = words[i] >> 4 & 0x0f0f0f0f;
             a[i][3] = words[4 + i] >> 4 & 0x0f0f0f0f;
+        } else if (TYPE == NF4) {
+            a[i][0] = of_nf4(words[i]);
+            a[i][1] = of_nf4(words[4 + i]);
+            a[i][2] = of_nf4(words[i] >> 16);
+            a[i][3] = of_nf4(words[4 + i] >> 16);
         } else {
             a[i][0] = words[2 * i];
             a[i][1] = words[8 + 2 * i];
@@ -892,11 +907,13 @@ __global__ void __launch_bounds__(32 * NORM_WARPS, 2) norm_input(float *x, const
     }
 }
 
-/* wqkv's product becomes what attention reads, as FP16: its parts are added up, queries and keys turned.
- *   queries: [n][n_heads][width], times query_scale = log2(e) / sqrt(head_dim), because attention's softmax is in powers of two
- *   keys:    [slot][n_kv_heads][ring][width];  values: [slot][n_kv_heads][ring / 32][width][32]
+/* wqkv's product becomes what attention reads: its parts are added up, queries and keys turned.
+ *   queries: FP16, [n][n_heads][width], times query_scale = log2(e) / sqrt(head_dim), because attention's softmax is in powers of two
+ *   keys and values: [slot][n_kv_heads][ring / 32] blocks of 32 positions; keys [32][width], values [width][32]. E, the type of an element,
+ *   is FP16, or with --kv q8 bytes, behind which come 32 FP16 scales, one of each position: x is about scale * (byte - 128)
  * width: head_dim rounded up to a power of two. */
-typedef struct { int n_heads, n_kv_heads, head_dim, width, ring, window; float query_scale; } Heads;
+typedef struct { int n_heads, n_kv_heads, head_dim, width, ring, window; float query_scale; size_t cache; } Heads;     /* cache: bytes of a ring */
+template <class E> __device__ constexpr size_t block_bytes(int width) { return 32 * (width * sizeof(E) + (sizeof(E) == 1 ? sizeof(__half) : 0)); }
 
 /* The parts of a product, [n][tokens][width], which are still to be added up. */
 typedef struct { const float *parts; int n, width; } Product;
@@ -918,32 +935,57 @@ __device__ inline float2 turned_pair(const float *parts, int n_parts, int part_w
 
 __device__ inline __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
 
-/* Puts a pair of a key or value where attention reads it; head: from n_heads on; keys, values: the slot's. */
-__device__ inline void store_pair(__half *keys, __half *values, float2 x, int pos, int head, int i, const Heads &c) {
-    int kv_head = (head - c.n_heads) % c.n_kv_heads, at = pos % c.ring, half = c.head_dim / 2;
-    __half a = to_half(x.x), b = to_half(x.y);
-    size_t of_head = (size_t)kv_head * c.ring * c.width;
-    if (head < c.n_heads + c.n_kv_heads) {
-        keys[of_head + (size_t)at * c.width + i] = a;
-        keys[of_head + (size_t)at * c.width + i + half] = b;
-    } else {
-        __half *to = values + of_head + (size_t)(at / 32) * c.width * 32 + at % 32;
-        to[i * 32] = a;
-        to[(i + half) * 32] = b;
+/* What a warp makes of a head of a token: thread i has the elements i and i + head_dim / 2, and i + 32 and i + 32 + head_dim / 2. */
+struct HeadPairs {
+    float2 x[2];
+    __device__ HeadPairs(Product qkv, int n, const float2 *rotations, int token, int head, const Heads &c) {
+        for (int j = 0; j < 2; j++) {
+            int i = threadIdx.x % 32 + 32 * j;
+            x[j] = i < c.head_dim / 2 ? turned_pair(qkv.parts, qkv.n, qkv.width, n, rotations, token, head, i, c) : make_float2(0, 0);
+        }
     }
-}
+    __device__ inline void store_query(__half *to, const Heads &c) const {
+        for (int j = 0; j < 2; j++) {
+            int i = threadIdx.x % 32 + 32 * j;
+            if (i >= c.head_dim / 2) continue;
+            to[i] = to_half(x[j].x * c.query_scale);
+            to[i + c.head_dim / 2] = to_half(x[j].y * c.query_scale);
+        }
+    }
+    /* Puts a key or value (head: from n_heads on) where attention reads it; keys, values: the slot's. */
+    template <class E> __device__ inline void store(unsigned char *keys, unsigned char *values, int pos, int head, const Heads &c) const {
+        bool key = head < c.n_heads + c.n_kv_heads;
+        int at = pos % 32;
+        unsigned char *block = (key ? keys : values) + (head - c.n_heads) % c.n_kv_heads * c.cache + pos % c.ring / 32 * block_bytes<E>(c.width);
+        float max = fmaxf(fmaxf(fabsf(x[0].x), fabsf(x[0].y)), fmaxf(fabsf(x[1].x), fabsf(x[1].y))), inverse = 0;
+        if (sizeof(E) == 1) {
+            for (int other = 16; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
+            __half scale = to_half(max / 127.0f);
+            inverse = __half2float(scale) > 0 ? 1 / __half2float(scale) : 0;
+            if (threadIdx.x % 32 == 0) ((__half *)(block + 32 * c.width))[at] = scale;
+        }
+        for (int j = 0; j < 2; j++)
+            for (int second = 0; second < 2; second++) {
+                int i = threadIdx.x % 32 + 32 * j + second * c.head_dim / 2;
+                float v = second ? x[j].y : x[j].x;
+                if (threadIdx.x % 32 + 32 * j >= c.head_dim / 2) continue;
+                size_t to = key ? at * c.width + i : i * 32 + at;
+                if (sizeof(E) == 1) block[to] = (unsigned char)(128 + __float2int_rn(fminf(fmaxf(v * inverse, -127.0f), 127.0f)));
+                else ((__half *)block)[to] = to_half(v);
+            }
+    }
+};
 
-/* What attention starts from, in a prefill. A block: [heads][head_dim / 2]. */
-__global__ void rope_and_cache(__half *queries, __half *keys, __half *values, Product qkv, int n, const float2 *rotations, const Row *rows, Heads c) {
+/* What attention starts from, in a prefill. A warp for each head, 8 in a block; blockIdx.y: the token. */
+template <class E>
+__global__ void rope_and_cache(__half *queries, unsigned char *keys, unsigned char *values, Product qkv, int n, const float2 *rotations, const Row *rows, Heads c) {
     wait_for_inputs();
-    int head = blockIdx.x * blockDim.y + threadIdx.y, i = threadIdx.x, token = blockIdx.y;
+    int head = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
     if (head >= c.n_heads + 2 * c.n_kv_heads) return;
-    float2 x = turned_pair(qkv.parts, qkv.n, qkv.width, n, rotations, token, head, i, c);
-    size_t cache = (size_t)rows[token].slot * c.n_kv_heads * c.ring * c.width;
-    if (head >= c.n_heads) { store_pair(keys + cache, values + cache, x, rows[token].pos, head, i, c); return; }
-    __half *to = queries + ((size_t)token * c.n_heads + head) * c.width;
-    to[i] = to_half(x.x * c.query_scale);
-    to[i + c.head_dim / 2] = to_half(x.y * c.query_scale);
+    HeadPairs pairs(qkv, n, rotations, token, head, c);
+    size_t slot = rows[token].slot * c.n_kv_heads * c.cache;
+    if (head < c.n_heads) pairs.store_query(queries + ((size_t)token * c.n_heads + head) * c.width, c);
+    else pairs.store<E>(keys + slot, values + slot, rows[token].pos, head, c);
 }
 
 /* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. A warp for each tile of columns, 8 in a
@@ -1001,33 +1043,48 @@ __global__ void attention_input(const float *spans, const float2 *softmax, int n
 
 __device__ inline int first_position(int pos, int window) { return window && pos >= window ? pos - window + 1 : 0; }
 
-/* The plain one: a thread for each query head of each token, two passes over the keys. */
-__global__ void attention_plain(float *out, float2 *softmax, const __half *queries, const __half *keys, const __half *values, const Row *rows,
+/* The plain one, to be read, and for test_all.c to compare with: a thread for each query head of each token, two passes over the keys. */
+template <class E>
+__global__ void attention_plain(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values, const Row *rows,
                                 int n, Heads c) {
     int at = blockIdx.x * blockDim.x + threadIdx.x, token = at / c.n_heads, head = at % c.n_heads;
     if (token >= n) return;
     const __half *q = queries + (size_t)at * c.width;
-    size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + head / (c.n_heads / c.n_kv_heads)) * c.ring * c.width;
+    size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + head / (c.n_heads / c.n_kv_heads)) * c.cache;
+    auto element = [&](const unsigned char *of, int p, int i) {
+        const unsigned char *block = of + cache + p % c.ring / 32 * block_bytes<E>(c.width);
+        return sizeof(E) == 1 ? __half2float(((const __half *)(block + 32 * c.width))[p % 32]) * (block[i] - 128) : __half2float(((const __half *)block)[i]);
+    };
     float max = -INFINITY, sum = 0;
     for (int d = 0; d < c.head_dim; d++) out[(size_t)at * c.width + d] = 0;
     for (int pass = 0; pass < 2; pass++)
         for (int p = first_position(rows[token].pos, c.window); p <= rows[token].pos; p++) {
             float score = 0;
-            for (int d = 0; d < c.head_dim; d++) score += __half2float(q[d]) * __half2float(keys[cache + (size_t)(p % c.ring) * c.width + d]);
+            for (int d = 0; d < c.head_dim; d++) score += __half2float(q[d]) * element(keys, p, p % 32 * c.width + d);
             if (pass == 0) { max = fmaxf(max, score); continue; }
             float e = exp2f(score - max);
             sum += e;
-            for (int d = 0; d < c.head_dim; d++)
-                out[(size_t)at * c.width + d] += e * __half2float(values[cache + ((size_t)(p % c.ring / 32) * c.width + d) * 32 + p % c.ring % 32]);
+            for (int d = 0; d < c.head_dim; d++) out[(size_t)at * c.width + d] += e * element(values, p, d * 32 + p % 32);
         }
     softmax[at] = make_float2(max, sum);
 }
+
+/* Eight neighbours of a cache as FP16. Bytes become the low ones of halves of which 0x64 is the high one: 1,024 + byte. */
+__device__ inline uint4 eight_halves(uint4 x) { return x; }
+__device__ inline uint4 eight_halves(uint2 x) {
+    const __half2 zero = __floats2half2_rn(1152, 1152);
+    uint32_t words[4] = {__byte_perm(x.x, 0x64646464, 0x4140), __byte_perm(x.x, 0x64646464, 0x4342), __byte_perm(x.y, 0x64646464, 0x4140), __byte_perm(x.y, 0x64646464, 0x4342)};
+    for (int i = 0; i < 4; i++) *(__half2 *)&words[i] = __hsub2(*(__half2 *)&words[i], zero);
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+template <class E> struct Eight { typedef uint4 Type; };
+template <> struct Eight<uint8_t> { typedef uint2 Type; };
 
 /* A warp takes 16 queries - neighbouring tokens of a sequence, and the heads that share a key head - and goes over their keys
  * by 32, with a running maximum (FlashAttention-2, Dao 2023). Scores and values are two products on the tensor cores: what the
  * first leaves in a thread is what the second wants there. This much both kernels below share.
  * WIDTH: head_dim rounded up to a power of two. q, q8: the queries of row g, row g + 8, in shared or global memory, or NULL. */
-template <int WIDTH> struct Attention {
+template <int WIDTH, class E> struct Attention {
     uint32_t a[WIDTH / 32][2][4];       /* the queries: of 32 elements, of two instructions */
     float sum[WIDTH / 8][4], max[2], total[2];
 
@@ -1048,21 +1105,30 @@ template <int WIDTH> struct Attention {
     }
 
     /* The 32 positions from `start` on, of which row g sees those from first[0] to pos[0], row g + 8 those from first[1] to pos[1]. */
-    __device__ inline void add(const __half *keys, const __half *values, int ring, int start, const int first[2], const int pos[2]) {
+    __device__ inline void add(const unsigned char *keys, const unsigned char *values, int ring, int start, const int first[2], const int pos[2]) {
+        typedef typename Eight<E>::Type Eights;
         int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-        const __half *k = keys + (size_t)(start % ring) * WIDTH, *v = values + (size_t)(start % ring) * WIDTH;
+        size_t block = start % ring / 32 * block_bytes<E>(WIDTH);
+        const E *k = (const E *)(keys + block), *v = (const E *)(values + block);
         float score[4][4] = {};
-        uint4 value[WIDTH / 8];         /* asked for before the scores, which take their time */
+        Eights value[WIDTH / 8];        /* asked for before the scores, which take their time */
+        uint4 scales[2];                /* of this thread's eight keys and values */
 #pragma unroll
-        for (int d = 0; d < WIDTH / 8; d++) value[d] = *(const uint4 *)(v + (8 * d + g) * 32 + 8 * q);
+        for (int d = 0; d < WIDTH / 8; d++) value[d] = *(const Eights *)(v + (8 * d + g) * 32 + 8 * q);
+        if (sizeof(E) == 1) {
+            scales[0] = *(const uint4 *)(k + 32 * WIDTH + 16 * q);
+            scales[1] = *(const uint4 *)(v + 32 * WIDTH + 16 * q);
+        }
 #pragma unroll
         for (int t = 0; t < 4; t++)     /* 8 keys: column 2 q + i of the t-th is key 8 q + 2 t + i, as the values want it */
 #pragma unroll
             for (int j = 0; j < WIDTH / 32; j++) {
-                uint4 x = *(const uint4 *)(k + (8 * (g / 2) + 2 * t + g % 2) * WIDTH + 32 * j + 8 * q);
+                uint4 x = eight_halves(*(const Eights *)(k + (8 * (g / 2) + 2 * t + g % 2) * WIDTH + 32 * j + 8 * q));
                 mma_halves(score[t], a[j][0], &x.x);
                 mma_halves(score[t], a[j][1], &x.z);
             }
+#pragma unroll
+        for (int i = 0; i < 16 && sizeof(E) == 1; i++) score[i / 4][i % 4] *= __half2float(((const __half *)&scales[0])[i / 4 * 2 + i % 2]);
         uint32_t p[4][2];               /* 2^(score - max) as FP16: [t][row g, row g + 8] */
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -1086,6 +1152,11 @@ template <int WIDTH> struct Attention {
             for (int t = 0; t < 4; t++) {
                 float x = exp2f(score[t][2 * h] - base), y = exp2f(score[t][2 * h + 1] - base);
                 total[h] += x + y;
+                if (sizeof(E) == 1) {
+                    float2 of_values = __half22float2(((const __half2 *)&scales[1])[t]);
+                    x *= of_values.x;
+                    y *= of_values.y;
+                }
                 __half2 both = __floats2half2_rn(x, y);
                 p[t][h] = *(uint32_t *)&both;
             }
@@ -1095,8 +1166,9 @@ template <int WIDTH> struct Attention {
         const uint32_t p0[4] = {p[0][0], p[0][1], p[1][0], p[1][1]}, p1[4] = {p[2][0], p[2][1], p[3][0], p[3][1]};
 #pragma unroll
         for (int d = 0; d < WIDTH / 8; d++) {
-            mma_halves(sum[d], p0, &value[d].x);
-            mma_halves(sum[d], p1, &value[d].z);
+            uint4 x = eight_halves(value[d]);
+            mma_halves(sum[d], p0, &x.x);
+            mma_halves(sum[d], p1, &x.z);
         }
     }
 
@@ -1111,14 +1183,14 @@ template <int WIDTH> struct Attention {
 
 /* Prefill: each warp of a block has queries of its own and all their keys. Tile i is rows[i / parts].query_tile with the heads of part
  * i % parts, 16 at most. out: [n][n_heads][WIDTH]; softmax: [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
-template <int WIDTH>
-__global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *softmax, const __half *queries, const __half *keys, const __half *values,
+template <int WIDTH, class E>
+__global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
                                                          const Row *rows, int n_tiles, int parts, Heads c) {
     wait_for_inputs();
     int lane = threadIdx.x % 32, index = blockIdx.x * 4 + threadIdx.x / 32, group = c.n_heads / c.n_kv_heads, heads = min(group, 16), kv_head = blockIdx.y;
     if (index >= n_tiles * parts) return;
     Row tile = rows[index / parts];
-    size_t cache = ((size_t)tile.query_slot * c.n_kv_heads + kv_head) * c.ring * WIDTH;
+    size_t cache = ((size_t)tile.query_slot * c.n_kv_heads + kv_head) * c.cache;
     const __half *query[2];
     int pos[2], first[2], head[2];      /* of row g, row g + 8; where their output goes, in heads, or -1 */
 #pragma unroll
@@ -1130,7 +1202,7 @@ __global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *sof
         head[h] = valid ? (tile.query_tile + of_tile) * c.n_heads + kv_head * group + of_group : -1;
         query[h] = valid ? queries + (size_t)head[h] * WIDTH : NULL;
     }
-    Attention<WIDTH> sums(query);
+    Attention<WIDTH, E> sums(query);
     for (int start = first_position(tile.query_pos, c.window) / 32 * 32; start < tile.query_pos + tile.query_tokens; start += 32)
         sums.add(keys + cache, values + cache, c.ring, start, first, pos);
     sums.finish();
@@ -1148,33 +1220,32 @@ __global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *sof
  * take every fourth 32. It makes the queries from wqkv's product itself, and in the last span the token's key and value.
  * With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to out,
  * [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
-template <int WIDTH>
-__global__ void __launch_bounds__(128) attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, __half *keys, __half *values,
+template <int WIDTH, class E>
+__global__ void __launch_bounds__(128) attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, unsigned char *keys, unsigned char *values,
                                                         const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
     __shared__ __align__(16) __half query[16][WIDTH];
     __shared__ float shared_out[4][16][WIDTH + 4];
     __shared__ float2 shared_softmax[4][16];
     wait_for_inputs();
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / parts, kv_head = blockIdx.y, half = c.head_dim / 2;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / parts, kv_head = blockIdx.y;
     int group = c.n_heads / c.n_kv_heads, first_head = kv_head * group + (int)blockIdx.x % parts * 16, n_heads = min(16, (kv_head + 1) * group - first_head);
     int pos = rows[token].pos, from = first_position(pos, c.window), to = pos + 1, start = (from / span + (int)blockIdx.z) * span;
     from = max(from, start);
     to = min(to, start + span);
-    size_t cache = (size_t)rows[token].slot * c.n_kv_heads * c.ring * WIDTH, of_head = cache + (size_t)kv_head * c.ring * WIDTH;
+    size_t slot = rows[token].slot * c.n_kv_heads * c.cache, of_head = slot + kv_head * c.cache;
     bool last = from <= pos && pos < to;
 
-    for (int at = threadIdx.x; from < to && at < (n_heads + 2 * last) * half; at += 128) {
-        int row = at / half, i = at % half, head = row < n_heads ? first_head + row : c.n_heads + kv_head + (row - n_heads) * c.n_kv_heads;
-        float2 x = turned_pair(qkv.parts, qkv.n, qkv.width, n, rotations, token, head, i, c);
-        if (row >= n_heads) { store_pair(keys + cache, values + cache, x, pos, head, i, c); continue; }
-        query[row][i] = to_half(x.x * c.query_scale);
-        query[row][i + half] = to_half(x.y * c.query_scale);
+    for (int row = warp; from < to && row < n_heads + 2 * last; row += 4) {
+        int head = row < n_heads ? first_head + row : c.n_heads + kv_head + (row - n_heads) * c.n_kv_heads;
+        HeadPairs pairs(qkv, n, rotations, token, head, c);
+        if (row < n_heads) pairs.store_query(query[row], c);
+        else pairs.store<E>(keys + slot, values + slot, pos, head, c);
     }
     for (int at = threadIdx.x; at < n_heads * (WIDTH - c.head_dim); at += 128) query[at / (WIDTH - c.head_dim)][c.head_dim + at % (WIDTH - c.head_dim)] = 0;
     __syncthreads();
     const __half *rows_of[2] = {lane / 4 < n_heads ? query[lane / 4] : NULL, lane / 4 + 8 < n_heads ? query[lane / 4 + 8] : NULL};
     int first[2] = {from, from}, until[2] = {to - 1, to - 1};
-    Attention<WIDTH> sums(rows_of);
+    Attention<WIDTH, E> sums(rows_of);
     for (int at = from / 32 * 32 + warp * 32; at < to; at += 128) sums.add(keys + of_head, values + of_head, c.ring, at, first, until);
     sums.finish();
 #pragma unroll
@@ -1325,7 +1396,8 @@ typedef struct {
     float   *x, *parts, *h, *spans, *logits;    /* [room, dim]; of products, [parts, room, rows]; [room, hidden_dim]; of attention; widths
                                            rounded up, the rest 0 */
     float2  *softmax, *rotations;
-    __half  *queries, *keys, *values;   /* keys, values: [n_layers, n_slots, n_kv_heads, ring * width] */
+    __half  *queries;
+    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * kv_row bytes] */
     double  *frequencies;
     Inputs   in;
     Row     *rows, *rows_host;          /* on the device; in memory that both can reach */
@@ -1375,7 +1447,7 @@ static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, di
     launch_shared(d, operation, kernel, grid, block, 0, arguments...);
 }
 
-template <int TYPE, int GROUPS> static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
+template <int TYPE, int GROUPS> static void launch_type(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
     unsigned rows = (unsigned)w.row_tiles / 8, z = (unsigned)parts;
     auto many = [&](auto kernel, int tokens, int threads) { launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units); };
     if (tiles == 1) launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
@@ -1391,6 +1463,12 @@ template <int TYPE, int GROUPS> static void launch_product(Device *d, int operat
         allowed = true;
         launch_shared(d, operation, product_wide<WIDE, GROUPS>, min(d->multiprocessors, (n + 127) / 128 * w.row_tiles / 8), 384, shared, out, w, d->in, n, units);
     }
+}
+
+template <int TYPE> static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
+    if (w.group == 128) launch_type<TYPE, 1>(d, operation, out, w, tiles, parts, n, units);
+    else if (w.group == 64) launch_type<TYPE, 2>(d, operation, out, w, tiles, parts, n, units);
+    else launch_type<TYPE, 4>(d, operation, out, w, tiles, parts, n, units);
 }
 
 /* Token tiles of 8 that a decoding step's products are made for: by the slots there are, not by the tokens of this step, so that a
@@ -1430,37 +1508,37 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
             mark(d, operation);
             return 0;                   /* which tells w13's caller that SwiGLU is still to be done */
         }
-        launch_product<F16, 1>(d, operation, out, w, tiles, parts, n, units);
-    } else if (w.type == Q4) {
-        if (w.group == 128) launch_product<Q4, 1>(d, operation, out, w, tiles, parts, n, units);
-        else if (w.group == 64) launch_product<Q4, 2>(d, operation, out, w, tiles, parts, n, units);
-        else launch_product<Q4, 4>(d, operation, out, w, tiles, parts, n, units);
-    } else {
-        if (w.group == 128) launch_product<Q8, 1>(d, operation, out, w, tiles, parts, n, units);
-        else if (w.group == 64) launch_product<Q8, 2>(d, operation, out, w, tiles, parts, n, units);
-        else launch_product<Q8, 4>(d, operation, out, w, tiles, parts, n, units);
-    }
+        launch_type<F16, 1>(d, operation, out, w, tiles, parts, n, units);
+    } else if (w.type == Q8) launch_product<Q8>(d, operation, out, w, tiles, parts, n, units);
+    else if (w.type == Q4) launch_product<Q4>(d, operation, out, w, tiles, parts, n, units);
+    else launch_product<NF4>(d, operation, out, w, tiles, parts, n, units);
     return parts;
 }
 
 /* From wqkv's product to the input of the one with wo. */
-template <int WIDTH> static void launch_attention(State *s, Product qkv, __half *keys, __half *values, int n, int n_tiles, int n_spans, const Weights &wo) {
+template <int WIDTH, class E> static void launch_width(State *s, Product qkv, unsigned char *keys, unsigned char *values, int n, int n_tiles, int n_spans, const Weights &wo) {
     Device *d = (Device *)s->device;
     const Heads &c = d->heads;
     int group = c.n_heads / c.n_kv_heads;
-    unsigned parts = (unsigned)(group + 15) / 16, kv_heads = (unsigned)c.n_kv_heads, half = (unsigned)c.head_dim / 2, heads = 256 / half, tokens = (unsigned)n;
+    unsigned parts = (unsigned)(group + 15) / 16, kv_heads = (unsigned)c.n_kv_heads, tokens = (unsigned)n;
     bool fused = s->decoding && n_spans == 1 && parts == 1 && group * c.head_dim % COLUMNS == 0;
     if (s->decoding)
-        launch(d, ATTENTION, attention_decode<WIDTH>, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 128, d->spans, d->softmax, qkv, d->rotations, keys, values,
+        launch(d, ATTENTION, attention_decode<WIDTH, E>, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 128, d->spans, d->softmax, qkv, d->rotations, keys, values,
                d->rows, n, (int)parts, d->span, c, d->in, wo, fused);
     else {
-        launch(d, ROPE, rope_and_cache, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + heads - 1) / heads, tokens), dim3(half, heads), d->queries, keys, values,
+        launch(d, ROPE, rope_and_cache<E>, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + 7) / 8, tokens), 256, d->queries, keys, values,
                qkv, n, d->rotations, d->rows, c);
-        launch(d, ATTENTION, attention_prefill<WIDTH>, dim3((n_tiles * parts + 3) / 4, kv_heads), 128, d->spans, d->softmax, d->queries, keys, values, d->rows,
+        launch(d, ATTENTION, attention_prefill<WIDTH, E>, dim3((n_tiles * parts + 3) / 4, kv_heads), 128, d->spans, d->softmax, d->queries, keys, values, d->rows,
                n_tiles, (int)parts, c);
     }
     if (!fused)
         launch(d, ATTENTION, attention_input, dim3((unsigned)(wo.column_tiles + 7) / 8, tokens), 256, d->spans, d->softmax, s->decoding ? n_spans : 1, n, c, d->in, wo);
+}
+
+template <class E> static void launch_attention(State *s, Product qkv, unsigned char *keys, unsigned char *values, int n, int n_tiles, int n_spans, const Weights &wo) {
+    if (s->head_width == 32) launch_width<32, E>(s, qkv, keys, values, n, n_tiles, n_spans, wo);
+    else if (s->head_width == 64) launch_width<64, E>(s, qkv, keys, values, n, n_tiles, n_spans, wo);
+    else launch_width<128, E>(s, qkv, keys, values, n, n_tiles, n_spans, wo);
 }
 
 /* All launches of a forward over n tokens, n_want of them wanted. The logits are in d->logits afterwards. */
@@ -1471,18 +1549,17 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     int half = (int)c->head_dim / 2, n_parts = 0, width = (int)round_up(c->dim, COLUMNS), part_width = 0;
     unsigned tokens = (unsigned)n;
     d->in.swizzled = d->wgmma && token_tiles(s) == 16;
-    size_t layer_cache = s->n_slots * c->n_kv_heads * s->ring * s->head_width;
+    size_t layer_cache = s->n_slots * c->n_kv_heads * d->heads.cache;
 
     mark(d, EMBEDDING);                 /* where the first begins */
     launch(d, EMBEDDING, embed, dim3(tokens), 256, d->x, width, d->rotations, d->rows, m->embedding, d->frequencies, half);
     for (size_t l = 0; l < c->n_layers; l++) {
-        __half *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
+        unsigned char *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
         launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, part_width, n, m->rms_att[l], (int)c->dim, c->norm_eps, d->in, m->wqkv[l], d->rows, false);
         n_parts = device_product(s, WQKV, d->parts, m->wqkv[l], n, 0, false);
         Product qkv = {d->parts, n_parts ? n_parts : 1, m->wqkv[l].row_tiles * 16};
-        if (s->head_width == 32) launch_attention<32>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
-        else if (s->head_width == 64) launch_attention<64>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
-        else launch_attention<128>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
+        if (s->model->kv_type == Q8) launch_attention<uint8_t>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
+        else launch_attention<__half>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
         n_parts = device_product(s, WO, d->parts, m->wo[l], n, 0, false);
         launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts ? n_parts : 1, m->wo[l].row_tiles * 16, n, m->rms_ffn[l], (int)c->dim, c->norm_eps, d->in, m->w13[l], d->rows, false);
         if (device_product(s, W13, d->h, m->w13[l], n, m->w2[l].column_tiles * COLUMNS, false))
@@ -1530,7 +1607,7 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, 
         }
     }
     *n_spans = (int)min_size(spans, (size_t)d->max_spans);
-    double bytes = 2.0 * n_reads * c->n_kv_heads * c->head_dim * sizeof(__half) * c->n_layers;
+    double bytes = 2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row * c->n_layers);
     s->profile[ATTENTION].operations += 4.0 * n_keys * c->n_heads * c->head_dim * c->n_layers;
     s->profile[ATTENTION].bytes += bytes;
     s->bytes += bytes;
@@ -1626,13 +1703,13 @@ static void cuda_open(State *s) {
     CUDA(cudaMemcpyFromSymbol(&d->wgmma, has_wgmma, sizeof d->wgmma));
     d->multiprocessors = properties.multiProcessorCount;
     s->device = d;
-    s->kv_size = sizeof(__half);
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
+    s->kv_row = cache_row(m->kv_type == Q8 ? Q8 : F16, s->head_width);
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
     if (c->dim > NORM_WARPS * MAX_TILES * COLUMNS) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, NORM_WARPS * MAX_TILES * COLUMNS);
     if (s->n_slots > 65535) die("-b %zu: run_cuda takes up to 65535", s->n_slots);
     Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window,
-                   1.44269504f / sqrtf((float)c->head_dim)};
+                   1.44269504f / sqrtf((float)c->head_dim), s->ring * s->kv_row};
     d->heads = heads;
     d->room = round_up(s->chunk, 128);
     d->span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 128;
@@ -1650,7 +1727,7 @@ static void cuda_open(State *s) {
     size_t parts = part_rows * widest_out;
     if (half_weights && d->room * round_up(2 * c->hidden_dim, 128) > parts) parts = d->room * round_up(2 * c->hidden_dim, 128);
     size_t span_rows = slots * (size_t)d->max_spans > d->room ? slots * (size_t)d->max_spans : d->room;
-    s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * s->ring * s->head_width * sizeof(__half);
+    s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * heads.cache;
     const struct { void **to; size_t bytes; } all[] = {
         {(void **)&d->x, d->room * round_up(c->dim, COLUMNS) * sizeof(float)}, {(void **)&d->parts, parts * sizeof(float)},
         {(void **)&d->h, d->room * round_up(c->hidden_dim, COLUMNS) * sizeof(float)}, {(void **)&d->spans, span_rows * c->n_heads * s->head_width * sizeof(float)},

@@ -778,7 +778,7 @@ static int tokenize(const char *path) {
 static void test_cuda_products(void) {
     static const size_t SHAPES[][2] = {{5, 7}, {33, 130}, {64, 128}, {100, 300}, {257, 1000}, {300, 4100}}, COUNTS[] = {1, 3, 8, 9, 17, 33, 64, 65, 130};
     enum { ROOM = 256 };
-    for (size_t kind = 0; kind < N_KINDS && strcmp(KINDS[kind].type, "nf4"); kind++)
+    for (size_t kind = 0; kind < N_KINDS; kind++)
         for (size_t shape = 0; shape < sizeof SHAPES / sizeof *SHAPES; shape++) {
             size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1], none = 0, width = round_up(cols, COLUMNS), out_width = round_up(rows, 128);
             float *w = (float *)allocate(rows * cols, 4, "test"), *x = (float *)allocate(ROOM * width, 4, "test");
@@ -850,21 +850,85 @@ static Model load_on(const Backend *where, const char *path) {
     return m;
 }
 
-/* Logits of the demo model and of models without one even dimension, whose window is crossed four times, in prefill of all sizes and
- * in decoding, beside other sequences and alone. Where weights are quantized an activation may round to the other of two
- * neighbours when its last bits differ, which moves single logits by up to 2% of the largest, and their root mean square by a
- * tenth of that. */
-static void test_cuda_forward(void) {
+/* Where weights, keys or values are codes an activation may round to the other of two neighbours when its last bits differ, which
+ * moves single logits by up to 2% of the largest, and their root mean square by a tenth of that. */
+static double cuda_tolerance(const Model *m) { return m->layers[0].wqkv.type < Q8 && m->kv_type != Q8 ? 2e-3 : 2e-2; }
+
+/* The GPU's logits beside the CPU's, in prefill of all sizes and in decoding, beside other sequences and alone. */
+static void compare_logits(const Model *cpu, const Model *gpu, const int *ids) {
     enum { VOCAB = 2048 };
     static float expect[LENGTH * VOCAB], got[LENGTH * VOCAB];
+    size_t vocab = cpu->c.vocab_size;
+    double largest = 0, tolerance = cuda_tolerance(cpu);
+    if (vocab > VOCAB) die("%s: a vocabulary of %zu", cpu->path, vocab);
+    chunked_forward(cpu, ids, LENGTH, 1, 0, 1, expect);
+    for (size_t i = 0; i < LENGTH * vocab; i++) largest = fmax(largest, fabs(expect[i]));
+    static const size_t WAYS[][3] = {{1, 0, 1}, {1, 3, 7}, {1, 11, 12}, {1, 20, 30}, {1, 5, 50}, {LENGTH, 0, 1}, {7, 1, 3}, {33, 0, 2}};
+    for (size_t way = 0; way < sizeof WAYS / sizeof *WAYS; way++) {
+        chunked_forward(gpu, ids, LENGTH, WAYS[way][0], WAYS[way][1], WAYS[way][2], got);
+        double worst = 0, squares = 0;
+        for (size_t i = 0; i < LENGTH * vocab; i++) {
+            double off = fabs(got[i] - expect[i]);
+            if (!(off <= worst)) worst = off;
+            squares += off * off;
+        }
+        double rms = sqrt(squares / (double)(LENGTH * vocab));
+        if (getenv("SHOW")) printf("%s cache %s %zu: worst %.5f rms %.5f of largest\n", cpu->path, TYPE_NAMES[cpu->kv_type], way, worst / largest, rms / largest);
+        CHECK(worst <= tolerance * largest && rms <= tolerance / 5 * largest, "%s, cache %s, chunks of %zu in %zu slots: off by %g, rms %g, of %g", cpu->path,
+              TYPE_NAMES[cpu->kv_type], WAYS[way][0], WAYS[way][2], worst, rms, largest);
+    }
+}
+
+/* Continues ids[0 .. n_prompt - 1] by the most probable id each time. */
+static void greedy(const Model *m, int *ids, size_t n_prompt, size_t n) {
+    size_t vocab = m->c.vocab_size;
+    State s = new_state(m, 1, n + 8, n_prompt);
+    float *logits = (float *)allocate(vocab, sizeof(float), "test");
+    for (size_t fed = 0, end = n_prompt; end < n; fed = end++) {
+        Token tokens[LENGTH];
+        for (size_t i = fed; i < end; i++) { Token token = {ids[i], i, 0, i + 1 == end}; tokens[i - fed] = token; }
+        s.decoding = fed > 0;
+        m->backend->forward(&s, tokens, end - fed, logits);
+        ids[end] = sample(logits, vocab, 0, 1, 0);
+    }
+    free_state(&s);
+    free(logits);
+}
+
+/* Greedy texts are the CPU's, but where the two best logits are nearer to one another than backends are. */
+static void compare_greedy(const Model *cpu, const Model *gpu, const int *prompt) {
+    enum { N = 240, PROMPT = 20 };
+    int expect[N], got[N];
+    size_t vocab = cpu->c.vocab_size, same = 0;
+    memcpy(expect, prompt, PROMPT * sizeof(int));
+    memcpy(got, prompt, PROMPT * sizeof(int));
+    greedy(cpu, expect, PROMPT, N);
+    greedy(gpu, got, PROMPT, N);
+    while (same < N && got[same] == expect[same]) same++;
+    if (getenv("SHOW")) printf("%s cache %s: greedy equal for %zu of %d\n", cpu->path, TYPE_NAMES[cpu->kv_type], same - PROMPT, N - PROMPT);
+    if (same == N) return;
+    float *logits = (float *)allocate(same * vocab, sizeof(float), "test"), *last = logits + (same - 1) * vocab, largest = 0;
+    chunked_forward(cpu, expect, same, 50, 0, 1, logits);
+    for (size_t i = 0; i < vocab; i++) largest = fmaxf(largest, fabsf(last[i]));
+    CHECK(last[expect[same]] - last[got[same]] <= 2 * cuda_tolerance(cpu) * largest, "%s, cache %s: greedy differs after %zu ids, where %g and %g are no tie", cpu->path,
+          TYPE_NAMES[cpu->kv_type], same - PROMPT, last[expect[same]], last[got[same]]);
+    free(logits);
+}
+
+/* The demo model, and models without one even dimension, whose window is crossed four times, of each type; and one of several. */
+static void test_cuda_forward(void) {
     int ids[LENGTH];
-    for (size_t kind = 0; kind <= N_KINDS; kind++) {
-        if (kind < N_KINDS && !strcmp(KINDS[kind].type, "nf4")) continue;       /* not on the GPU */
-        const char *path = kind < N_KINDS ? odd_model(KINDS[kind].type, KINDS[kind].group) : "demo/tiny-mistral-q8.bin";
-        Model cpu = load_on(&CPU, path), gpu = load_on(&GPU, path);
-        size_t vocab = cpu.c.vocab_size;
-        for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(vocab);
-        if (kind == N_KINDS) {
+    for (size_t k = 0; k < 2 * N_KINDS + 4; k++) {
+        size_t kind = k / 2;
+        const char *path = kind < N_KINDS ? odd_model(KINDS[kind].type, KINDS[kind].group) : kind == N_KINDS ? odd_model("q4", 64) : "demo/tiny-mistral-q8.bin";
+        Model cpu = load_on(&CPU, path), gpu = load_on(&CPU, path), half = load_on(&CPU, odd_model("f16", 0));
+        for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(cpu.c.vocab_size);
+        if (kind == N_KINDS) {                  /* each layer has another matrix in FP16 */
+            Matrix *mine = (Matrix *)cpu.layers, *theirs = (Matrix *)gpu.layers, *other = (Matrix *)half.layers;
+            static const size_t WHICH[] = {1, 2, 4, 5};
+            for (size_t l = 0; l < cpu.c.n_layers; l++) mine[6 * l + WHICH[l % 4]] = theirs[6 * l + WHICH[l % 4]] = other[6 * l + WHICH[l % 4]];
+        }
+        if (kind > N_KINDS) {
             Text text = read_file("tests/text/treasure-eval.txt");
             size_t n;
             int *of_text = encode(&cpu.tokenizer, text.text, min_size(text.length, 4000), &n);
@@ -873,35 +937,61 @@ static void test_cuda_forward(void) {
             free(of_text);
             free(text.text);
         }
-        chunked_forward(&cpu, ids, LENGTH, 1, 0, 1, expect);
-        double largest = 0, tolerance = cpu.layers[0].wqkv.type < Q8 ? 2e-3 : 2e-2;
-        if (vocab > VOCAB) die("%s: a vocabulary of %zu", path, vocab);
-        for (size_t i = 0; i < LENGTH * vocab; i++) largest = fmax(largest, fabs(expect[i]));
-        static const size_t WAYS[][3] = {{1, 0, 1}, {1, 3, 7}, {1, 11, 12}, {1, 20, 30}, {1, 5, 50}, {LENGTH, 0, 1}, {7, 1, 3}, {33, 0, 2}};
-        for (size_t way = 0; way < sizeof WAYS / sizeof *WAYS; way++) {
-            chunked_forward(&gpu, ids, LENGTH, WAYS[way][0], WAYS[way][1], WAYS[way][2], got);
-            double worst = 0, squares = 0;
-            for (size_t i = 0; i < LENGTH * vocab; i++) {
-                double off = fabs(got[i] - expect[i]);
-                if (!(off <= worst)) worst = off;
-                squares += off * off;
-            }
-            double rms = sqrt(squares / (double)(LENGTH * vocab));
-            if (getenv("SHOW")) printf("%s %zu: worst %.5f rms %.5f of largest\n", path, way, worst / largest, rms / largest);
-            CHECK(worst <= tolerance * largest && rms <= tolerance / 5 * largest, "%s, chunks of %zu in %zu slots: off by %g, rms %g, of %g", path,
-                  WAYS[way][0], WAYS[way][2], worst, rms, largest);
-        }
+        if (k % 2) cpu.kv_type = gpu.kv_type = Q8;
+        gpu.backend = &GPU;
+        GPU.load(&gpu);
+        compare_logits(&cpu, &gpu, ids);
+        compare_greedy(&cpu, &gpu, ids);
         free_model(&cpu);
         free_model(&gpu);
+        free_model(&half);
+    }
+}
+
+/* The attention of a prefill beside the plain kernel, on what a forward leaves of its last layer in the device's memory. */
+static void test_cuda_attention(void) {
+    enum { N = 70 };
+    for (int kv = 0; kv < 2; kv++) {
+        Model m = load_on(&GPU, odd_model("q8", 64));
+        m.kv_type = kv ? Q8 : F16;
+        State s = new_state(&m, 2, LENGTH, N);
+        Device *d = (Device *)s.device;
+        Token tokens[N];
+        for (size_t i = 0; i < N; i++) { Token token = {(int)random_below(m.c.vocab_size), i, 1, false}; tokens[i] = token; }
+        m.backend->forward(&s, tokens, N, NULL);
+        size_t rows = N * m.c.n_heads, n = rows * s.head_width, layer = (m.c.n_layers - 1) * s.n_slots * m.c.n_kv_heads * d->heads.cache, none = 0;
+        float *fast = (float *)allocate(n, 4, "test"), *plain = (float *)allocate(n, 4, "test"), *to = (float *)device_allocate(n * 4, &none, "test"), worst = 0, largest = 0;
+        float2 *sums = (float2 *)device_allocate(rows * 8, &none, "test"), *fast_sums = (float2 *)allocate(rows, 8, "test"), *plain_sums = (float2 *)allocate(rows, 8, "test");
+        unsigned blocks = (unsigned)(rows + 63) / 64;
+        if (kv) attention_plain<uint8_t><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer, d->rows, N, d->heads);
+        else attention_plain<__half><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer, d->rows, N, d->heads);
+        CUDA(cudaMemcpy(plain, to, n * 4, cudaMemcpyDeviceToHost));
+        CUDA(cudaMemcpy(fast, d->spans, n * 4, cudaMemcpyDeviceToHost));
+        CUDA(cudaMemcpy(plain_sums, sums, rows * 8, cudaMemcpyDeviceToHost));
+        CUDA(cudaMemcpy(fast_sums, d->softmax, rows * 8, cudaMemcpyDeviceToHost));
+        for (size_t i = 0; i < n; i++) {
+            if (i % s.head_width >= m.c.head_dim) continue;
+            float a = plain[i] / plain_sums[i / s.head_width].y, off = fabsf(a - fast[i] / fast_sums[i / s.head_width].y);
+            if (!(off <= worst)) worst = off;
+            largest = fmaxf(largest, fabsf(a));
+        }
+        CHECK(worst <= 2e-3f * largest && largest > 0, "cache %s: off by %g of %g", TYPE_NAMES[m.kv_type], worst, largest);     /* the exponentials are FP16 */
+        cudaFree(to);
+        cudaFree(sums);
+        void *all[] = {fast, plain, fast_sums, plain_sums};
+        for (int i = 0; i < 4; i++) free(all[i]);
+        free_state(&s);
+        free_model(&m);
     }
 }
 
 /* A sequence of a batch does not depend on the others, nor on when they end; the same batch twice is the same. */
 static void test_cuda_batch(void) {
     Model m = load_on(&GPU, odd_model("q4", 32));
-    static const size_t slot_counts[] = {1, 5, 12, 32};
-    for (size_t k = 0; k < 4; k++) {
+    static const size_t slot_counts[] = {1, 5, 12, 32, 12};
+    for (size_t k = 0; k < 5; k++) {
         size_t slots = slot_counts[k];
+        m.kv_type = k < 4 ? F16 : Q8;
         Sequence *all = run_batch(&m, 32, 0, slots, 40, 110, 90), *again = run_batch(&m, 32, 0, slots, 40, 110, 90);
         for (size_t i = 0; i < 32; i++) {
             CHECK(same_sequence(&all[i], &again[i]), "sequence %zu of the same batch of %zu differs", i, slots);
@@ -962,7 +1052,7 @@ int main(int argc, char **argv) {
         {"group_product", test_group_product}, {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
         {"sampler", test_sampler}, {"batch", test_batch}, {"lookup", test_lookup}, {"decode", test_decode}, {"damaged_files", test_damaged_files},
 #ifdef __CUDACC__
-        {"cuda_products", test_cuda_products}, {"cuda_forward", test_cuda_forward}, {"cuda_batch", test_cuda_batch}, {"cuda_sampler", test_cuda_sampler},
+        {"cuda_products", test_cuda_products}, {"cuda_forward", test_cuda_forward}, {"cuda_attention", test_cuda_attention}, {"cuda_batch", test_cuda_batch}, {"cuda_sampler", test_cuda_sampler},
 #endif
     };
     int passed = 0, failed = 0;
