@@ -102,7 +102,7 @@ def model_tensors(c, weights, dtype):
     """Check the model's tensors and list them in the file's order: [(name, dtype, group, rows, cols, sources)].
 
     dtype "f16" or "f32" is the matrices'; norms are f32. With None, quantized matrices whose codes the file can hold are
-    "q4" or "q8", with a group size (else 0), and the others "f16". sources: the (Hugging Face name, rows) that stand one
+    "q4", "q8" or "nf4", with a group size (else 0), and the others "f16". sources: the (Hugging Face name, rows) that stand one
     below the other in the tensor."""
     tensors = []
 

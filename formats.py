@@ -3,7 +3,8 @@
 Read: Hugging Face directories quantized by GPTQ, AWQ or bitsandbytes, and GGUF files. Each is a Weights whose tensors have
 the Hugging Face names and shapes [out, in], whatever the names, the packing and the order of rows in the file. Where a tensor
 is stored as codes, a weight being scale * (code - zero) with one scale and zero for a group of inputs, as in our own file
-(FORMAT.md), kind() says so and stored() gives the codes, so that they go over as they are. rows() gives the values.
+(FORMAT.md), or on the steps of NF4, kind() says so and stored() gives the codes, so that they go over as they are. rows() gives
+the values.
 Written: GGUF files, and Hugging Face directories with FP16 weights or in GPTQ's format, from a checkpoint of ours.
 
 Sources: GPTQModel's qlinear/__init__.py and utils/model.py; AutoAWQ's modules/linear/gemm.py and utils/packing_utils.py;
@@ -16,7 +17,7 @@ import json, math, os, re, struct, sys, time
 from types import SimpleNamespace
 
 import numpy as np
-from lora_merge import NUMPY, Bad, Weights, demand, form, new_directory, progress, rounded, show
+from lora_merge import NF4, NUMPY, Bad, Weights, demand, form, new_directory, progress, rounded, show
 from sentencepiece import sentencepiece_model_pb2
 
 # ---------------------------------------------------------------------------- what they share
@@ -56,7 +57,7 @@ class Packed(Weights):
         raise NotImplementedError
 
     def bits(self, name):
-        """The type of our file that holds the tensor's codes: "q4" or "q8"; None for values that are not on such a grid."""
+        """The type of our file that holds the tensor's codes: "q4", "q8" or "nf4"; None for values that are not on such a grid."""
         raise NotImplementedError
 
     def doubts(self, name):
@@ -71,7 +72,7 @@ class Packed(Weights):
                 reason = "codes that are no even steps"
             else:
                 # activations are rounded by the same groups: for 8 bits smaller ones are better, as quantize has them
-                group = group_size(self.group_index(name), 128 if bits == "q4" else 64)
+                group = group_size(self.group_index(name), 64 if bits == "q8" else 128)
                 reason = self.doubts(name) if group else "groups that are not 32, 64 or 128 neighbours"
             self.kinds[name] = None if reason else (bits, group)
             self.reasons[name] = reason
@@ -421,50 +422,75 @@ class BitsAndBytes(PackedDirectory):
         return shape
 
     def unpack(self, name):
-        """A module's parts. INT8: scales f32 [out]. NF4: map f32 [16], absmax f32 [blocks], block, their size."""
+        """A module's parts. INT8: scales f32 [out]. NF4: absmax f32 [blocks], block, their size."""
         parts = self.packed[name]
         if "SCB" in parts:
             return SimpleNamespace(scales=finite(parts["SCB"], self.read(name, "SCB")) / np.float32(127))
+        # a code of our file is a place in this table, and so it is in bitsandbytes' kernels
+        if not np.abs(self.read(name, "weight.quant_map") - NF4).max() <= 1e-6:
+            raise Bad(f"{parts['weight.quant_map']}: not the 16 values of NF4 (no other code book is supported)")
         block, nested, offset = self.states[name]
         absmax = self.read(name, "weight.absmax")
         if "weight.nested_absmax" in parts:
             codes, scales = absmax, self.read(name, "weight.nested_absmax")
             absmax = self.read(name, "weight.nested_quant_map")[codes] * scales[np.arange(len(codes)) // nested] + np.float32(offset)
-        return SimpleNamespace(map=finite(parts["weight.quant_map"], self.read(name, "weight.quant_map")),
-                               absmax=finite(parts["weight.absmax"], absmax), block=block)
+        return SimpleNamespace(absmax=finite(parts["weight.absmax"], absmax), block=block)
+
+    def neighbours(self, name):
+        """How many inputs from the first on, from the next on and so forth share a scale in every row. Blocks of NF4 go on from one row
+        to the next: they begin at multiples of their size in the flattened matrix, rows at multiples of theirs."""
+        cols = self.tensors[name][1][1]
+        return cols if "SCB" in self.packed[name] else math.gcd(cols, self.states[name][0])
 
     def group_index(self, name):
-        return np.zeros(self.tensors[name][1][1], int)
+        return np.arange(self.tensors[name][1][1]) // self.neighbours(name)
 
     def bits(self, name):
-        return "q8" if "SCB" in self.packed[name] else None
+        return "q8" if "SCB" in self.packed[name] else "nf4"
 
     def doubts(self, name):
-        """The f32 scale of a row is rounded to FP16: a row moves by 2^-11 of itself at most, as little as the numbers of FP16."""
-        with np.errstate(over="ignore"):
-            scales = self.load(name).scales
-            large = np.abs(scales - scales.astype(np.float16).astype(np.float32)) > np.abs(scales) * 2**-10.99
-        if large.any():
+        """Scales in f32 are rounded to FP16. INT8: a row moves by 2^-11 of itself at most, as little as the numbers of FP16. NF4: a block
+        by 2^-11 of itself too, and one whose scale is so small that FP16 has fewer bits for it by 2^-8 of the row's largest weight at
+        most, which is what the code book's rounding to 8 bits does to any block."""
+        int8, large = "SCB" in self.packed[name], False
+        for piece in pieces_of(self, name):
+            scales = self.scales(name, *piece)
+            with np.errstate(over="ignore"):
+                off = np.abs(scales - scales.astype(np.float16).astype(np.float32))
+            large |= (off > np.abs(scales).max(1, keepdims=True) * (2**-10.99 if int8 else 2**-8)).any()
+        if large:
             return "scales out of FP16's range"
-        if not self.notes:
-            self.notes.append("scales of INT8 rows rounded to FP16 (by 0.05% at most; --dtype f32 keeps them)")
+        note = ("scales of INT8 rows rounded to FP16 (by 0.05% at most; --dtype f32 keeps them)" if int8 else
+                "values of NF4 rounded to 8 bits (by 0.4% of a block's largest at most; --dtype f32 keeps them)")
+        if note not in self.notes:
+            self.notes.append(note)
         return None
 
-    def codes(self, name, start, stop):
-        with self.open(self.raw[self.packed[name]["weight"]][0]) as file:
-            codes = file.get_slice(self.packed[name]["weight"])[start:stop]
-        scales = self.load(name).scales[start:stop, None]
-        return codes.view(np.uint8) ^ np.uint8(128), scales, np.full_like(scales, 128)
-
-    def rows(self, name, start, stop):
-        if self.packed.get(name, {}).keys() & {"SCB"} or name not in self.packed:
-            return super().rows(name, start, stop)
+    def scales(self, name, start, stop):
+        """Scales of rows as our file has them, for 127: f32 [n, groups]."""
         m, cols = self.load(name), self.tensors[name][1][1]
+        if "SCB" in self.packed[name]:
+            return m.scales[start:stop, None]
+        return (m.absmax[np.arange(start * cols, stop * cols, self.neighbours(name)) // m.block] / np.float32(127)).reshape(stop - start, -1)
+
+    def codes(self, name, start, stop):
+        """As Packed.codes(); those of NF4 are places in the code book, a weight is about scale * (NF4_CODES[code] - zero)."""
+        int8, cols = "SCB" in self.packed[name], self.tensors[name][1][1]
         first, last = start * cols, stop * cols  # among the flattened weights
         with self.open(self.raw[self.packed[name]["weight"]][0]) as file:
-            data = file.get_slice(self.packed[name]["weight"])[first // 2:-(-last // 2)]
-        codes = np.concatenate([data >> 4, data & 15], 1).ravel()[first % 2:][:last - first]
-        return (m.map[codes] * m.absmax[np.arange(first, last) // m.block]).reshape(stop - start, cols)
+            stored = file.get_slice(self.packed[name]["weight"])
+            data = stored[start:stop] if int8 else stored[first // 2:-(-last // 2)]
+        scales = self.scales(name, start, stop)
+        codes = data.view(np.uint8) ^ np.uint8(128) if int8 else (
+            np.concatenate([data >> 4, data & 15], 1).ravel()[first % 2:][:last - first].reshape(-1, cols))
+        return codes, scales, np.full_like(scales, 128)
+
+    def rows(self, name, start, stop):
+        """As Packed.rows(); NF4 as bitsandbytes dequantizes it, with a code book and scales of f32."""
+        if name not in self.packed or "SCB" in self.packed[name]:
+            return super().rows(name, start, stop)
+        m, (codes, _, _) = self.load(name), self.codes(name, start, stop)
+        return NF4[codes] * m.absmax[np.arange(start * codes.shape[1], stop * codes.shape[1]).reshape(codes.shape) // m.block]
 
 
 DIRECTORIES = {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": BitsAndBytes}  # by quantization_config.quant_method
@@ -715,22 +741,23 @@ class GGUF(Packed):
 
 # ---------------------------------------------------------------------------- our own file (FORMAT.md)
 
-FILE_TYPES = {"f32": 1, "f16": 2, "q8": 3, "q4": 4}
+FILE_TYPES = {"f32": 1, "f16": 2, "q8": 3, "q4": 4, "nf4": 5}
+BITS = {"f32": 32, "f16": 16, "q8": 8, "q4": 4, "nf4": 4}
+NF4_CODES = np.round(128 + 127 * NF4).astype(np.uint8)  # the codes of q8 that those of nf4 stand for
 
 
 def tensor_bytes(dtype, group, rows, cols):
     """Bytes of a tensor in the file."""
-    bits = {"f32": 32, "f16": 16, "q8": 8, "q4": 4}[dtype]
     groups = -(-cols // group) if group else 0
-    return -(-rows // 32) * (groups * (128 + 32 * group * bits // 8) if group else 32 * cols * bits // 8)
+    return -(-rows // 32) * (groups * (128 + 4 * group * BITS[dtype]) if group else 4 * cols * BITS[dtype])
 
 
 def pack_panels(codes, scales, zeros, dtype, group):
-    """The bytes of panels of "q8" or "q4": codes u8 [n, cols], scales, zeros f16 [n, groups]; n a multiple of 32."""
+    """The bytes of panels of "q8", "q4" or "nf4": codes u8 [n, cols], scales, zeros f16 [n, groups]; n a multiple of 32."""
     n, groups = scales.shape
     codes = np.pad(codes, ((0, 0), (0, groups * group - codes.shape[1]))).reshape(n // 32, 32, groups, group // 4, 4)
     codes = codes.transpose(0, 2, 3, 1, 4)  # [panels, groups, group / 4, 32, 4]
-    if dtype == "q4":
+    if BITS[dtype] == 4:
         codes = codes[..., :16, :] | codes[..., 16:, :] << 4
     numbers = np.stack([scales, zeros]).reshape(2, n // 32, 32, groups).transpose(1, 3, 0, 2)  # [panels, groups, 2, 32]
     return np.concatenate([np.ascontiguousarray(numbers).view(np.uint8).reshape(n // 32, groups, 128),
@@ -740,10 +767,10 @@ def pack_panels(codes, scales, zeros, dtype, group):
 def unpack_panels(data, cols, dtype, group):
     """The inverse, of bytes: codes u8 [n, cols]; scales, zeros f32 [n, groups]."""
     groups = -(-cols // group)
-    data = np.frombuffer(data, np.uint8).reshape(-1, groups, 128 + 32 * group * int(dtype[1]) // 8)
+    data = np.frombuffer(data, np.uint8).reshape(-1, groups, 128 + 4 * group * BITS[dtype])
     numbers = np.ascontiguousarray(data[..., :128]).view("<f2").reshape(-1, groups, 2, 32).transpose(2, 0, 3, 1)
     codes = data[..., 128:].reshape(len(data), groups, group // 4, -1, 4)
-    if dtype == "q4":
+    if BITS[dtype] == 4:
         codes = np.concatenate([codes & 15, codes >> 4], 3)
     codes = codes.transpose(0, 3, 1, 2, 4).reshape(len(data) * 32, -1)[:, :cols]
     return codes, *numbers.reshape(2, -1, groups).astype(np.float32)
@@ -809,7 +836,7 @@ class Checkpoint(Packed):
         for i, (name, cols, sources) in enumerate(expected[:self.n_tensors]):
             found, kind, group, rows, *rest = struct.unpack("<48sIIQQQQ8x", table[96 * i:96 * i + 96])
             dtype, n = types.get(kind), sum(rows for _, rows in sources)
-            if (found.rstrip(b"\0") != name.encode() or not dtype or group not in ((32, 64, 128) if dtype[0] == "q" else (0,))
+            if (found.rstrip(b"\0") != name.encode() or not dtype or group not in ((32, 64, 128) if BITS[dtype] < 16 else (0,))
                     or rest[2] != tensor_bytes(dtype, group, n, cols) or [rows, rest[0]] != [n, cols] or rest[1] + rest[2] > self.size):
                 raise Bad(f"{self.path}: tensor {i}, {name}: its entry is damaged (make the checkpoint again)")
             first = 0
@@ -859,16 +886,16 @@ class Checkpoint(Packed):
         dtype, group, cols, *_ = self.places[name]
         return np.arange(cols) // group
 
-    def bits(self, name):
-        return self.places[name][0]
-
     def kind(self, name):
-        return self.places[name][:2] if name in self.packed else None
+        """As Packed.kind(). No other program has our nf4, but as codes of q8 it is exact."""
+        dtype, group, *_ = self.places[name]
+        return ("q8" if dtype == "nf4" else dtype, group) if name in self.packed else None
 
     def codes(self, name, start, stop):
         dtype, group, cols, *_ = self.places[name]
         data, skip = self.read_panels(name, start, stop)
         codes, *numbers = (x[skip:skip + stop - start] for x in unpack_panels(data, cols, dtype, group))
+        codes = NF4_CODES[codes] if dtype == "nf4" else codes
         return codes, *(finite(f"{self.path}: {name}", x) for x in numbers)
 
 
