@@ -22,7 +22,8 @@ try:
     import numpy as np
     from google.protobuf.message import DecodeError
     from formats import (
-        DIRECTORIES, FILE_TYPES, GGUF, Checkpoint, Packed, pack_panels, tensor_bytes, write_gguf, write_hf)
+        BYTE, CONTROL, DIRECTORIES, FILE_TYPES, GGUF, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Checkpoint, Packed, pack_panels, spans,
+        tensor_bytes, write_gguf, write_hf)
     from lora_merge import (  # noqa: F401  Weights is for those who import this
         BASE_QUANT_HELP, NUMPY, Bad, MergedWeights, Weights, adapter_argument, demand, form, outcome, progress, read,
         read_json, rounded, show, temporary)
@@ -158,13 +159,12 @@ def conversions(weights, tensors):
 
 def panels(weights, dtype, group, cols, sources):
     """Yield a tensor of the list above as the bytes of its panels of 32 rows, about a million numbers at a time."""
-    total, step = sum(rows for _, rows in sources), max(1, 2**20 // (32 * cols)) * 32
-    for start in range(0, total, step):
-        n, first = min(step, total - start + -(total - start) % 32), 0
+    for start, stop in spans(sum(rows for _, rows in sources), cols):
+        n, first = stop - start + -(stop - start) % 32, 0
         block = np.zeros((n, cols), NUMPY[dtype.upper()] if not group else np.uint8)
         scales, zeros = np.zeros((2, n, -(-cols // group) if group else 0), np.float16)
         for name, rows in sources:  # the part of this source that lies in the block
-            a, b = max(start, first), min(start + step, first + rows)
+            a, b = max(start, first), min(stop, first + rows)
             here = slice(a - start, b - start)
             if a < b and group:
                 block[here], scales[here], zeros[here] = weights.stored(name, a - first, b - first)
@@ -176,7 +176,6 @@ def panels(weights, dtype, group, cols, sources):
 
 # ---------------------------------------------------------------------------- the tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece's types
 GAP = ("", 0.0, CONTROL)  # an id that no token has
 SPACE = "\u2581"
 

@@ -22,6 +22,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 # ---------------------------------------------------------------------------- what they share
 
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece's types of pieces
+
 
 def group_size(g_idx, largest=128):
     """The largest of 128, 64 and 32 for which each run of so many columns is of one group and the runs fill the row; 32 need
@@ -34,10 +36,21 @@ def group_size(g_idx, largest=128):
     return None
 
 
-def is_half(x):
-    """Whether all of x, f32, are numbers of FP16."""
+def neighbours(cols, size):
+    """The group of each of `cols` columns, groups being `size` neighbours; -1: all of them. [cols]"""
+    return np.arange(cols) // (cols if size == -1 else size)
+
+
+def spans(rows, cols=1):
+    """The rows of a tensor in pieces of about a million numbers and whole panels: [(start, stop)]."""
+    step = max(1, 2**20 // (32 * cols)) * 32
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def half(x):
+    """x, f32, rounded to FP16 and back; infinite where that is too large."""
     with np.errstate(over="ignore"):
-        return bool((x.astype(np.float16).astype(np.float32) == x).all())
+        return x.astype(np.float16).astype(np.float32)
 
 
 class Packed(Weights):
@@ -145,6 +158,17 @@ class PackedDirectory(Packed):
         with self.open(self.raw[full][0]) as file:
             return file.get_tensor(full)
 
+    def matrix(self, name, part, kind):
+        """The shape of a part that has two dimensions and this type."""
+        shape = self.part(name, part, [kind])
+        if len(shape) != 2:
+            raise Bad(f"{self.packed[name][part]}: the shape is {shape}, but a matrix is expected")
+        return shape
+
+    def doubts(self, name):
+        scales = self.load(name).scales
+        return None if (half(scales) == scales).all() else "scales that are no FP16 numbers"
+
     def load(self, name):
         """What unpack() makes of a packed tensor's parts; that of the last one is kept."""
         if self.cache[0] != name:
@@ -158,6 +182,13 @@ class PackedDirectory(Packed):
             self.part(name, "bias", NUMPY)
             if self.read(name, "bias").astype(np.float32).any():
                 raise Bad(f"{self.packed[name]['bias']}: not zero (Mistral has no biases)")
+
+
+def checked_group(size):
+    """A quantization_config's group_size; Bad if it is none."""
+    if type(size) is not int or not (size == -1 or 0 < size < 2**31):
+        raise Bad(f"config.json: quantization_config.group_size is {show(size)} (a positive number, or -1, is expected)")
+    return size
 
 
 def finite(name, x):
@@ -191,11 +222,9 @@ class GPTQ(PackedDirectory):
 
     def __init__(self, directory, config, settings):
         where = "config.json: quantization_config"
-        self.n_bits, self.group = settings.get("bits"), settings.get("group_size")
+        self.n_bits, self.group = settings.get("bits"), checked_group(settings.get("group_size"))
         if self.n_bits not in (4, 8) or type(self.n_bits) is not int:
             raise Bad(f"{where}.bits is {show(self.n_bits)} (4 and 8 are supported)")
-        if type(self.group) is not int or not (self.group == -1 or 0 < self.group < 2**31):
-            raise Bad(f"{where}.group_size is {show(self.group)} (a positive number, or -1, is expected)")
         self.claimed = settings.get("checkpoint_format") or "gptq"
         if self.claimed not in ("gptq", "gptq_v2"):
             raise Bad(f"{where}.checkpoint_format is {show(self.claimed)} (gptq and gptq_v2 are supported)")
@@ -205,12 +234,9 @@ class GPTQ(PackedDirectory):
         self.version = self.find_version()
 
     def logical_shape(self, name):
-        n = 32 // self.n_bits
-        shape = self.part(name, "qweight", ["I32"])
-        if len(shape) != 2:
-            raise Bad(f"{self.packed[name]['qweight']}: the shape is {shape}, but a matrix is expected")
+        n, shape = 32 // self.n_bits, self.matrix(name, "qweight", "I32")
         cols, out = shape[0] * n, shape[1]
-        groups = 1 if self.group == -1 else -(-cols // self.group)
+        groups = int(neighbours(cols, self.group)[-1]) + 1
         if out % n:
             raise Bad(f"{self.packed[name]['qweight']}: the shape is {shape} (the second number must be a multiple of {n})")
         self.part(name, "scales", NUMPY, [groups, out])
@@ -257,7 +283,7 @@ class GPTQ(PackedDirectory):
         """The group of each input as the file has it: [in]."""
         cols, n_groups = self.tensors[name][1][1], self.raw[self.packed[name]["scales"]][1][0]
         if "g_idx" not in self.packed[name]:
-            return np.arange(cols) // (cols if self.group == -1 else self.group)
+            return neighbours(cols, self.group)
         groups = self.read(name, "g_idx")
         if groups.min() < 0 or groups.max() >= n_groups:
             raise Bad(f"{self.packed[name]['g_idx']}: holds {groups.min()} to {groups.max()}, but there are {n_groups} groups")
@@ -276,9 +302,6 @@ class GPTQ(PackedDirectory):
 
     def bits(self, name):
         return f"q{self.n_bits}"
-
-    def doubts(self, name):
-        return None if is_half(self.load(name).scales) else "scales that are no FP16 numbers"
 
     def codes(self, name, start, stop):
         m, rows = self.load(name), slice(start, stop)
@@ -330,25 +353,19 @@ class AWQ(PackedDirectory):
         where = "config.json: quantization_config"
         demand(where, "bits", settings.get("bits", settings.get("w_bit")), 4)
         demand(where, "version", str(settings.get("version", "gemm")).lower(), "gemm")
-        self.group = settings.get("group_size", settings.get("q_group_size"))
-        if type(self.group) is not int or not (self.group == -1 or 0 < self.group < 2**31):
-            raise Bad(f"{where}.group_size is {show(self.group)} (a positive number, or -1, is expected)")
+        self.group = checked_group(settings.get("group_size", settings.get("q_group_size")))
         super().__init__(directory, config, settings)
 
     def logical_shape(self, name):
-        shape = self.part(name, "qweight", ["I32"])
-        if len(shape) != 2:
-            raise Bad(f"{self.packed[name]['qweight']}: the shape is {shape}, but a matrix is expected")
-        cols, out = shape[0], shape[1] * 8
-        groups = 1 if self.group == -1 else -(-cols // self.group)
+        cols, words = self.matrix(name, "qweight", "I32")
+        out, groups = words * 8, int(neighbours(cols, self.group)[-1]) + 1
         self.part(name, "scales", NUMPY, [groups, out])
-        self.part(name, "qzeros", ["I32"], [groups, out // 8])
+        self.part(name, "qzeros", ["I32"], [groups, words])
         self.no_bias(name)
         return [out, cols]
 
     def group_index(self, name):
-        cols = self.tensors[name][1][1]
-        return np.arange(cols) // (cols if self.group == -1 else self.group)
+        return neighbours(self.tensors[name][1][1], self.group)
 
     def unpack(self, name):
         """A module's parts: words u32 [in, out / 8]; scales, zeros f32 [groups, out]."""
@@ -358,9 +375,6 @@ class AWQ(PackedDirectory):
 
     def bits(self, name):
         return "q4"
-
-    def doubts(self, name):
-        return None if is_half(self.load(name).scales) else "scales that are no FP16 numbers"
 
     def codes(self, name, start, stop):
         m, first = self.load(name), start // 8  # whole words
@@ -390,9 +404,7 @@ class BitsAndBytes(PackedDirectory):
         parts = self.packed[name]
         self.no_bias(name)
         if parts.keys() & {"SCB", "weight_format"}:
-            shape = self.part(name, "weight", ["I8"])
-            if len(shape) != 2:
-                raise Bad(f"{name}: the shape is {shape}, but a matrix is expected")
+            shape = self.matrix(name, "weight", "I8")
             self.part(name, "SCB", ["F32"], [shape[0]])
             if "weight_format" in parts:
                 self.part(name, "weight_format", ["U8"], [])
@@ -436,14 +448,14 @@ class BitsAndBytes(PackedDirectory):
             absmax = self.read(name, "weight.nested_quant_map")[codes] * scales[np.arange(len(codes)) // nested] + np.float32(offset)
         return SimpleNamespace(absmax=finite(parts["weight.absmax"], absmax), block=block)
 
-    def neighbours(self, name):
+    def run(self, name):
         """How many inputs from the first on, from the next on and so forth share a scale in every row. Blocks of NF4 go on from one row
         to the next: they begin at multiples of their size in the flattened matrix, rows at multiples of theirs."""
         cols = self.tensors[name][1][1]
         return cols if "SCB" in self.packed[name] else math.gcd(cols, self.states[name][0])
 
     def group_index(self, name):
-        return np.arange(self.tensors[name][1][1]) // self.neighbours(name)
+        return neighbours(self.tensors[name][1][1], self.run(name))
 
     def bits(self, name):
         return "q8" if "SCB" in self.packed[name] else "nf4"
@@ -453,10 +465,9 @@ class BitsAndBytes(PackedDirectory):
         by 2^-11 of itself too, and one whose scale is so small that FP16 has fewer bits for it by 2^-8 of the row's largest weight at
         most, which is what the code book's rounding to 8 bits does to any block."""
         int8, large = "SCB" in self.packed[name], False
-        for piece in pieces_of(self, name):
+        for piece in spans(*self.tensors[name][1]):
             scales = self.scales(name, *piece)
-            with np.errstate(over="ignore"):
-                off = np.abs(scales - scales.astype(np.float16).astype(np.float32))
+            off = np.abs(scales - half(scales))
             large |= (off > np.abs(scales).max(1, keepdims=True) * (2**-10.99 if int8 else 2**-8)).any()
         if large:
             return "scales out of FP16's range"
@@ -471,7 +482,7 @@ class BitsAndBytes(PackedDirectory):
         m, cols = self.load(name), self.tensors[name][1][1]
         if "SCB" in self.packed[name]:
             return m.scales[start:stop, None]
-        return (m.absmax[np.arange(start * cols, stop * cols, self.neighbours(name)) // m.block] / np.float32(127)).reshape(stop - start, -1)
+        return (m.absmax[np.arange(start * cols, stop * cols, self.run(name)) // m.block] / np.float32(127)).reshape(stop - start, -1)
 
     def codes(self, name, start, stop):
         """As Packed.codes(); those of NF4 are places in the code book, a weight is about scale * (NF4_CODES[code] - zero)."""
@@ -692,13 +703,10 @@ class GGUF(Packed):
     def doubts(self, name):
         """Q4_1 and Q5_1 have a smallest weight where we have a zero, -smallest / scale. It is rounded to FP16: by 2^-8 of a step where
         it is below 16, which is less than what rounding the weights to FP16 would do."""
-        rows, _ = self.tensors[name][1]
         if self.entries[name][0].endswith("_1"):
-            for start in range(0, rows, 1024):
-                _, _, zeros = self.codes(name, start, min(start + 1024, rows))
-                with np.errstate(over="ignore"):
-                    off = np.abs(zeros.astype(np.float16).astype(np.float32) - zeros).max()
-                if not off <= 2**-7:
+            for piece in spans(*self.tensors[name][1]):
+                _, _, zeros = self.codes(name, *piece)
+                if not np.abs(half(zeros) - zeros).max() <= 2**-7:
                     return "zeros too large for FP16"
             if not self.notes:
                 self.notes.append("smallest weights became zeros of FP16 (by 1/128 of a step at most; --dtype f32 keeps them)")
@@ -902,22 +910,6 @@ class Checkpoint(Packed):
 # ---------------------------------------------------------------------------- the way out
 
 
-def pieces_of(weights, name, step=2**20):
-    """The rows of a tensor in pieces of about a million numbers: [(start, stop)]."""
-    rows, cols = (weights.tensors[name][1] + [1])[:2]
-    step = max(1, step // (32 * cols)) * 32  # whole panels
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def whole_zeros(weights, name, low, high):
-    """Whether all zeros of a packed tensor are whole numbers from low to high."""
-    for piece in pieces_of(weights, name):
-        zeros = weights.codes(name, *piece)[2]
-        if not ((zeros == np.round(zeros)) & (zeros >= low) & (zeros <= high)).all():
-            return False
-    return True
-
-
 def chat_jinja(chat):
     """Mistral's chat template v1 or v3 (1 or 2), as chat mode of run has it, in Jinja; "" for 0."""
     question = ("", "'[INST] ' + system + message['content'] + ' [/INST]'", "'[INST]' + system + message['content'] + '[/INST]'")[chat]
@@ -939,8 +931,9 @@ def gguf_type(weights, name, dtype):
         kind = (dtype or ("f16" if group else own)).upper()
         return kind, not group and kind in ("F32", own.upper())
     if own == "q4":
-        return ("Q4_0", True) if whole_zeros(weights, name, 8, 8) else ("Q4_1", False)
-    for piece in pieces_of(weights, name):
+        middle = all((weights.codes(name, *piece)[2] == 8).all() for piece in spans(rows, cols))
+        return ("Q4_0", True) if middle else ("Q4_1", False)
+    for piece in spans(rows, cols):
         codes, _, zeros = weights.stored(name, *piece)
         levels = codes - zeros.repeat(group, 1)[:, :cols]
         if not ((levels == np.round(levels)) & (levels >= -128) & (levels <= 127)).all():
@@ -1049,7 +1042,7 @@ def write_gguf(m, file, dtype=None):
                 data = np.frombuffer(gguf_rows(m, name, kind, exact, start, stop), np.uint8).reshape(stop - start, -1)
                 file.write(data[rope_order((stop - start) // c["head_dim"], c["head_dim"])].tobytes())
         else:
-            for piece in pieces_of(m, name):
+            for piece in spans(*m.tensors[name][1]):
                 file.write(gguf_rows(m, name, kind, exact, *piece))
         file.write(bytes(-size % 32))
         done += size + -size % 32
@@ -1061,9 +1054,6 @@ def write_gguf(m, file, dtype=None):
 
 
 # A Hugging Face directory.
-
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces
 
 
 def named_pieces(t):
@@ -1134,7 +1124,7 @@ def gptq_settings(m):
             return None, f"the shape [{rows}, {cols}] does not fit GPTQ's packing"
     low, high, symmetric = 2**32, -1, True
     for name in names:
-        for piece in pieces_of(m, name):
+        for piece in spans(*m.tensors[name][1]):
             zeros = m.codes(name, *piece)[2]
             if not (zeros == np.round(zeros)).all():
                 return None, "zeros between whole numbers"
@@ -1152,7 +1142,7 @@ def gptq_module(m, name, settings):
     bits, (rows, cols), group = settings["bits"], m.tensors[name][1], settings["group_size"]
     words = np.empty((cols * bits // 32, rows), np.int32)
     scales, zeros = np.empty((2, cols // group, rows), np.float32)
-    for start, stop in pieces_of(m, name):
+    for start, stop in spans(*m.tensors[name][1]):
         codes, scale, zero = m.codes(name, start, stop)
         words[:, start:stop] = join_words(codes.reshape(stop - start, -1, 32 // bits), bits).T
         scales[:, start:stop], zeros[:, start:stop] = scale.T, zero.T
@@ -1187,6 +1177,8 @@ def write_hf(m, out, dtype=None):
         config["quantization_config"] = settings
         lines.append(f"GPTQ, {settings['bits']} bits in groups of {settings['group_size']}, {settings['checkpoint_format']}; "
                      "the rest f16")
+        if not settings["sym"]:
+            lines.append("asymmetric: vLLM from 0.26 on has no GPTQ of that kind (--dtype f16 is for all)")
     elif m.packed:
         lines.append(f"dequantized to {number}" + (f" for {reason}" if reason else ""))
     text = {id: m.t.pieces[id][0] for id in (m.t.bos, m.t.unk, *m.t.eos) if 0 <= id < len(m.t.pieces)}
@@ -1214,7 +1206,7 @@ def write_hf(m, out, dtype=None):
                         module = name, gptq_module(m, name, settings)
                     file.write(module[1][part].tobytes())
                 else:
-                    for piece in pieces_of(m, name):
+                    for piece in spans(*m.tensors[name][1]):
                         file.write(rounded(name, m.rows(name, *piece), kind).tobytes())
                 progress(started, file.tell() - 8 - len(header), end)
         save("tokenizer.model", sentencepiece_model(m.t))
