@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [ROOT, HERE]
-import formats  # noqa: E402
+import lora_merge  # noqa: E402
 from test_export import call, export_py, hf_directory, random_tensors, small_sentencepiece  # noqa: E402
 from test_golden import perplexity  # noqa: E402
 
@@ -153,6 +153,12 @@ def test_codes_kept(golden, name, kind):
     assert tensors["token_embedding"][0] == tensors["wcls"][0] == "f16"
 
 
+def nf4_state(**change):
+    """The tensor in which bitsandbytes keeps what is no tensor."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [64, 128], **change}
+    return np.frombuffer(json.dumps(state).encode(), np.uint8)
+
+
 def nf4_directory(path, config, tensors, block):
     """Write a directory as bitsandbytes does, the layers' matrices in blocks of `block` of the flattened matrix. Returns the values of
     all tensors, and of those matrices the codes and, for each weight, absmax / 127."""
@@ -165,9 +171,8 @@ def nf4_directory(path, config, tensors, block):
         blocks = np.pad(w.astype(np.float32).ravel(), (0, -w.size % block)).reshape(-1, block)
         absmax = np.abs(blocks).max(1)
         c = np.searchsorted((code_book[1:] + code_book[:-1]) / 2, blocks / absmax[:, None]).ravel()[:w.size].astype(np.uint8)
-        state = {"quant_type": "nf4", "blocksize": block, "dtype": "float16", "shape": list(w.shape)}
         out.update({name: (c[::2] << 4 | np.pad(c, (0, 1))[1::2])[:, None], name + ".absmax": absmax, name + ".quant_map": code_book,
-                    name + ".quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8)})
+                    name + ".quant_state.bitsandbytes__nf4": nf4_state(blocksize=block, shape=w.shape)})
         each = absmax.repeat(block)[:w.size]
         values[name], codes[name], scales[name] = (x.reshape(w.shape) for x in (code_book[c] * each, c, each / np.float32(127)))
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -450,6 +455,22 @@ def test_codes_of_the_demo_model(tmp_path, name):
     assert np.abs(logits(kept) - logits(reference)).max() < 1e-3
 
 
+def test_nf4_of_quantize(tmp_path):
+    """./quantize's nf4 is as good as bitsandbytes' own NF4 of the same matrices, the embedding and the classifier among them: KL at most
+    5% more. Seen: 0.0559 against 0.0563 here, 0.0609 against 0.0609 on treasure-eval.txt; of ours 0.0004 are activations in int8."""
+    tensors = {name: x.astype(np.float32) for name, x in load_file(os.path.join(TINY, "model.safetensors")).items()}
+    paths = {}
+    for name, change in ("f32", lambda x: x), ("bnb", lambda x: lora_merge.nf4(x) if x.ndim == 2 else x):
+        directory = hf_directory(tmp_path / name, json.load(open(os.path.join(TINY, "config.json"))),
+                                 {key: change(x) for key, x in tensors.items()}, tokenizer=os.path.join(TINY, "tokenizer.model"))
+        export(directory, "--dtype", "f32")
+        paths[name] = str(directory) + ".bin"
+    paths["nf4"] = str(tmp_path / "nf4.bin")
+    subprocess.run([os.path.join(ROOT, "quantize"), paths["f32"], paths["nf4"], "nf4", "-g", "64"], check=True, capture_output=True)
+    kl = {name: perplexity(paths[name], FAIRY, "--against", paths["f32"])["kl"] for name in ("nf4", "bnb")}
+    assert 0.03 < kl["nf4"] <= 1.05 * kl["bnb"] < 0.1
+
+
 # ---------------------------------------------------------------------------- what is refused
 
 
@@ -458,7 +479,8 @@ I32 = np.zeros((3, 5), np.int32)
 
 @pytest.mark.parametrize("name, settings, change, words", [
     ("gptq-sym", {"bits": 3}, {}, ["bits is 3"]), ("gptq-sym", {"bits": None}, {}, ["bits is null"]),
-    ("gptq-sym", {"bits": True}, {}, ["bits is true"]), ("gptq-sym", {"bits": 8}, {}, ["scales", "shape"]),
+    ("gptq-sym", {"bits": True}, {}, ["bits is true"]), ("gptq-sym", {"bits": 4.0}, {}, ["bits is 4.0"]),
+    ("gptq-sym", {"bits": 8}, {}, ["scales", "shape"]),
     ("gptq-sym", {"group_size": 64}, {}, ["scales", "shape"]), ("gptq-sym", {"group_size": 0}, {}, ["group_size is 0"]),
     ("gptq-sym", {"group_size": "128"}, {}, ["group_size"]), ("gptq-sym", {"checkpoint_format": "marlin"}, {}, ["checkpoint_format", "marlin"]),
     ("gptq-sym", {"is_marlin_format": True}, {}, ["is_marlin_format"]),
@@ -481,8 +503,10 @@ I32 = np.zeros((3, 5), np.int32)
     ("gptq-sym", {"quant_method": ["gptq"]}, {}, ["config.json"]),
     ("awq", {"version": "gemv"}, {}, ["version", "gemv"]), ("awq", {"bits": 8}, {}, ["bits", "8"]), ("awq", {"bits": None}, {}, ["bits"]),
     ("awq", {"group_size": 128}, {}, ["scales", "shape"]), ("awq", {}, {V + ".qzeros": None}, [V + ".qzeros", "missing"]),
-    ("awq", {}, {V + ".qweight": I32}, [V, "shape"]), ("awq", {}, {V + ".scales": np.full((2, 64), np.inf, np.float16)}, [V, "not finite"]),
+    ("awq", {}, {V + ".qweight": I32}, [V, "shape"]), ("awq", {}, {V + ".qzeros": I32}, [V + ".qzeros", "[3, 5]", "[2, 8]"]),
+    ("awq", {}, {V + ".scales": np.full((2, 64), np.inf, np.float16)}, [V, "not finite"]),
     ("int8", {}, {V + ".SCB": None}, [V + ".SCB", "missing"]), ("int8", {}, {V + ".SCB": np.ones(3, np.float32)}, [V + ".SCB", "[3]"]),
+    ("int8", {}, {V + ".SCB": np.full(64, np.nan, np.float32)}, [V + ".SCB", "not finite"]),
     ("int8", {}, {V + ".weight_format": np.array(1, np.uint8)}, [V + ".weight_format", "1"]),
     ("int8", {}, {V + ".weight": np.ones((64, 128), np.uint8)}, [V + ".weight", "U8"]),
     ("nf4", {}, {V + ".weight.absmax": None}, [V + ".weight.absmax", "missing"]),
@@ -490,12 +514,19 @@ I32 = np.zeros((3, 5), np.int32)
     ("nf4", {}, {V + ".weight.quant_map": np.linspace(-1, 1, 16, dtype=np.float32)}, [V + ".weight.quant_map", "values of NF4"]),
     ("nf4", {}, {V + ".weight.quant_map": np.full(16, np.nan, np.float32)}, [V + ".weight.quant_map", "values of NF4"]),
     ("nf4", {}, {V + ".weight": np.ones((4095, 1), np.uint8)}, [V + ".weight", "4095"]),
+    ("nf4", {}, {V + ".weight.absmax": np.ones(127, np.float32)}, [V + ".weight.absmax", "[127]", "[128]"]),
     ("nf4", {}, {V + ".weight.quant_state.bitsandbytes__nf4": np.frombuffer(b"{}", np.uint8)}, ["bitsandbytes__nf4"]),
+    ("nf4", {}, {V + ".weight.quant_state.bitsandbytes__nf4": nf4_state(quant_type="fp4")}, ["quant_type", "fp4"]),
+    ("nf4", {}, {V + ".weight.quant_state.bitsandbytes__nf4": nf4_state(blocksize=0)}, ["bitsandbytes__nf4", "blocksize 0"]),
+    ("nf4", {}, {V + ".weight.quant_state.bitsandbytes__nf4": nf4_state(blocksize=32)}, [V + ".weight.absmax", "[128]", "[256]"]),
+    ("nf4", {}, {V + ".weight.quant_state.bitsandbytes__nf4": nf4_state(shape=[128, 64])}, [V, "[128, 64]", "[64, 128]"]),
     ("nf4", {}, {V + ".weight.quant_state.bitsandbytes__nf4": np.frombuffer(b"[1", np.uint8)}, ["bitsandbytes__nf4"]),
     ("nf4", {}, {V + ".weight.quant_state.bitsandbytes__nf4": None, V + ".weight.quant_state.bitsandbytes__fp4": np.zeros(3, np.uint8)},
      [V + ".weight", "fp4"]),
     ("nf4", {}, {V + ".weight.absmax": np.full(128, np.nan, np.float32)}, ["absmax", "not finite"]),
     ("nf4-double", {}, {V + ".weight.nested_absmax": None}, [V, "U8"]),
+    ("nf4-double", {}, {V + ".weight.nested_absmax": np.ones(2, np.float32)}, [V + ".weight.nested_absmax", "[2]", "[1]"]),
+    ("nf4-double", {}, {V + ".weight.nested_quant_map": np.ones(16, np.float32)}, [V + ".weight.nested_quant_map", "[16]"]),
     ("nf4-double", {}, {V + ".weight.nested_quant_map": None}, [V + ".weight.nested_quant_map", "missing"])])
 def test_refused(golden, name, settings, change, words):
     refused(golden(name, settings, **change), *words)
@@ -687,6 +718,14 @@ def test_gguf_refused(tmp_path):
     refused(path, "blk.1.attn_v.weight", "number 99")
     write_gguf(path, SMALL, tensors, QTYPE.F16)
     data = path.read_bytes()
+    at = data.index(b"blk.1.attn_v.weight") + len("blk.1.attn_v.weight")  # number of dimensions, dimensions, type
+    for there, entry, words in (
+            (4, struct.pack("<I", 5), ["has 5 dimensions"]), (4, struct.pack("<I", 0), ["has 0 dimensions"]),
+            (12, struct.pack("<IQ", 2, 0), ["[64, 0]"]), (24, struct.pack("<IQQI", 2, 48, 64, 2), ["[64, 48]", "Q4_0"])):
+        path.write_bytes(data[:at] + entry + data[at + there:])
+        refused(path, "blk.1.attn_v.weight", *words)
+    path.write_bytes(data.replace(b"blk.1.attn_v.weight", b"blk.1.attn_k.weight"))
+    refused(path, "blk.1.attn_k.weight", "twice")
     path.write_bytes(data[:4] + struct.pack("<I", 1) + data[8:])
     refused(path, "version 1")
     path.write_bytes(b"GGML" + data[4:])
@@ -802,7 +841,7 @@ def test_hf_gptq(tmp_path, golden, name, bits, group, checkpoint_format):
     settings = json.load(open(out / "config.json"))["quantization_config"]
     assert (settings["bits"], settings["group_size"], settings["quant_method"]) == (bits, group, "gptq") and "GPTQ" in said
     assert checkpoint_format in (None, settings["checkpoint_format"])
-    assert settings["sym"] == (name in ("gptq-sym", "int8"))
+    assert settings["sym"] == (name in ("gptq-sym", "int8")) == ("asymmetric" not in said)
     tensors = load_file(out / "model.safetensors")
     if name.startswith("gptq"):
         theirs = load_file(os.path.join(GOLDEN, name, "model.safetensors"))
