@@ -166,6 +166,7 @@ class PackedDirectory(Packed):
         return shape
 
     def doubts(self, name):
+        """As Packed.doubts(), where whole numbers are stored as zeros."""
         scales = self.load(name).scales
         return None if (half(scales) == scales).all() else "scales that are no FP16 numbers"
 
@@ -1130,11 +1131,10 @@ def gptq_settings(m):
                 return None, "zeros between whole numbers"
             low, high = min(low, zeros.min()), max(high, zeros.max())
             symmetric = symmetric and (zeros == 2**(int(dtype[1]) - 1)).all()
-    version = 1 if low >= 1 and high <= 2**int(dtype[1]) else 2
-    if low < 0 or version == 2 and high >= 2**int(dtype[1]):
+    if low < 0 or high >= 2**int(dtype[1]):  # version 1 could store one more, but some readers carry it into the next
         return None, "zeros out of range"
     return {"quant_method": "gptq", "bits": int(dtype[1]), "group_size": group, "desc_act": False, "sym": bool(symmetric),
-            "lm_head": False, "checkpoint_format": ("gptq", "gptq_v2")[version - 1], "pack_dtype": "int32"}, None
+            "lm_head": False, "checkpoint_format": "gptq" if low >= 1 else "gptq_v2", "pack_dtype": "int32"}, None
 
 
 def gptq_module(m, name, settings):

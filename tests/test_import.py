@@ -502,7 +502,8 @@ I32 = np.zeros((3, 5), np.int32)
     ("gptq-sym", {}, {"model.layers.1.mlp.up_proj.qweight": I32}, ["model.layers.1.mlp.up_proj"]),
     ("gptq-sym", {"quant_method": ["gptq"]}, {}, ["config.json"]),
     ("awq", {"version": "gemv"}, {}, ["version", "gemv"]), ("awq", {"bits": 8}, {}, ["bits", "8"]), ("awq", {"bits": None}, {}, ["bits"]),
-    ("awq", {"group_size": 128}, {}, ["scales", "shape"]), ("awq", {}, {V + ".qzeros": None}, [V + ".qzeros", "missing"]),
+    ("awq", {"group_size": 128}, {}, ["scales", "shape"]), ("awq", {"group_size": 0}, {}, ["group_size is 0"]),
+    ("awq", {}, {V + ".qzeros": None}, [V + ".qzeros", "missing"]),
     ("awq", {}, {V + ".qweight": I32}, [V, "shape"]), ("awq", {}, {V + ".qzeros": I32}, [V + ".qzeros", "[3, 5]", "[2, 8]"]),
     ("awq", {}, {V + ".scales": np.full((2, 64), np.inf, np.float16)}, [V, "not finite"]),
     ("int8", {}, {V + ".SCB": None}, [V + ".SCB", "missing"]), ("int8", {}, {V + ".SCB": np.ones(3, np.float32)}, [V + ".SCB", "[3]"]),
@@ -879,6 +880,30 @@ def test_hf_values(tmp_path, golden, name):
     ours, got = read_checkpoint(source), read_checkpoint(back_again)
     for key in ours:
         assert (np.abs(ours[key][2] - got[key][2]) <= 2**-11 * np.abs(ours[key][2]) + 2**-25).all()
+
+
+@pytest.mark.parametrize("zero, reason", [(0, None), (15, None), (16, "zeros out of range"), (-1, "zeros out of range"), (7.5, "between whole")])
+def test_way_out_of_zeros(tmp_path, golden, zero, reason):
+    """One zero among many that are 8: GPTQ's format has 0 to 15, GGUF's Q4_0 has 8 alone."""
+    source = imported(tmp_path, "gptq-sym", golden)
+    data = bytearray(source.read_bytes())
+    at = next(struct.unpack_from("<Q", data, 256 + 96 * i + 72)[0] for i in range(9) if data[256 + 96 * i:].startswith(b"layers.0.w2\0"))
+    data[at + 64:at + 66] = np.float16(zero).tobytes()  # row 0, group 0
+    source.write_bytes(data)
+    out, said = way_out(source, "hf")
+    assert ("quantization_config" in json.load(open(out / "config.json"))) == (reason is None) and (reason or "GPTQ") in said
+    back_again = export(out)[0]["layers.0.w2"]
+    assert back_again[0] == ("f16" if reason else "q4") and np.allclose(back_again[2], read_checkpoint(source)["layers.0.w2"][2], rtol=2**-11)
+    assert "Q4_1" in way_out(source, "gguf")[1]
+
+
+def test_way_out_of_odd_shapes(tmp_path):
+    """Rows that are no whole groups: neither format has codes for them."""
+    config = {**SMALL, "hidden_size": 100}
+    export(hf_directory(tmp_path / "m", config, small_tensors(config)))
+    subprocess.run([os.path.join(ROOT, "quantize"), tmp_path / "m.bin", tmp_path / "q.bin", "q4", "-g", "32"], check=True, capture_output=True)
+    assert "100] does not fit GPTQ's packing" in way_out(tmp_path / "q.bin", "hf")[1]
+    assert "matrices: F16, rounded" in way_out(tmp_path / "q.bin", "gguf")[1]
 
 
 def test_hf_tokenizer_json(tmp_path):
