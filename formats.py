@@ -387,32 +387,62 @@ class AWQ(PackedDirectory):
 # ---------------------------------------------------------------------------- bitsandbytes
 
 
-class BitsAndBytes(PackedDirectory):
-    """What bitsandbytes saves. INT8 (LLM.int8): weight i8 [out, in], SCB f32 [out], the rows' largest absolute values; a
-    weight is SCB / 127 * code. NF4: weight u8 [out in / 2, 1], two codes a byte, the first in the high half; quant_map f32 [16],
-    their values; absmax, a scale for each block of 64 (or so) weights of the flattened matrix. With double quantization absmax
-    is u8, codes into nested_quant_map f32 [256], with scales nested_absmax for blocks of 256 and an offset."""
-    pattern = r"(.+)\.(weight|weight\..+|SCB|weight_format|bias)"
-    marks = {"SCB", "weight_format", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4",
-             "weight.quant_state.bitsandbytes__fp4"}
-    state = "weight.quant_state.bitsandbytes__nf4"
+class BnbInt8(PackedDirectory):
+    """LLM.int8: weight i8 [out, in], SCB f32 [out], the rows' largest absolute values; a weight is SCB / 127 * code."""
+    pattern = r"(.+)\.(weight|SCB|weight_format|bias)"
+    marks = {"SCB", "weight_format"}
+
+    def logical_shape(self, name):
+        shape = self.matrix(name, "weight", "I8")
+        self.part(name, "SCB", ["F32"], [shape[0]])
+        if "weight_format" in self.packed[name]:
+            self.part(name, "weight_format", ["U8"], [])
+            if self.read(name, "weight_format") != 0:
+                raise Bad(f"{name}_format: is {self.read(name, 'weight_format')} (only 0, row by row, is supported)")
+        self.no_bias(name)
+        return shape
+
+    def group_index(self, name):
+        return neighbours(self.tensors[name][1][1], -1)
+
+    def bits(self, name):
+        return "q8"
+
+    def unpack(self, name):
+        """A module's part: scales f32 [out]."""
+        return SimpleNamespace(scales=finite(self.packed[name]["SCB"], self.read(name, "SCB")) / np.float32(127))
+
+    def doubts(self, name):
+        """The f32 scale of a row is rounded to FP16: a row moves by 2^-11 of itself at most, as little as the numbers of FP16."""
+        scales = self.load(name).scales
+        if (np.abs(scales - half(scales)) > np.abs(scales) * 2**-10.99).any():
+            return "scales out of FP16's range"
+        if not self.notes:
+            self.notes.append("scales of INT8 rows rounded to FP16 (by 0.05% at most; --dtype f32 keeps them)")
+        return None
+
+    def codes(self, name, start, stop):
+        with self.open(self.raw[self.packed[name]["weight"]][0]) as file:
+            codes = file.get_slice(self.packed[name]["weight"])[start:stop]
+        scales = self.load(name).scales[start:stop, None]
+        return codes.view(np.uint8) ^ np.uint8(128), scales, np.full_like(scales, 128)
+
+
+class BnbNF4(PackedDirectory):
+    """NF4: weight u8 [out in / 2, 1], two codes a byte, the first in the high half: places in quant_map f32 [16], the code book;
+    absmax, a scale for each block of 64 (or so) weights of the flattened matrix. With double quantization absmax is u8, codes into
+    nested_quant_map f32 [256], with scales nested_absmax for blocks of 256 and an offset."""
+    pattern = r"(.+)\.(weight|weight\..+|bias)"
+    state, fp4 = "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4"
+    marks = {"weight.absmax", "weight.quant_map", state, fp4}
 
     def __init__(self, directory, config, settings):
-        self.states = {}  # of NF4 tensors: (blocksize, nested_blocksize, nested_offset)
+        self.states = {}  # tensor -> (blocksize, nested_blocksize, nested_offset)
         super().__init__(directory, config, settings)
 
     def logical_shape(self, name):
         parts = self.packed[name]
-        self.no_bias(name)
-        if parts.keys() & {"SCB", "weight_format"}:
-            shape = self.matrix(name, "weight", "I8")
-            self.part(name, "SCB", ["F32"], [shape[0]])
-            if "weight_format" in parts:
-                self.part(name, "weight_format", ["U8"], [])
-                if self.read(name, "weight_format") != 0:
-                    raise Bad(f"{parts['weight_format']}: is {self.read(name, 'weight_format')} (only 0, row by row, is supported)")
-            return shape
-        if "weight.quant_state.bitsandbytes__fp4" in parts:
+        if self.fp4 in parts:
             raise Bad(f"{name}: the type is fp4 (of bitsandbytes' 4-bit types nf4 is supported)")
         self.part(name, self.state, ["U8"])
         where = parts[self.state]
@@ -422,7 +452,7 @@ class BitsAndBytes(PackedDirectory):
             demand(where, "quant_type", s["quant_type"], "nf4")
             if not (len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in (*shape, block, nested))):
                 raise ValueError(f"shape {show(shape)}, blocksize {show(block)}, nested_blocksize {show(nested)}")
-            offset = float(s.get("nested_offset", 0))
+            self.states[name] = block, nested, float(s.get("nested_offset", 0))
         n = math.prod(shape)
         blocks = -(-n // block)
         self.part(name, "weight", ["U8"], [-(-n // 2), 1])
@@ -431,18 +461,15 @@ class BitsAndBytes(PackedDirectory):
         if "weight.nested_absmax" in parts:
             self.part(name, "weight.nested_absmax", ["F32"], [-(-blocks // nested)])
             self.part(name, "weight.nested_quant_map", ["F32"], [256])
-        self.states[name] = block, nested, offset
+        self.no_bias(name)
         return shape
 
     def unpack(self, name):
-        """A module's parts. INT8: scales f32 [out]. NF4: absmax f32 [blocks], block, their size."""
-        parts = self.packed[name]
-        if "SCB" in parts:
-            return SimpleNamespace(scales=finite(parts["SCB"], self.read(name, "SCB")) / np.float32(127))
-        # a code of our file is a place in this table, and so it is in bitsandbytes' kernels
+        """A module's parts: absmax f32 [blocks], block, their size."""
+        parts, (block, nested, offset) = self.packed[name], self.states[name]
+        # a code of our file is a place in the one code book, and so it is in bitsandbytes' kernels
         if not np.abs(self.read(name, "weight.quant_map") - NF4).max() <= 1e-6:
             raise Bad(f"{parts['weight.quant_map']}: not the 16 values of NF4 (no other code book is supported)")
-        block, nested, offset = self.states[name]
         absmax = self.read(name, "weight.absmax")
         if "weight.nested_absmax" in parts:
             codes, scales = absmax, self.read(name, "weight.nested_absmax")
@@ -450,62 +477,58 @@ class BitsAndBytes(PackedDirectory):
         return SimpleNamespace(absmax=finite(parts["weight.absmax"], absmax), block=block)
 
     def run(self, name):
-        """How many inputs from the first on, from the next on and so forth share a scale in every row. Blocks of NF4 go on from one row
-        to the next: they begin at multiples of their size in the flattened matrix, rows at multiples of theirs."""
-        cols = self.tensors[name][1][1]
-        return cols if "SCB" in self.packed[name] else math.gcd(cols, self.states[name][0])
+        """How many inputs from the first on, from the next on and so forth share a scale in every row. Blocks go on from one row to the
+        next: they begin at multiples of their size in the flattened matrix, rows at multiples of theirs."""
+        return math.gcd(self.tensors[name][1][1], self.states[name][0])
 
     def group_index(self, name):
         return neighbours(self.tensors[name][1][1], self.run(name))
 
     def bits(self, name):
-        return "q8" if "SCB" in self.packed[name] else "nf4"
+        return "nf4"
 
     def doubts(self, name):
-        """Scales in f32 are rounded to FP16. INT8: a row moves by 2^-11 of itself at most, as little as the numbers of FP16. NF4: a block
-        by 2^-11 of itself too, and one whose scale is so small that FP16 has fewer bits for it by 2^-8 of the row's largest weight at
-        most, which is what the code book's rounding to 8 bits does to any block."""
-        int8, large = "SCB" in self.packed[name], False
+        """The f32 scale of a block is rounded to FP16. It moves by 2^-11 of itself, or, where it is so small that FP16 has fewer bits for
+        it, by 2^-8 of the row's largest at most, which is what the code book's rounding to 8 bits does to any block."""
         for piece in spans(*self.tensors[name][1]):
-            scales = self.scales(name, *piece)
-            off = np.abs(scales - half(scales))
-            large |= (off > np.abs(scales).max(1, keepdims=True) * (2**-10.99 if int8 else 2**-8)).any()
-        if large:
-            return "scales out of FP16's range"
-        note = ("scales of INT8 rows rounded to FP16 (by 0.05% at most; --dtype f32 keeps them)" if int8 else
-                "values of NF4 rounded to 8 bits (by 0.4% of a block's largest at most; --dtype f32 keeps them)")
-        if note not in self.notes:
-            self.notes.append(note)
+            scales = np.abs(self.absmax(name, *piece)) / np.float32(127)
+            if (np.abs(scales - half(scales)) > scales.max(1, keepdims=True) * 2**-8).any():
+                return "scales out of FP16's range"
+        if not self.notes:
+            self.notes.append("values of NF4 rounded to 8 bits (by 0.4% of a block's largest at most; --dtype f32 keeps them)")
         return None
 
-    def scales(self, name, start, stop):
-        """Scales of rows as our file has them, for 127: f32 [n, groups]."""
+    def absmax(self, name, start, stop):
+        """Those of the blocks that rows lie in, one for each run of inputs: f32 [n, runs]."""
         m, cols = self.load(name), self.tensors[name][1][1]
-        if "SCB" in self.packed[name]:
-            return m.scales[start:stop, None]
-        return (m.absmax[np.arange(start * cols, stop * cols, self.run(name)) // m.block] / np.float32(127)).reshape(stop - start, -1)
+        return m.absmax[np.arange(start * cols, stop * cols, self.run(name)) // m.block].reshape(stop - start, -1)
 
-    def codes(self, name, start, stop):
-        """As Packed.codes(); those of NF4 are places in the code book, a weight is about scale * (NF4_CODES[code] - zero)."""
-        int8, cols = "SCB" in self.packed[name], self.tensors[name][1][1]
+    def places(self, name, start, stop):
+        """The codes of rows, places in the code book: u8 [n, in]."""
+        cols = self.tensors[name][1][1]
         first, last = start * cols, stop * cols  # among the flattened weights
         with self.open(self.raw[self.packed[name]["weight"]][0]) as file:
-            stored = file.get_slice(self.packed[name]["weight"])
-            data = stored[start:stop] if int8 else stored[first // 2:-(-last // 2)]
-        scales = self.scales(name, start, stop)
-        codes = data.view(np.uint8) ^ np.uint8(128) if int8 else (
-            np.concatenate([data >> 4, data & 15], 1).ravel()[first % 2:][:last - first].reshape(-1, cols))
-        return codes, scales, np.full_like(scales, 128)
+            data = file.get_slice(self.packed[name]["weight"])[first // 2:-(-last // 2)]
+        return np.concatenate([data >> 4, data & 15], 1).ravel()[first % 2:][:last - first].reshape(-1, cols)
+
+    def codes(self, name, start, stop):
+        """As Packed.codes(), but a weight is about scale * (NF4_CODES[code] - zero)."""
+        scales = self.absmax(name, start, stop) / np.float32(127)
+        return self.places(name, start, stop), scales, np.full_like(scales, 128)
 
     def rows(self, name, start, stop):
-        """As Packed.rows(); NF4 as bitsandbytes dequantizes it, with a code book and scales of f32."""
-        if name not in self.packed or "SCB" in self.packed[name]:
+        """As Packed.rows(): what bitsandbytes dequantizes, with a code book and scales of f32."""
+        if name not in self.packed:
             return super().rows(name, start, stop)
-        m, (codes, _, _) = self.load(name), self.codes(name, start, stop)
-        return NF4[codes] * m.absmax[np.arange(start * codes.shape[1], stop * codes.shape[1]).reshape(codes.shape) // m.block]
+        return NF4[self.places(name, start, stop)] * self.absmax(name, start, stop)[:, self.group_index(name)]
 
 
-DIRECTORIES = {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": BitsAndBytes}  # by quantization_config.quant_method
+def bitsandbytes(directory, config, settings):
+    """The reader of what bitsandbytes saves: INT8 or NF4."""
+    return (BnbInt8 if settings.get("load_in_8bit") else BnbNF4)(directory, config, settings)
+
+
+DIRECTORIES = {"gptq": GPTQ, "awq": AWQ, "bitsandbytes": bitsandbytes}  # by quantization_config.quant_method
 
 # ---------------------------------------------------------------------------- GGUF
 

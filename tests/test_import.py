@@ -418,6 +418,15 @@ def test_scales_that_are_no_halves(tmp_path):
         assert got["layers.0.w2"][0] == expected and ("scales that are no FP16 numbers" in said) == (expected == "f16")
 
 
+def test_int8_scales(golden):
+    """A row whose scale FP16 holds with fewer bits than others."""
+    scb = load_file(os.path.join(GOLDEN, "int8", "model.safetensors"))[V + ".SCB"]
+    for value, kind in (0, "q8"), (300.4 * 127 * 2**-24, "f16"):
+        tensors, said = export(golden("int8", **{V + ".SCB": np.where(np.arange(64) == 5, np.float32(value), scb)}))
+        assert tensors["layers.0.wqkv"][0] == kind and ("scales out of FP16's range" in said) == (kind == "f16")
+        assert tensors["layers.0.wo"][0] == "q8"
+
+
 def test_doubtful_zeros(tmp_path):
     """Codes whose mean lies between the two readings: checkpoint_format is believed."""
     gptq_directory(tmp_path / "m", SMALL, random_tensors(SMALL), 32, sym=True)
