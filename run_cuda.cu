@@ -1,6 +1,6 @@
 /* run_cuda.cu - the engine of run.c on a GPU.
  *
- *   nvcc -O3 -arch=native run_cuda.cu -o run_cuda && ./run_cuda demo/tiny-mistral-q8.bin -b 32 -n 200
+ *   nvcc -O3 -arch=native run_cuda.cu -o run_cuda && ./run_cuda demo/tiny-mistral-q8.bin -b 32 -n 200      (a Hopper: -arch=sm_90a)
  *
  * Includes run.c for all that is not GPU, and gives the same command line. From top to bottom:
  *   1. Weights        uploaded once, laid out as the tensor cores read them
