@@ -30,6 +30,12 @@ static void cuda_check(cudaError_t error, const char *call) {
     if (error != cudaSuccess) die("CUDA: %s (%.40s)", cudaGetErrorString(error), call);
 }
 
+#if __CUDA_ARCH__ >= 800
+#define BLOCKS_OF(n) n                  /* of a kernel, that a multiprocessor shall hold at once */
+#else
+#define BLOCKS_OF(n) 1                  /* a T4's shared memory often holds one, which may then have twice the registers */
+#endif
+
 enum { COLUMNS = 128 };                 /* of a tile of weights; activations are padded to a multiple */
 
 /* Programmatic dependent launch: lets the next kernel begin, and waits until the one before has ended and its results can be read
@@ -569,11 +575,6 @@ template <int LATEST> __device__ inline void wait_for_copies() {        /* for a
  * ahead; weights through registers, a step ahead. A token's 128 bytes have pieces of 16 exchanged where the token is odd, so
  * that the threads of a quarter warp meet eight different banks. ABREAST: how many token tiles a warp computes side by side.
  * gridDim.x: blocks of tokens; y: of 128 rows; z: parts of the columns, as above. */
-#if __CUDA_ARCH__ >= 800
-#define BLOCKS_OF(n) n
-#else
-#define BLOCKS_OF(n) 1                  /* a T4's shared memory holds one, which may then have twice the registers */
-#endif
 template <int TYPE, int GROUPS, int TOKEN_WARPS, int TOKEN_TILES, int COLUMN_WARPS, int BLOCKS, int ABREAST>
 __global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, BLOCKS_OF(BLOCKS)) product_many(float *out, Weights w, Inputs in, int n, int units) {
     const int TOKENS = 8 * TOKEN_TILES * TOKEN_WARPS, THREADS = 128 * TOKEN_WARPS * COLUMN_WARPS, DEPTH = COLUMN_WARPS * TOKENS > 64 ? 1 : 3;
@@ -874,7 +875,7 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
  * wanted one, 16 warps that take every 16th tile of columns each. x: [n][128 * column tiles]; parts: [n_parts][n][part_width]. */
 enum { MAX_PARTS = 8, MAX_TILES = 8, NORM_WARPS = 16 };  /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
-__global__ void __launch_bounds__(32 * NORM_WARPS, 2) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
+__global__ void __launch_bounds__(32 * NORM_WARPS, BLOCKS_OF(2)) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
                                                   float eps, Inputs in, Weights w, const Row *rows, bool wanted) {
     wait_for_inputs();
     int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, tile = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -1184,7 +1185,7 @@ template <int WIDTH, class E> struct Attention {
 /* Prefill: each warp of a block has queries of its own and all their keys. Tile i is rows[i / parts].query_tile with the heads of part
  * i % parts, 16 at most. out: [n][n_heads][WIDTH]; softmax: [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
 template <int WIDTH, class E>
-__global__ void __launch_bounds__(128) attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
+__global__ void __launch_bounds__(128, 1) attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
                                                          const Row *rows, int n_tiles, int parts, Heads c) {
     wait_for_inputs();
     int lane = threadIdx.x % 32, index = blockIdx.x * 4 + threadIdx.x / 32, group = c.n_heads / c.n_kv_heads, heads = min(group, 16), kv_head = blockIdx.y;

@@ -194,19 +194,17 @@ def test_numbers_out_of_range(flag):
 def test_score(tmp):
     """Of 100 items transformers in FP32 answers 50 rightly, 53 by byte; the 8-bit model may differ in a few near ties."""
     items = os.path.join(ROOT, "bench", "items.tsv")
-    status, out, err = run(DEMO, "-m", "score", "-f", items, "-q", "-o", "s.json")
+    status, out, err = run(DEMO, "-m", "score", "-f", items, "-q", "-o", tmp / "s.json")
     match = re.fullmatch(rb"accuracy (\S+)% \+- (\S+)%  normalised (\S+)% \+- (\S+)%  items 100\n", out)
     assert status == 0 and match and abs(float(match[1]) - 50) <= 3 and abs(float(match[3]) - 53) <= 3
-    d = strict_json(open("s.json", "rb").read())
+    d = strict_json((tmp / "s.json").read_bytes())
     assert d["items"] == 100 and d["accuracy"] == float(match[1]) / 100 and d["accuracy_norm_error"] == pytest.approx(float(match[4]) / 100, abs=1e-3)
     for text, words in ((b"", ["no items"]), (b"a\tb\n", ["line 1"]), (b"x\ta\tb\t0\n\nx\ta\tb\t2\n", ["line 3", "'2'"]), (b"x\ta\tb\tone\n", ["'one'"]),
                         (b"x" + b"\ta" * 40 + b"\t0\n", ["line 1"]), (b"x\t" + b"word " * 9000 + b"\tb\t0\n", ["line 1", "-c"])):
-        with open("bad.tsv", "wb") as f:
-            f.write(text)
-        one_line(run(DEMO, "-m", "score", "-f", "bad.tsv"), 1, "bad.tsv: ", *words)
-    with open("empty.tsv", "wb") as f:
-        f.write(b"\t\tb\t0\r\n")                        # an empty context, an empty choice
-    assert run(DEMO, "-m", "score", "-f", "empty.tsv", "-q")[0] == 0
+        (tmp / "bad.tsv").write_bytes(text)
+        one_line(run(DEMO, "-m", "score", "-f", tmp / "bad.tsv"), 1, "%s: " % (tmp / "bad.tsv"), *words)
+    (tmp / "empty.tsv").write_bytes(b"\t\tb\t0\r\n")    # an empty context, an empty choice
+    assert run(DEMO, "-m", "score", "-f", tmp / "empty.tsv", "-q")[0] == 0
 
 
 def test_lookup_is_the_same(tmp):
