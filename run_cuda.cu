@@ -162,7 +162,7 @@ __device__ inline float weight_at(const Weights &w, int row, int col) {
 typedef struct {
     Weights embedding, wcls, *wqkv, *wo, *w13, *w2;             /* [n_layers] each */
     float  *rms_final, **rms_att, **rms_ffn;                    /* [dim] each */
-    size_t  bytes;                                              /* of device memory */
+    size_t  bytes, peak;                                        /* of device memory, now and while they were uploaded */
 } DeviceModel;
 
 static size_t blocks_of(size_t n, size_t per_block) { return (n + per_block - 1) / per_block; }
@@ -249,6 +249,7 @@ static void cuda_load(Model *m) {
     d->rms_final = upload_norm(&m->rms_final_weight, &d->bytes, m->path);
     CUDA(cudaDeviceSynchronize());
     cudaFree(staging);
+    d->peak = d->bytes + not_counted;
     m->device = d;
 }
 
@@ -1405,7 +1406,7 @@ typedef struct {
     int     *ids, *ids_host;
     size_t   logits_room;               /* tokens */
     int      span, max_spans;           /* positions that a block of decoding attention takes; most of them in a ring */
-    struct { cudaGraphExec_t exec; int n_spans; } *graphs;     /* [n_slots + 1]: decoding steps of so many tokens */
+    struct { cudaGraphExec_t exec; int n_spans; float temperature, top_p; } *graphs;    /* [n_slots + 1]: decoding steps of so many tokens */
     cudaEvent_t *events;                /* of -P: after each launch */
     int     *event_operation;
     size_t   n_events, events_room;
@@ -1488,8 +1489,12 @@ static int product_parts(const State *s, const Weights &w) {
     return tiles == 16 || parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : parts;
 }
 
-/* out: [parts][n][w.rows], or with `units` SwiGLU's [n][units]; returns the number of parts, or 0 if cuBLAS made it:
- * one part, and without SwiGLU. */
+/* Whether a product is given to cuBLAS, which knows no SwiGLU: w13's comes out as it is, in d->parts. */
+static bool uses_cublas(const State *s, const Weights &w) {
+    return w.type == F16 && token_tiles(s) == 16 && open_cublas(((const Device *)s->device)->stream);
+}
+
+/* out: [parts][n][w.rows], or with `units` SwiGLU's [n][units]; returns the number of parts. */
 static int device_product(State *s, int operation, float *out, const Weights &w, int n, int units, bool one_part) {
     Device *d = (Device *)s->device;
     int tiles = token_tiles(s), parts = units || one_part ? 1 : product_parts(s, w);
@@ -1499,7 +1504,7 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
     s->bytes += w.bytes;
     if (!n) return parts;
     if (w.type == F16) {
-        if (tiles == 16 && open_cublas(d->stream)) {
+        if (uses_cublas(s, w)) {
             float one = 1, none = 0;
             float *to = units ? d->parts : out;
             int width = w.column_tiles * COLUMNS;
@@ -1507,7 +1512,7 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
                             CUDA_R_16F, width, &none, to, CUDA_R_32F, w.row_tiles * 16, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
                 die("cuBLAS: a product of [%d, %d] with %d tokens failed", w.rows, w.cols, n);
             mark(d, operation);
-            return 0;                   /* which tells w13's caller that SwiGLU is still to be done */
+            return 1;
         }
         launch_type<F16, 1>(d, operation, out, w, tiles, parts, n, units);
     } else if (w.type == Q8) launch_product<Q8>(d, operation, out, w, tiles, parts, n, units);
@@ -1558,16 +1563,15 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
         unsigned char *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
         launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, part_width, n, m->rms_att[l], (int)c->dim, c->norm_eps, d->in, m->wqkv[l], d->rows, false);
         n_parts = device_product(s, WQKV, d->parts, m->wqkv[l], n, 0, false);
-        Product qkv = {d->parts, n_parts ? n_parts : 1, m->wqkv[l].row_tiles * 16};
+        Product qkv = {d->parts, n_parts, m->wqkv[l].row_tiles * 16};
         if (s->model->kv_type == Q8) launch_attention<uint8_t>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
         else launch_attention<__half>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
         n_parts = device_product(s, WO, d->parts, m->wo[l], n, 0, false);
-        launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts ? n_parts : 1, m->wo[l].row_tiles * 16, n, m->rms_ffn[l], (int)c->dim, c->norm_eps, d->in, m->w13[l], d->rows, false);
-        if (device_product(s, W13, d->h, m->w13[l], n, m->w2[l].column_tiles * COLUMNS, false))
-            launch(d, SWIGLU, quantize_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->h, d->in, m->w2[l]);
+        launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, m->wo[l].row_tiles * 16, n, m->rms_ffn[l], (int)c->dim, c->norm_eps, d->in, m->w13[l], d->rows, false);
+        device_product(s, W13, d->h, m->w13[l], n, m->w2[l].column_tiles * COLUMNS, false);
+        if (!uses_cublas(s, m->w13[l])) launch(d, SWIGLU, quantize_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->h, d->in, m->w2[l]);
         else launch(d, SWIGLU, swiglu_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->parts, m->w13[l].row_tiles * 16, d->in, m->w2[l]);
         n_parts = device_product(s, W2, d->parts, m->w2[l], n, 0, false);
-        n_parts = n_parts ? n_parts : 1;
         part_width = m->w2[l].row_tiles * 16;
     }
     if (!n_want) return;
@@ -1656,39 +1660,45 @@ static void launch_step(State *s, int n, int n_want, int n_tiles, int n_spans, f
 }
 
 /* A decoding step's some 300 launches take the CPU longer than the GPU: they are recorded once, as a graph, for each number of
- * tokens, and again whenever the number of spans has changed. */
+ * tokens, and again whenever what they were recorded with has changed. */
 static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p) {
     Device *d = (Device *)s->device;
     int n_want, n_tiles, n_spans;
     d->profiled = s->profiled;
     prepare(s, tokens, n, draws, &n_want, &n_tiles, &n_spans);
     if (s->decoding && n <= s->n_slots && (size_t)n_want == n && !s->profiled) {
-        if (!d->graphs[n].exec || d->graphs[n].n_spans != n_spans) {
+        auto *g = &d->graphs[n];
+        if (!g->exec || g->n_spans != n_spans || g->temperature != temperature || g->top_p != top_p) {
             cudaGraph_t graph;
             double bytes = s->bytes;
             Profile profile[N_OPERATIONS];
             memcpy(profile, s->profile, sizeof profile);
-            if (d->graphs[n].exec) CUDA(cudaGraphExecDestroy(d->graphs[n].exec));
+            if (g->exec) CUDA(cudaGraphExecDestroy(g->exec));
             CUDA(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal));
             launch_step(s, (int)n, n_want, n_tiles, n_spans, temperature, top_p);
             CUDA(cudaStreamEndCapture(d->stream, &graph));
-            CUDA(cudaGraphInstantiate(&d->graphs[n].exec, graph, 0));
+            CUDA(cudaGraphInstantiate(&g->exec, graph, 0));
             CUDA(cudaGraphDestroy(graph));
-            d->graphs[n].n_spans = n_spans;
+            g->n_spans = n_spans;
+            g->temperature = temperature;
+            g->top_p = top_p;
             s->bytes = bytes;
             memcpy(s->profile, profile, sizeof profile);
         }
         const DeviceModel *m = (const DeviceModel *)s->model->device;
         s->bytes += m->wcls.bytes;
         for (size_t i = 0; i < 4 * s->model->c.n_layers; i++) s->bytes += m->wqkv[i].bytes;     /* wqkv, wo, w13, w2: one array */
-        CUDA(cudaGraphLaunch(d->graphs[n].exec, d->stream));
+        CUDA(cudaGraphLaunch(g->exec, d->stream));
     } else launch_step(s, (int)n, n_want, n_tiles, n_spans, temperature, top_p);
     CUDA(cudaStreamSynchronize(d->stream));
     read_events(s);
     for (int i = 0; i < n_want; i++) draws[i].id = d->ids_host[i];
 }
 
-static double cuda_peak(const State *s) { return (double)((const Device *)s->device)->bytes; }
+static double cuda_peak(const State *s) {
+    size_t now = ((const Device *)s->device)->bytes, before = ((const DeviceModel *)s->model->device)->peak;
+    return (double)(now > before ? now : before);
+}
 
 static void cuda_open(State *s) {
     const Model *m = s->model;
