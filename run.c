@@ -557,6 +557,30 @@ static float exponentials(float *s, float *lanes, float *max, size_t j0, size_t 
     return shrink;
 }
 
+/* Row r of T as int8, for cache_product(). x: [n]. a->q: [n / 128][T][up to 128, a multiple of 32]; a->scale, a->sum: [n / 128][T]. */
+static void round_row(const Activations *a, size_t r, size_t T, const float *x, size_t n) {
+    for (size_t k = 0; k < n; k += MAX_GROUP) {
+        size_t n_k = min_size(n - k, MAX_GROUP), group = round_up(n_k, PANEL), at = k / MAX_GROUP * T + r;
+        quantize_activations(a->q + T * k + r * group, &a->scale[at], &a->sum[at], x + k, n_k, group);
+    }
+}
+
+/* A block of a cache, [n][32], by T <= 64 rows: out[t][j] = sum over k of block[k][j] * x[t][k]. Of FP32 and FP16 x is a->x, rows `stride`
+ * apart; of codes what round_row() made of it, and `scale` has the columns' scales and zeros. out: [T][32]. */
+static void cache_product(size_t T, float *out, int type, const unsigned char *block, const float *scale, const Activations *a, size_t stride, size_t n, Ahead ahead) {
+    float room[PANEL * MAX_HEAD_DIM];
+    if (type != Q8) {
+        tiles(T, out, type == F16 ? halves_to_floats(room, (const uint16_t *)block, n * PANEL) : (const float *)block, a->x, stride, n, ahead);
+        return;
+    }
+    memset(out, 0, T * PANEL * sizeof(float));
+    for (size_t k = 0; k < n; k += MAX_GROUP) {
+        size_t at = k / MAX_GROUP * T;
+        Activations part = {NULL, a->q + T * k, a->scale + at, a->sum + at};
+        group_product(T, out, Q8, block + k * PANEL, scale, part, round_up(min_size(n - k, MAX_GROUP), PANEL), ahead);
+    }
+}
+
 enum { ROWS = 64, SPAN = 512 };         /* queries in one call of attention(); positions of which the sums are made apart */
 
 /* Attention of n_tokens neighbouring tokens of a sequence, the first at position pos, in n_heads query heads that share a
@@ -566,71 +590,50 @@ enum { ROWS = 64, SPAN = 512 };         /* queries in one call of attention(); p
  * Streams over blocks of 32 keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of 32 and SPAN: the
  * order of addition does not depend on how the prompt was cut. A block's slots that a token does not see may hold anything.
- * With a cache of codes both products are of whole numbers: queries are rounded to int8, and so are, of each block, the exponentials
- * times the values' scales. */
+ * With a cache of codes queries are rounded to int8, and so are, of each block, the exponentials times the values' scales. */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
-    float room[PANEL * MAX_HEAD_DIM], query[ROWS * MAX_HEAD_DIM], sums[ROWS * MAX_HEAD_DIM], part[ROWS * PANEL];
-    float scales[4 * PANEL];            /* scale and zero of a block's keys; of values, whose scales are in the exponentials, 1 and zero */
-    float scores[ROWS * PANEL], lanes[ROWS][PANEL / 2], max[ROWS], shrink[ROWS], scale = 1.0f / sqrtf((float)c.head_dim);
-    int8_t codes[ROWS * MAX_HEAD_DIM], exponential[ROWS * PANEL];       /* query's, [group of up to 128][n_rows][group]; [n_rows][32] */
-    float code_scale[MAX_HEAD_DIM / MAX_GROUP][2][ROWS], exponential_scale[2][ROWS];        /* of which these are scale and sum */
+    float query[ROWS * MAX_HEAD_DIM], sums[ROWS * MAX_HEAD_DIM], scores[ROWS * PANEL], part[ROWS * PANEL];
+    float lanes[ROWS][PANEL / 2], max[ROWS], shrink[ROWS], factor = 1.0f / sqrtf((float)c.head_dim);
+    int8_t codes[2][ROWS * MAX_HEAD_DIM];                       /* of queries; of exponentials */
+    float code_scale[2][ROWS * MAX_HEAD_DIM / MAX_GROUP], code_sum[2][ROWS * MAX_HEAD_DIM / MAX_GROUP];
+    Activations queries = {query, codes[0], code_scale[0], code_sum[0]}, exponential = {scores, codes[1], code_scale[1], code_sum[1]};
+    float key_scale[2 * PANEL], value_scale[PANEL], ones[2 * PANEL];        /* scales, then zeros; values' scales go into the exponentials */
     size_t n_rows = n_tokens * n_heads;
+    for (size_t i = 0; i < PANEL; i++) { ones[i] = 1; key_scale[PANEL + i] = ones[PANEL + i] = 128; }
     for (size_t r = 0; r < n_rows; r++) {
         size_t at = r / n_heads * stride + r % n_heads;
-        for (size_t d = 0; d < c.head_dim; d++) query[r * c.head_dim + d] = scale * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
-        for (size_t d = 0; d < c.width && c.type == Q8; d += MAX_GROUP) {
-            size_t group = min_size(c.width - d, MAX_GROUP);
-            quantize_activations(codes + n_rows * d + r * group, &code_scale[d / MAX_GROUP][0][r], &code_scale[d / MAX_GROUP][1][r],
-                                 query + r * c.head_dim + d, min_size(c.head_dim - d, group), group);
-        }
+        for (size_t d = 0; d < c.head_dim; d++) query[r * c.head_dim + d] = factor * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
+        if (c.type == Q8) round_row(&queries, r, n_rows, query + r * c.head_dim, c.head_dim);
         memset(out + at * c.head_dim, 0, c.head_dim * sizeof(float));
         softmax[at].max = -INFINITY;
         softmax[at].sum = 0;
     }
-    for (size_t i = 0; i < PANEL; i++) { scales[PANEL + i] = scales[3 * PANEL + i] = 128; scales[2 * PANEL + i] = 1; }
     for (size_t span = from / SPAN * SPAN; span < to; span += SPAN) {
         memset(sums, 0, n_rows * c.width * sizeof(float));
         memset(lanes, 0, sizeof lanes);
         for (size_t r = 0; r < n_rows; r++) max[r] = -INFINITY;
         for (size_t start = span > from ? span : from / PANEL * PANEL; start < min_size(to, span + SPAN); start += PANEL) {
-            size_t at = start % c.ring / PANEL * c.block_bytes, n_keys = min_size(PANEL, to - start);
+            size_t at = start % c.ring / PANEL * c.block_bytes, n_keys = min_size(PANEL, to - start), row_bytes = c.type == Q8 ? PANEL : c.block_bytes / c.width;
             const unsigned char *keys = c.keys + at, *values = c.values + at;
             Ahead next_keys = {keys + c.block_bytes, c.block_bytes};
             if (c.type == Q8) {
-                halves_to_floats(scales, (const uint16_t *)keys, PANEL);
-                memset(scores, 0, n_rows * PANEL * sizeof(float));
-                for (size_t d = 0; d < c.width; d += MAX_GROUP) {
-                    Activations a = {NULL, codes + n_rows * d, code_scale[d / MAX_GROUP][0], code_scale[d / MAX_GROUP][1]};
-                    group_product(n_rows, scores, Q8, keys + 2 * PANEL + d * PANEL, scales, a, min_size(c.width - d, MAX_GROUP), next_keys);
-                }
-            } else {
-                const float *of_keys = c.type == F16 ? halves_to_floats(room, (const uint16_t *)keys, PANEL * c.head_dim) : (const float *)keys;
-                tiles(n_rows, scores, of_keys, query, c.head_dim, c.head_dim, next_keys);
+                halves_to_floats(key_scale, (const uint16_t *)keys, PANEL);
+                halves_to_floats(value_scale, (const uint16_t *)values, PANEL);
+                keys += PANEL * sizeof(uint16_t);
+                values += PANEL * sizeof(uint16_t);
             }
+            cache_product(n_rows, scores, c.type, keys, key_scale, &queries, c.head_dim, c.head_dim, next_keys);
             for (size_t r = 0; r < n_rows; r++) {
                 size_t p = pos + r / n_heads, first = first_seen(p, window);
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, PANEL), j0 = first > start ? min_size(first - start, j1) : 0;
                 shrink[r] = exponentials(scores + r * PANEL, lanes[r], &max[r], j0, j1);
-            }
-            if (c.type == Q8) {
-                halves_to_floats(room, (const uint16_t *)values, PANEL);
-                for (size_t r = 0; r < n_rows; r++) {
-                    for (size_t j = 0; j < PANEL; j++) scores[r * PANEL + j] *= room[j];
-                    quantize_activations(exponential + r * PANEL, &exponential_scale[0][r], &exponential_scale[1][r], scores + r * PANEL, PANEL, PANEL);
-                }
+                for (size_t j = 0; j < PANEL && c.type == Q8; j++) scores[r * PANEL + j] *= value_scale[j];
+                if (c.type == Q8) round_row(&exponential, r, n_rows, scores + r * PANEL, PANEL);
             }
             for (size_t d = 0; d < c.width; d += PANEL) {
-                Ahead next_values = {values + c.block_bytes + c.block_bytes / c.width * d, c.block_bytes / c.width * PANEL};
-                if (c.type == Q8) {
-                    Activations a = {NULL, exponential, exponential_scale[0], exponential_scale[1]};
-                    memset(part, 0, n_rows * PANEL * sizeof(float));
-                    group_product(n_rows, part, Q8, values + 2 * PANEL + d * PANEL, scales + 2 * PANEL, a, PANEL, next_values);
-                } else {
-                    const float *of_values = (const float *)values + d * PANEL;
-                    if (c.type == F16) of_values = halves_to_floats(room, (const uint16_t *)values + d * PANEL, n_keys * PANEL);
-                    tiles(n_rows, part, of_values, scores, PANEL, n_keys, next_values);
-                }
+                Ahead next_values = {values + c.block_bytes + d * row_bytes, PANEL * row_bytes};
+                cache_product(n_rows, part, c.type, values + d * row_bytes, ones, &exponential, PANEL, n_keys, next_values);
                 for (size_t r = 0; r < n_rows; r++)
                     for (size_t i = 0; i < PANEL; i++)
                         sums[r * c.width + d + i] = fmaf(sums[r * c.width + d + i], shrink[r], part[r * PANEL + i]);
