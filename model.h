@@ -346,6 +346,8 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         p->type = type;
         at += length;
         if (type < NORMAL || type > BYTE || type == 5) die("%s: tokenizer: piece %zu is of type %u", path, i, type);
+        for (size_t j = 0, step; type == USER_DEFINED && j < length; j += step)        /* encode() goes from character to character */
+            if (!(step = utf8_length(p->text + j, length - j))) die("%s: tokenizer: piece %zu is no UTF-8", path, i);
         if (type == USER_DEFINED && length) {
             t->user_defined[t->n_user_defined++] = (int)i;
             t->starts_user_defined[*(const unsigned char *)p->text] = true;

@@ -69,7 +69,7 @@ struct Backend {
     size_t chunk;                       /* most tokens in a forward that pay */
     void (*load)(Model *m);             /* takes the weights of a model that was just mapped, where they must go elsewhere */
     void (*unload)(Model *m);
-    void (*open)(State *s);             /* makes room for caches and activations, the State's first fields being filled in */
+    void (*open)(State *s);             /* makes room for caches and activations, the State's first fields being filled in (which it may change) */
     void (*close)(State *s);
     void (*forward)(State *s, const Token *tokens, size_t n, float *logits);
     void (*step)(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p);
@@ -498,27 +498,37 @@ typedef struct {
 /* Bytes of a position's key or value. */
 static size_t cache_row(int type, size_t width) { return type == Q8 ? width + sizeof(uint16_t) : type == F16 ? width * sizeof(uint16_t) : width * sizeof(float); }
 
-/* Stores one element: `at` as panels have it, `at_code` as codes do. */
-static void store_element(int type, unsigned char *block, size_t at, size_t at_code, float x, int8_t q) {
-    uint16_t half = float_to_half(x);
-    if (type == Q8) block[2 * PANEL + at_code] = (unsigned char)(q + 128);
-    else if (type == F16) memcpy(block + at * sizeof half, &half, sizeof half);
-    else memcpy(block + at * sizeof x, &x, sizeof x);
+/* x as int8 and its scale, an FP16 number, which is returned: x[i] is about scale * q[i]. [n] each. */
+static uint16_t quantize_row(int8_t *q, const float *x, size_t n) {
+    float largest = 0;
+    for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
+    uint16_t scale = float_to_half(largest / 127.0f);
+    float inverse = scale ? 1.0f / half_to_float(scale) : 0;
+    for (size_t i = 0; i < n; i++) {            /* rounded to nearest by adding 1.5 * 2^23, see fast_exp */
+        float v = fminf(fmaxf(x[i] * inverse, -127.0f), 127.0f) + 12582912.0f;
+        q[i] = (int8_t)(as_bits(v) - 0x4b400000u);
+    }
+    return scale;
 }
 
+/* Where a panel of numbers, and one of codes, has the element of row `row` and column `column`. */
+static inline size_t number_at(size_t row, size_t column) { return column * PANEL + row; }
+static inline size_t code_at(size_t row, size_t column) { return (column / 4 * PANEL + row) * 4 + column % 4; }
+
 static void cache_store(Cache c, size_t pos, const float *key, const float *value) {
-    size_t slot = pos % c.ring, j = slot % PANEL;
-    unsigned char *keys = c.keys + slot / PANEL * c.block_bytes, *values = c.values + slot / PANEL * c.block_bytes;
-    int8_t q[2][MAX_HEAD_DIM] = {{0}};
-    for (int i = 0; i < 2 && c.type == Q8; i++) {
-        float scale, sum;
-        quantize_activations(q[i], &scale, &sum, i ? value : key, c.head_dim, c.head_dim);
-        uint16_t half = float_to_half(scale);
-        memcpy((i ? values : keys) + 2 * j, &half, sizeof half);
-    }
-    for (size_t d = 0; d < c.head_dim; d++) {
-        store_element(c.type, keys, d * PANEL + j, (d / 4 * PANEL + j) * 4 + d % 4, key[d], q[0][d]);
-        store_element(c.type, values, (d / PANEL * PANEL + j) * PANEL + d % PANEL, d / PANEL * PANEL * PANEL + (j / 4 * PANEL + d % PANEL) * 4 + j % 4, value[d], q[1][d]);
+    size_t place = pos % c.ring, j = place % PANEL, at = place / PANEL * c.block_bytes;
+    int8_t q[MAX_HEAD_DIM];
+    for (int i = 0; i < 2; i++) {               /* the position is a row of the keys and a column of each 32 elements of the values */
+        unsigned char *block = (i ? c.values : c.keys) + at;
+        const float *x = i ? value : key;
+        uint16_t scale = c.type == Q8 ? quantize_row(q, x, c.head_dim) : 0;
+        if (c.type == Q8) ((uint16_t *)block)[j] = scale;
+        for (size_t d = 0; d < c.head_dim; d++) {
+            size_t panel = i ? d / PANEL * PANEL * PANEL : 0, row = i ? d % PANEL : j, column = i ? j : d;
+            if (c.type == Q8) block[2 * PANEL + panel + code_at(row, column)] = (unsigned char)(q[d] + 128);
+            else if (c.type == F16) ((uint16_t *)block)[panel + number_at(row, column)] = float_to_half(x[d]);
+            else ((float *)block)[panel + number_at(row, column)] = x[d];
+        }
     }
 }
 
@@ -668,15 +678,15 @@ struct State {
     bool decoding;                      /* in this step each token stands alone in its sequence */
     bool profiled;                      /* -P: a backend that would lose time by measuring times may do so */
     size_t ring;                        /* cached positions of a sequence */
-    size_t head_width;                  /* head_dim rounded up to a multiple of 32 */
+    size_t head_width;                  /* head_dim rounded up to a multiple of 32 (a GPU: to 32, 64 or 128) */
     size_t kv_bytes, kv_row;            /* of all caches; of a key or value */
     unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * kv_row] */
     double  *frequencies;               /* [head_dim / 2], radians a position */
     float   *rotations;                 /* [chunk, head_dim / 2][cos, sin] */
     float   *x, *xb;                    /* [chunk, dim]: the residual stream; its norm, or what is added to it */
     float   *qkv;                       /* [chunk, (n_heads + 2 n_kv_heads) head_dim] */
-    float   *att;                       /* [spans, chunk, n_heads head_dim]; attention over one span of positions, or all */
-    Softmax *softmax;                   /* [spans, chunk, n_heads] */
+    float   *att;                       /* [spans, n, n_heads head_dim]; attention over one span of positions, or all */
+    Softmax *softmax;                   /* [spans, n, n_heads] */
     Run     *runs;                      /* [chunk] */
     float   *h13, *h;                   /* [chunk, 2 hidden_dim], [chunk, hidden_dim] */
     Activations activations;            /* room for the widest input of a product */
@@ -736,8 +746,10 @@ static void cpu_open(State *s) {
     s->x = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
     s->xb = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
     s->qkv = (float *)allocate(chunk * (q_dim + 2 * kv_dim), sizeof(float), m->path);
+    /* as many tokens as attention splits over keys (see forward), times their spans */
     size_t split = min_size((UNITS - 1) / c->n_kv_heads * (ROWS / heads), chunk) * (s->ring / SPAN + 2);
-    s->att = (float *)allocate((split > chunk ? split : chunk) * q_dim, sizeof(float), m->path);
+    s->att = (float *)calloc((split > chunk ? split : chunk) * q_dim, sizeof(float));     /* as above: for the longest texts, seldom used */
+    if (!s->att) die("%s: no memory for the attention of %zu positions: lower -c", m->path, s->ring);
     s->softmax = (Softmax *)allocate((split > chunk ? split : chunk) * c->n_heads, sizeof(Softmax), m->path);
     s->runs = (Run *)allocate(chunk, sizeof(Run), m->path);
     s->h13 = (float *)allocate(chunk * 2 * c->hidden_dim, sizeof(float), m->path);
@@ -1691,6 +1703,7 @@ static double log_likelihood(State *s, const int *ids, size_t from, size_t to, f
  * highest for each byte. One line: `accuracy 51.0% +- 5.0%  normalised 53.0% +- 5.0%  items 100`. */
 static bool score_mode(const Model *m, const Options *o) {
     Text text = read_file(o->file);
+    if (memchr(text.text, 0, text.length)) die("%s: has a byte of value 0, which no text has", o->file);
     const Tokenizer *t = &m->tokenizer;
     size_t n_items = 0, n_right[2] = {0, 0}, line_number = 0, longest = o->context ? o->context : 4096;
     State s = new_state(m, 1, longest, CHUNK);
@@ -1929,6 +1942,8 @@ static int run(int argc, char **argv) {
     if (fcntl(STDERR_FILENO, F_GETFD) < 0) open("/dev/null", O_WRONLY);
     Options o = read_options(argc, argv);
     catch_signals();
+    if (o.lookup && backend != &CPU)
+        die("--lookup: a GPU adds in another order for several tokens than for one, so that the output would not stay the same; run has it");
     Model m = load_model(o.path);
     if (o.kv) m.kv_type = o.kv[0] == 'q' ? Q8 : F16;
     const char *inputs[] = {o.path, o.file, o.against};
@@ -1937,8 +1952,6 @@ static int run(int argc, char **argv) {
         if (o.output && inputs[i] && !stat(inputs[i], &in) && !stat(o.output, &out) && in.st_ino == out.st_ino && in.st_dev == out.st_dev)
             die("%s: is read as well, and would be lost: give -o another name", o.output);
     }
-    if (o.lookup && backend != &CPU)
-        die("--lookup: a GPU adds in another order for several tokens than for one, so that the output would not stay the same; run has it");
     if (o.output) o.json = open_output(o.output);
     bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o) : o.mode[0] == 's' ? score_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);

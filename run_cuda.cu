@@ -16,7 +16,7 @@
  * weights, where cuBLAS chooses by the number of tokens). They differ from the CPU's in the last
  * digits: sums over groups are added in another order (those within a group are of whole numbers, and the same).
  *
- * Written for compute capability 7.5 (the T4) and later. On 9.0 a kernel starts while the one before it ends. */
+ * Written for compute capability 7.5 (the T4) and later, older ones are slow. On 9.0 a kernel starts while the one before it ends. */
 #define RUN_NO_MAIN
 #include "run.c"
 #include <cublas_v2.h>
@@ -270,7 +270,7 @@ static void cuda_unload(Model *m) {
 
 /* Activations on their way into a product, as `write_inputs` below leaves them. */
 typedef struct {
-    int8_t *q;                          /* [column tile][stride tokens][128], a tile's columns in the order of its threads */
+    int8_t *q;                          /* [column tile][stride tokens][128], a tile's columns in the order of its threads (input_place) */
     float2 *scale;                      /* [group][stride tokens] of (scale, sum of q) */
     __half *halves;                     /* [stride tokens][128 * column tiles], for FP16 weights */
     int     stride;                     /* room for so many tokens, a multiple of 128 */
@@ -655,13 +655,13 @@ __global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, BLOCKS_OF(BL
     for (int t = 0; t < 2 * TOKEN_TILES; t++) store(out, w, total[t / 2][t % 2], row_tile + t % 2, token + (token_warp * TOKEN_TILES + t / 2) * 8, n, units);
 }
 
-/* ---- For prefill on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores do twice the
+/* ---- For 65 tokens and more on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores do twice the
  * work if a group of four warps gives it to them at once (wgmma, PTX ISA). A block makes 128 rows by 128 tokens: two such groups of 64
  * rows each, and a thread of a third that fetches, WIDE_STAGES steps of 128 columns ahead, all that they read, with copies that need no
  * thread once they are begun, and report to a barrier in shared memory. Activations lie in memory as this instruction wants them,
  * Inputs.swizzled. As many blocks as there are multiprocessors go over all of the output, so that the next tiles arrive while the last
  * are stored. On other GPUs this kernel is empty. */
-enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block */
+enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block, and so many warps that compute */
 template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
     static const int PIECES = TYPE == Q8 ? 4 : 2;
     uint4  x[128 * 8];                  /* [token][8 pieces of 16 bytes] */
@@ -709,24 +709,24 @@ __device__ inline void wait_wgmma(int sum[16][4]) {
 __device__ int has_wgmma = HAS_WGMMA;               /* what this was built for, for the host to ask */
 
 template <int TYPE, int GROUPS>
-__global__ void __launch_bounds__(384, 1) product_wide(float *out, Weights w, Inputs in, int n, int units) {
+__global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *out, Weights w, Inputs in, int n, int units) {
 #if HAS_WGMMA
     typedef Wide<TYPE, GROUPS> Stages;
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
+    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];         /* barriers: all bytes have come; all warps have read them */
     Stages *stages = (Stages *)shared;
     const int COUNT = 4 / GROUPS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS, step = 0;
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], 8;" ::"r"((uint32_t)__cvta_generic_to_shared(full + i)),
-                         "r"((uint32_t)__cvta_generic_to_shared(empty + i)));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], %2;" ::"r"((uint32_t)__cvta_generic_to_shared(full + i)),
+                         "r"((uint32_t)__cvta_generic_to_shared(empty + i)), "r"((int)WIDE_ROWS));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
     if (warp >= WIDE_ROWS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");    /* for the others */
-        wait_for_inputs();
+        wait_for_inputs();              /* the others need not: what they read comes from here, and then they store */
         for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)       /* the thread that fetches */
             for (int k = 0; k < w.column_tiles; k++, step++) {
                 Stages *s = stages + step % WIDE_STAGES;
@@ -808,7 +808,7 @@ static bool open_cublas(cudaStream_t stream) {
     if (!cublas.handle) return false;
     static cublasStatus_t (*set_stream)(cublasHandle_t, cudaStream_t);
     if (library) *(void **)&set_stream = dlsym(library, "cublasSetStream_v2");
-    return set_stream(cublas.handle, stream) == CUBLAS_STATUS_SUCCESS;
+    return set_stream && set_stream(cublas.handle, stream) == CUBLAS_STATUS_SUCCESS;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -1463,7 +1463,7 @@ template <int TYPE, int GROUPS> static void launch_type(Device *d, int operation
         size_t shared = WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>);
         if (!allowed) CUDA(cudaFuncSetAttribute(product_wide<WIDE, GROUPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
         allowed = true;
-        launch_shared(d, operation, product_wide<WIDE, GROUPS>, min(d->multiprocessors, (n + 127) / 128 * w.row_tiles / 8), 384, shared, out, w, d->in, n, units);
+        launch_shared(d, operation, product_wide<WIDE, GROUPS>, min(d->multiprocessors, (n + 127) / 128 * w.row_tiles / 8), WIDE_ROWS * 32 + 128, shared, out, w, d->in, n, units);
     }
 }
 
@@ -1474,7 +1474,7 @@ template <int TYPE> static void launch_product(Device *d, int operation, float *
 }
 
 /* Token tiles of 8 that a decoding step's products are made for: by the slots there are, not by the tokens of this step, so that a
- * sequence does not notice when another ends. 16: a prefill's. */
+ * sequence does not notice when another ends. 16: a prefill's, and those of more than 64 slots. */
 static int token_tiles(const State *s) {
     size_t n = s->n_slots;
     return !s->decoding || n > 64 ? 16 : n > 32 ? 8 : n > 16 ? 4 : n > 8 ? 2 : 1;
@@ -1491,10 +1491,10 @@ static int product_parts(const State *s, const Weights &w) {
 
 /* Whether a product is given to cuBLAS, which knows no SwiGLU: w13's comes out as it is, in d->parts. */
 static bool uses_cublas(const State *s, const Weights &w) {
-    return w.type == F16 && token_tiles(s) == 16 && open_cublas(((const Device *)s->device)->stream);
+    return w.type == F16 && !s->decoding && open_cublas(((const Device *)s->device)->stream);
 }
 
-/* out: [parts][n][w.rows], or with `units` SwiGLU's [n][units]; returns the number of parts. */
+/* out: [parts][n][w.row_tiles * 16], or with `units` SwiGLU's [n][units]; returns the number of parts. */
 static int device_product(State *s, int operation, float *out, const Weights &w, int n, int units, bool one_part) {
     Device *d = (Device *)s->device;
     int tiles = token_tiles(s), parts = units || one_part ? 1 : product_parts(s, w);

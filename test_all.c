@@ -799,6 +799,7 @@ static void test_cuda_products(void) {
             s.model = &model;
             s.device = &d;
             d.multiprocessors = 20;
+            CUDA(cudaMemcpyFromSymbol(&d.wgmma, has_wgmma, sizeof d.wgmma));
             void *staging = device_allocate(m.bytes, &none, "test");
             Weights weights = upload(&m, 0, staging, &none, "test");
             float *device_x = (float *)device_allocate(ROOM * width * 4, &none, "test"), *device_out = (float *)device_allocate(MAX_PARTS * ROOM * out_width * 4, &none, "test");
@@ -814,8 +815,9 @@ static void test_cuda_products(void) {
                 matmul(expect, packed, &m, &a, n);
                 double largest = 0;
                 for (size_t i = 0; i < n * rows; i++) largest = fmax(largest, fabs(expect[i]));
-                quantize_input<<<dim3((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n), 256>>>(device_x, d.in, weights);
-                for (int way = 0; way < 3; way++) {     /* plainly; as decoding does; as prefill does */
+                for (int way = 0; way < 3 + d.wgmma; way++) {       /* plainly; as decoding does; as prefill does, and on a Hopper */
+                    d.in.swizzled = way == 3;
+                    quantize_input<<<dim3((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n), 256>>>(device_x, d.in, weights);
                     s.decoding = way == 1;
                     s.n_slots = n;
                     CUDA(cudaMemset(device_out, 0xff, MAX_PARTS * ROOM * out_width * 4));       /* NaN */
