@@ -614,6 +614,281 @@ static void test_lookup(void) {
     free_model(&m);
 }
 
+/* ---- calibration ------------------------------------------------------------------------------------------------- */
+
+/* H of n columns from correlated random inputs, as panels; plain[i * n + j] the same in FP64. */
+static float *random_hessian(double *plain, size_t n, size_t n_tokens) {
+    float *h = (float *)allocate(n * n, sizeof(float), "test"), *x = (float *)allocate(n, sizeof(float), "test");
+    for (size_t t = 0; t < n_tokens; t++) {
+        for (size_t k = 0; k < n; k++) x[k] = random_float() * (k % 17 == 0 ? 5 : 1) + (k ? 0.8f * x[k - 1] : 0);
+        for (size_t i = 0; i < n; i++) for (size_t j = 0; j < n; j++) plain[i * n + j] += (double)x[i] * x[j];
+    }
+    for (size_t i = 0; i < n; i++) for (size_t j = 0; j < n; j++) *element(h, n, i, j) = j < i ? 1e30f : (float)plain[i * n + j];
+    free(x);
+    return h;
+}
+
+/* The factor against U^T U in FP64, and solve() against H: (G H^-1) H = G. */
+static void test_cholesky(void) {
+    static const size_t SIZES[] = {32, 128, 160, 288};
+    for (size_t s = 0; s < 4; s++) {
+        size_t n = SIZES[s], n_panels = 3;
+        double *plain = (double *)allocate(n * n, sizeof(double), "test"), trace = 0, worst = 0;
+        float *u = random_hessian(plain, n, 2 * n), *g = (float *)allocate(n_panels * n, PANEL * sizeof(float), "test");
+        for (size_t k = 0; k < n; k++) trace += plain[k * n + k];
+        CHECK(cholesky(u, n), "%zu columns", n);
+        for (size_t i = 0; i < n; i++)
+            for (size_t j = i; j < n; j++) {
+                double sum = 0;
+                for (size_t k = 0; k <= i; k++) sum += (double)*element(u, n, k, i) * *element(u, n, k, j);
+                worst = fmax(worst, fabs(sum - plain[i * n + j]) / sqrt(plain[i * n + i] * plain[j * n + j]));
+                CHECK(*element(u, n, i, j) == *element(u, n, j, i), "%zu, %zu", i, j);
+            }
+        CHECK(worst < 1e-5, "%zu columns: U^T U is off by %g of the diagonal", n, worst);        /* sqrt(288) * 2^-24 * some */
+        for (size_t i = 0; i < n_panels * n * PANEL; i++) g[i] = random_float();
+        float *x = (float *)allocate(n_panels * n, PANEL * sizeof(float), "test");
+        memcpy(x, g, n_panels * n * PANEL * sizeof(float));
+        solve(x, n_panels, u, n);
+        worst = 0;
+        for (size_t p = 0; p < n_panels; p++)
+            for (size_t j = 0; j < n; j++)
+                for (size_t r = 0; r < PANEL; r++) {
+                    double sum = 0;
+                    for (size_t k = 0; k < n; k++) sum += x[(p * n + k) * PANEL + r] * plain[k * n + j];
+                    worst = fmax(worst, fabs(sum - g[(p * n + j) * PANEL + r]));
+                }
+        CHECK(worst < 1e-3, "%zu columns: X H is off by %g", n, worst);         /* G is up to 1, H's condition some 1e3 */
+        free(x);
+        free(g);
+        free(u);
+        free(plain);
+    }
+    float *bad = (float *)allocate(64 * 64, sizeof(float), "test");             /* two columns that are the same: singular, then worse */
+    for (size_t k = 0; k < 64; k++) *element(bad, 64, k, k) = 1;
+    *element(bad, 64, 10, 50) = 1.001f;
+    CHECK(!cholesky(bad, 64), "not positive definite, and not noticed");
+    free(bad);
+}
+
+/* Rounds random weights, w, with gptq() or to nearest; the loss tr(A E H E^T) in FP64, for A (NULL: 1) and H, in plain form. */
+static double round_and_lose(Rounding *q, const float *w, const float *u, const float *v, bool nearest, const double *h, const double *a) {
+    size_t n = q->n, m = q->n_panels * PANEL, count = m * n;
+    float ones[512];
+    double *eh = (double *)allocate(count, sizeof(double), "test"), loss = 0;
+    for (size_t k = 0; k < n; k++) ones[k] = 1;
+    memcpy(q->e, w, count * sizeof(float));
+    if (nearest) round_panels(q, ones);
+    else gptq(q, u, v);
+    for (size_t i = 0; i < count; i++) {        /* what is left is what codes and scales do not account for */
+        const float *scale = q->scales + i / PANEL / q->group * 2 * PANEL + i % PANEL;
+        float left = w[i] - scale[0] * (q->codes[i] - scale[PANEL]);
+        CHECK(q->codes[i] <= q->levels && (nearest || fabsf(left - q->e[i]) < 1e-5), "%zu: left %g, not %g", i, left, q->e[i]);
+        q->e[i] = left;
+    }
+    for (size_t i = 0; i < m; i++)
+        for (size_t k = 0; k < n; k++) {
+            double e = *element(q->e, n, k, i);
+            for (size_t j = 0; j < n; j++) eh[i * n + j] += e * h[k * n + j];
+        }
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = a ? 0 : i; j < (a ? m : i + 1); j++)
+            for (size_t k = 0; k < n; k++) loss += (a ? a[i * m + j] : 1) * eh[i * n + k] * *element(q->e, n, k, j);
+    free(eh);
+    return loss;
+}
+
+/* With correlated inputs GPTQ loses less than rounding to nearest, with correlated gradients less again; and its codes are those of
+ * its paper, with the inverse of H, in FP64. */
+static void test_gptq(void) {
+    enum { PANELS = 3, M = PANELS * PANEL };
+    for (size_t turn = 0; turn < 3; turn++) {
+        size_t n = turn == 2 ? 160 : 256, group = turn == 2 ? 32 : (size_t)128 >> turn, count = M * n, different = 0;
+        double *plain = (double *)allocate(n * n, sizeof(double), "test"), *inverse = (double *)allocate(n * n, sizeof(double), "test");
+        double *outputs = (double *)allocate(M * M, sizeof(double), "test");
+        float *u = random_hessian(plain, n, 4 * n), *v = random_hessian(outputs, M, 4 * M), *w = floats(count);
+        Rounding q = {n, group, PANELS, 15, floats(count), floats(count), (uint8_t *)allocate(count, 1, "test"), floats(count / group * 2)};
+        for (size_t i = 0; i < count; i++) w[i] = 0.02f * (random_float() + random_float() + random_float());
+        CHECK(cholesky(u, n) && cholesky(v, M), "turn %zu", turn);
+        double nearest = round_and_lose(&q, w, u, NULL, true, plain, outputs), alone = round_and_lose(&q, w, u, NULL, false, plain, outputs);
+        double both = round_and_lose(&q, w, u, v, false, plain, outputs);
+        CHECK(both < 0.7 * alone && alone < 0.7 * nearest && both > 0.01 * nearest, "to nearest %g, with H %g, with A too %g", nearest, alone, both);
+        nearest = round_and_lose(&q, w, u, NULL, true, plain, NULL);
+        alone = round_and_lose(&q, w, u, NULL, false, plain, NULL);
+        CHECK(alone < 0.5 * nearest && alone > 0.01 * nearest, "to nearest %g, GPTQ %g", nearest, alone);
+
+        /* inverse of H by Gauss and Jordan, which then loses each column that was rounded: equations 2 and 3 of the paper */
+        double *left = (double *)allocate(n * n, sizeof(double), "test"), *rest = (double *)allocate(count, sizeof(double), "test");
+        memcpy(left, plain, n * n * sizeof(double));
+        for (size_t k = 0; k < n; k++) inverse[k * n + k] = 1;
+        for (size_t k = 0; k < n; k++) {
+            double pivot = left[k * n + k];
+            for (size_t j = 0; j < n; j++) { left[k * n + j] /= pivot; inverse[k * n + j] /= pivot; }
+            for (size_t i = 0; i < n; i++) {
+                double f = left[i * n + k];
+                for (size_t j = 0; j < n && i != k; j++) { left[i * n + j] -= f * left[k * n + j]; inverse[i * n + j] -= f * inverse[k * n + j]; }
+            }
+        }
+        for (size_t i = 0; i < count; i++) rest[i] = w[i];
+        for (size_t k = n; k-- > 0;) {
+            for (size_t p = 0; p < (size_t)PANELS; p++)
+                for (size_t r = 0; r < PANEL; r++) {
+                    const float *scale = q.scales + (p * n + k) / group * 2 * PANEL + r;
+                    double x = rest[(p * n + k) * PANEL + r], code = rint(x / scale[0] + scale[PANEL]);
+                    code = fmin(fmax(code, 0), 15);
+                    different += code != q.codes[(p * n + k) * PANEL + r];
+                    double error = (x - scale[0] * (code - scale[PANEL])) / inverse[k * n + k];
+                    for (size_t j = 0; j < k; j++) rest[(p * n + j) * PANEL + r] -= error * inverse[k * n + j];
+                }
+            for (size_t i = 0; i < k; i++) for (size_t j = 0; j < k; j++)
+                inverse[i * n + j] -= inverse[i * n + k] * inverse[k * n + j] / inverse[k * n + k];
+        }
+        /* a code at the edge between two may fall to the other side in FP32, and all that follow in its row may then differ */
+        CHECK(different < count / 20, "%zu codes of %zu are not the paper's", different, count);
+        void *all[] = {plain, inverse, outputs, u, v, w, q.e, q.f, q.codes, q.scales, left, rest};
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    }
+}
+
+/* What layer_backward() gives, against the difference that a small step of the layer's input makes: of all tokens' inputs at once, in
+ * several directions. And the two sums of squares of gradients that it leaves are the same. */
+static void test_backward(void) {
+    enum { N = 2 * SEQUENCE };
+    Model m = load_model(odd_model("f32", 32));
+    size_t dim = m.c.dim, count = N * dim;
+    int ids[N];
+    Stream s;
+    Gradients of[6];
+    float *x = floats(count), *g = floats(count), *dx = floats(count);
+    memset(of, 0, sizeof of);
+    for (size_t i = 0; i < N; i++) ids[i] = (int)random_below(m.c.vocab_size);
+    start_stream(&s, &m, &m.token_embedding, ids, N);
+    s.layer = copy_layer(&m.layers[1]);
+    for (size_t k = 0; k < 6; k++) {            /* random weights are so small that a layer hardly does anything */
+        Matrix *w = (Matrix *)&s.layer + k;
+        for (size_t i = 0; i < w->bytes / sizeof(float); i++) ((float *)w->data)[i] *= w->cols == 1 ? 1 + 0.5f * random_float() : 10;
+        of[k].rows = w->rows;
+        of[k].a = floats(round_up(w->rows, PANEL) * round_up(w->rows, PANEL));
+        of[k].weights = floats(N);
+        of[k].in = floats(w->cols);
+        of[k].out = floats(w->rows);
+    }
+    for (size_t i = 0; i < count; i++) { g[i] = dx[i] = random_float(); s.x[i] = random_float(); }
+    memcpy(x, s.x, count * sizeof(float));
+    layer_backward(&s, dx, of, N);
+    for (int direction = 0; direction < 4; direction++) {
+        double loss[2] = {0, 0}, expect = 0, step = 1e-2;
+        uint64_t seed = (uint64_t)direction;
+        for (int side = 0; side < 2; side++) {
+            uint64_t same = seed;
+            expect = 0;
+            for (size_t i = 0; i < N; i++)
+                for (size_t d = 0; d < dim; d++) {
+                    double by = uniform(&same) - 0.5;
+                    expect += by * dx[i * dim + d];
+                    *element(s.x, dim, d, i) = *element(x, dim, d, i) + (float)(by * (side ? step : -step));
+                }
+            advance(&s, N);
+            for (size_t i = 0; i < N; i++) for (size_t d = 0; d < dim; d++) loss[side] += (double)g[i * dim + d] * *element(s.x, dim, d, i);
+        }
+        double got = (loss[1] - loss[0]) / (2 * step), scale = 0.3 * sqrt((double)count);       /* what such a sum is like */
+        CHECK(fabs(got - expect) < 2e-3 * scale + 1e-3 * fabs(expect), "direction %d: %g, not %g", direction, got, expect);   /* the step's square, and FP32 */
+    }
+    for (size_t k = 0; k < 6; k++) {
+        double trace = 0, sum = 0;
+        for (size_t i = 0; i < of[k].rows && OPERATIONS[k] != NORM; i++) { trace += *element(of[k].a, round_up(of[k].rows, PANEL), i, i); sum += of[k].out[i]; }
+        CHECK(fabs(trace - sum) <= 1e-4 * sum && (sum > 0) == (OPERATIONS[k] != NORM), "tensor %zu: %g, %g", k, trace, sum);
+        free(of[k].a);
+        free(of[k].weights);
+        free(of[k].in);
+        free(of[k].out);
+        free((void *)((Matrix *)&s.layer)[k].data);
+    }
+    free(x);
+    free(g);
+    free(dx);
+    free(s.x);
+    free_state(&s.state);
+    free_model(&m);
+}
+
+/* Folded scales leave the FP32 model's logits as they are. */
+static void test_fold(void) {
+    enum { N = 40 };
+    Model m = load_model(odd_model("f32", 32)), folded = m;
+    const Header *c = &m.c;
+    size_t q_dim = (size_t)c->n_heads * c->head_dim, group = c->n_heads / c->n_kv_heads;
+    size_t widths[4] = {c->dim, q_dim, c->dim, c->hidden_dim};
+    Token tokens[N];
+    float *logits[2];
+    double worst = 0, largest = 0;
+    folded.layers = (Layer *)allocate(c->n_layers, sizeof(Layer), "test");
+    for (size_t l = 0; l < c->n_layers; l++) {
+        float *s[4];
+        folded.layers[l] = copy_layer(&m.layers[l]);
+        for (size_t k = 0; k < 4; k++) {
+            s[k] = (float *)allocate(widths[k], sizeof(float), "test");
+            for (size_t i = 0; i < widths[k]; i++) s[k][i] = expf(random_float());
+        }
+        for (size_t i = 0; i < q_dim; i++) s[1][i] = s[1][i / (group * c->head_dim) * group * c->head_dim + i % c->head_dim];
+        fold_scales(&folded.layers[l], c, s);
+        for (size_t k = 0; k < 4; k++) free(s[k]);
+    }
+    for (size_t i = 0; i < N; i++) {
+        Token t = {(int)random_below(c->vocab_size), i, 0, true};
+        tokens[i] = t;
+    }
+    for (size_t k = 0; k < 2; k++) {
+        State s = new_state(k ? &folded : &m, 1, N, N);
+        logits[k] = (float *)allocate(N * c->vocab_size, sizeof(float), "test");
+        forward(&s, tokens, N, logits[k]);
+        free_state(&s);
+    }
+    for (size_t i = 0; i < N * c->vocab_size; i++) {
+        worst = fmax(worst, fabs(logits[1][i] - logits[0][i]));
+        largest = fmax(largest, fabs(logits[0][i]));
+    }
+    CHECK(worst < 1e-5 * largest, "logits up to %g are off by %g", largest, worst);        /* FP32 rounding of some hundred terms */
+    for (size_t l = 0; l < c->n_layers; l++) {
+        for (size_t i = 0; i < 2; i++) {        /* and it was not for want of a change */
+            const Matrix *a = i ? &m.layers[l].w2 : &m.layers[l].wo, *b = i ? &folded.layers[l].w2 : &folded.layers[l].wo;
+            CHECK(memcmp(a->data, b->data, a->bytes), "layer %zu is as it was", l);
+        }
+        for (size_t k = 0; k < 6; k++) free((void *)((Matrix *)&folded.layers[l])[k].data);
+    }
+    free(folded.layers);
+    free(logits[0]);
+    free(logits[1]);
+    free_model(&m);
+}
+
+/* Scales of channels: important ones get larger ones, and what they then lose is less than without. */
+static void test_channel_scales(void) {
+    enum { COLS = 256, ROWS_ = 64 };
+    Matrix w;
+    matrix_layout(&w, F32, 0, ROWS_, COLS);
+    float *data = (float *)allocate(w.bytes, 1, "test"), importance[COLS], s[COLS];
+    double lost[2] = {0, 0}, logs = 0;
+    w.data = (unsigned char *)data;
+    for (size_t i = 0; i < ROWS_ * COLS; i++) data[i] = random_float() + random_float() + random_float();
+    for (size_t k = 0; k < COLS; k++) importance[k] = k % 16 == 3 ? 100 : 1;
+    choose_scales(s, &w, importance, 128, 15);
+    for (size_t k = 0; k < COLS; k++) { logs += log(s[k]); CHECK(k % 16 == 3 ? s[k] > 1.2f : s[k] < 1, "channel %zu: %g", k, s[k]); }
+    CHECK(fabs(logs) < 1e-3, "their geometric mean is e^%g", logs / COLS);
+    for (int turn = 0; turn < 2; turn++)
+        for (size_t p = 0; p < w.n_panels; p++)
+            for (size_t k = 0; k < COLS; k += 128) {
+                float block[128 * PANEL], left[128], scale[PANEL], zero[PANEL];
+                Fit fit;
+                for (size_t i = 0; i < 128 * PANEL; i++) block[i] = data[(p * COLS + k) * PANEL + i] * (turn ? s[k + i / PANEL] : 1);
+                for (size_t i = 0; i < 128; i++) left[i] = importance[k + i] / (turn ? s[k + i] * s[k + i] : 1);
+                best_scales(scale, zero, block, left, 128, 15);
+                fit_codes(&fit, NULL, block, left, 128, scale, zero, 15);
+                for (size_t r = 0; r < PANEL; r++) lost[turn] += fit.error[r];
+            }
+    CHECK(lost[1] < 0.85 * lost[0], "%g with scales, %g without", lost[1], lost[0]);
+    free(data);
+}
+
 /* ---- files -------------------------------------------------------------------------------------------------------- */
 
 /* Loads a file and runs a step in a child process: 0 it ran, 1 it was refused, anything else is a crash. */
@@ -1053,6 +1328,7 @@ int main(int argc, char **argv) {
         {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations},
         {"group_product", test_group_product}, {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
         {"sampler", test_sampler}, {"batch", test_batch}, {"lookup", test_lookup}, {"decode", test_decode}, {"damaged_files", test_damaged_files},
+        {"cholesky", test_cholesky}, {"gptq", test_gptq}, {"backward", test_backward}, {"fold", test_fold}, {"channel_scales", test_channel_scales},
 #ifdef __CUDACC__
         {"cuda_products", test_cuda_products}, {"cuda_forward", test_cuda_forward}, {"cuda_attention", test_cuda_attention}, {"cuda_batch", test_cuda_batch}, {"cuda_sampler", test_cuda_sampler},
 #endif
