@@ -1368,3 +1368,66 @@ def test_quantize_stopped(tmp, odd, number):
     for name in left:
         os.unlink(tmp / name)
     assert left == [] and p.returncode in (128 + number, -number)
+
+
+# calibration: --gptq, --awq, --bits
+
+WORDS = ("the sea was grey and the wind stood in the sails, " * 40).encode()       # 2,000 tokens of bytes: three sequences
+
+
+def calibrated(tmp, source, *args, out="m.bin", text=WORDS, **kwargs):
+    (tmp / "text").write_bytes(text)
+    return quantize(source, tmp / out, *args, "--calib", tmp / "text", **kwargs)
+
+
+@pytest.mark.parametrize("args", [["--gptq"], ["--awq"], ["--awq", "--gptq"], ["--gptq", "--bits", 12]], ids=str)
+def test_calibrated_threads_do_not_matter(tmp, odd, args):
+    for j in (1, 3):
+        assert calibrated(tmp, odd["f32"], "q4", *args, "-j", j, out="m%d" % j)[0] == 0
+    assert (tmp / "m1").read_bytes() == (tmp / "m3").read_bytes()
+    assert sorted(os.listdir(tmp)) == ["m1", "m3", "text"]                          # the gradients' file is gone
+    assert done(tmp, tmp / "m1", "-i", "x", "-n", 2)[0]["dtype"] in ("q4", "q8")
+
+
+def test_calibrated_loses_less(tmp, odd):
+    source, kl = write_checkpoint(tmp / "f32.bin", odd), {}
+    for name, args in (("nearest", []), ("gptq", ["--gptq"]), ("bits", ["--gptq", "--bits", 9])):
+        if args:
+            assert calibrated(tmp, source, "q4", *args)[0] == 0
+        else:
+            assert quantize(source, tmp / "m.bin", "q4")[0] == 0
+        kl[name] = perplexity(tmp, tmp / "m.bin", "--against", source, text=WORDS[7:])["kl"]
+    assert kl["bits"] < kl["gptq"] < 0.8 * kl["nearest"]
+
+
+def test_bits(tmp, odd):
+    """The file takes no more than it may, and nearly that; more bits never lose a group or a bit."""
+    source, before = write_checkpoint(tmp / "f32.bin", odd), {}
+    weights = sum(rows * cols for _, _, rows, cols, _, _ in table(source).values())
+    tokenizer = 8 * struct.unpack_from("<Q", source.read_bytes(), 32)[0] / weights    # a model this small is mostly that
+    for bits in (5, 6, 7, 9, 12):
+        assert calibrated(tmp, source, "q4", "--gptq", "--bits", tokenizer + bits)[0] == 0
+        made = table(tmp / "m.bin")
+        size = 8 * os.path.getsize(tmp / "m.bin") / weights - tokenizer
+        assert bits - 1.2 < size <= bits or (bits == 12 and size > 9), (bits, size)
+        assert all(kind in (3, 4) for kind, _, _, cols, _, _ in made.values() if cols > 1)
+    assert all(kind == 3 and group == 32 for kind, group, _, cols, _, _ in made.values() if cols > 1)      # all that there is to be had
+    one_line(calibrated(tmp, source, "q4", "--gptq", "--bits", 2), 1, "--bits 2: ", "already", name="quantize")
+
+
+@pytest.mark.parametrize("text, what", [(b"", "0 tokens are too few"), (b"short", "too few"), (WORDS + b"\xff" + WORDS, "not UTF-8 at byte %d" % len(WORDS))], ids=["empty", "short", "bytes"])
+def test_calibration_text_is_refused(tmp, odd, text, what):
+    for how in ("--gptq", "--awq"):
+        one_line(calibrated(tmp, odd["f32"], "q4", how, text=text), 1, "%s: " % (tmp / "text"), what, name="quantize")
+    assert os.listdir(tmp) == ["text"]
+
+
+def test_calibration_is_refused(tmp, odd):
+    for source in ("q8", "q4", "nf4"):
+        one_line(calibrated(tmp, odd[source], "q4", "--gptq"), 1, "%s: " % odd[source], "already", name="quantize")
+    one_line(quantize(odd["f32"], tmp / "m.bin", "q4", "--gptq", "--calib", tmp / "none"), 1, "%s: No such file" % (tmp / "none"), name="quantize")
+    for args, start in ((["q4", "--gptq"], "--gptq: needs --calib"), (["q4", "--calib", "t"], "--calib, "), (["q4", "--bits", "5"], "--calib, "),
+                        (["nf4", "--gptq", "--calib", "t"], "--gptq: means nothing for nf4"), (["q4", "--gptq", "--calib", "t", "--bits", "x"], "--bits x: ")):
+        one_line(quantize(odd["f32"], tmp / "m.bin", *args), 2, start, name="quantize")
+    one_line(quantize("-", tmp / "m.bin", "q4", "--gptq", "--calib", "t"), 2, "--gptq: reads IN.bin more than once", name="quantize")
+    assert os.listdir(tmp) == ["text"]
