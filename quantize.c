@@ -398,7 +398,9 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
  * tokens, if the loss is the log-likelihood of ids drawn from what the model itself says (the Fisher information). Inputs
  * and gradients taken for independent but for their lengths, that is (YAQA, Tseng et al. 2025)
  *
- *   loss(E) = tr(A E H E^T),   A = sum over tokens of g g^T,   H = sum over tokens of |g|^2 x x^T                   (1)
+ *   loss(E) = tr(A E H E^T),   A = sum over tokens of g g^T,   H = sum over tokens of |g| x x^T                     (1)
+ *
+ * (|g|^2 it would be, but then a few tokens are most of the sum, and other texts lose by it.)
  *
  * With the Cholesky factors H = U^T U and A = V^T V, both upper triangular, F = E U^T with its columns divided by U_kk is
  *
@@ -908,6 +910,11 @@ static FILE *find_gradients(const char *out_path, Stream *s, const Model *m, Gra
         if (last < m->c.n_tensors) {
             add_squares(all[last].in, s->state.xb, dim, CHUNK);
             add_squares(all[last].out, logits, vocab, CHUNK);
+        } else {                                        /* the embedding is the classifier too, with the classifier's inputs */
+            float weights[CHUNK] = {0};
+            for (size_t i = 0; i < CHUNK * vocab; i++) weights[i / vocab] += logits[i] * logits[i];
+            transpose(xt, s->state.xb, dim, dim, CHUNK, weights);
+            accumulate(h, s->state.xb, dim, dim, xt, n, CHUNK, true);
         }
         norm_backward(dx + f * dim, back, s->state.x, &m->rms_final_weight, CHUNK, m->c.norm_eps);
     }
@@ -940,9 +947,9 @@ static FILE *find_gradients(const char *out_path, Stream *s, const Model *m, Gra
 
 /* Two streams go through the model side by side: one through the model as it was, one through it as far as it is quantized. What is
  * collected at one product: with x what comes in and y what goes out of it in the model as it was, x' and y' the same with all
- * before it quantized, and |g|^2 the token's weight,
+ * before it quantized, and |g| the token's weight,
  *
- *   H = sum over tokens of |g|^2 x' x'^T,   G = sum over tokens of |g|^2 (y - y') x'^T                                (3)
+ *   H = sum over tokens of |g| x' x'^T,   G = sum over tokens of |g| (y - y') x'^T                                    (3)
  *
  * The weights that give nearest to y from x' are W + G H^-1 (least squares): these are rounded, so that a matrix makes good part
  * of what rounding did before it. What wo and w2 put out joins the residual stream, whose error they make good as well: their
@@ -1069,13 +1076,13 @@ static void choose_order(size_t *order, const float *h, size_t n, size_t group) 
     Keyed *groups = (Keyed *)allocate(n / group, sizeof *groups, "calibration"), columns[MAX_GROUP];
     for (size_t k = 0; k < n; k++) {
         groups[k / group].index = k / group;
-        groups[k / group].key += *element((float *)h, n, k, k);
+        groups[k / group].key += *element(h, n, k, k);
     }
     qsort(groups, n / group, sizeof *groups, by_key);
     for (size_t g = 0; g < n / group; g++) {
         for (size_t k = 0; k < group; k++) {
             columns[k].index = groups[g].index * group + k;
-            columns[k].key = *element((float *)h, n, columns[k].index, columns[k].index);
+            columns[k].key = *element(h, n, columns[k].index, columns[k].index);
         }
         qsort(columns, group, sizeof *columns, by_key);
         for (size_t k = 0; k < group; k++) order[g * group + k] = columns[k].index;
@@ -1100,7 +1107,7 @@ static float *damped_factor(const float *h, size_t n, size_t cols, const size_t 
     }
 }
 
-static const double IN_DAMPING = 0.05, OUT_DAMPING = 0.02;
+static const double IN_DAMPING = 0.25, OUT_DAMPING = 0.02;      /* of the mean: found on the demo model, where 0.2 to 0.4 are alike */
 
 /* Rounds w to `out`, whose data is filled in, with what was collected, which is used up. of: NULL where A = 1. */
 static void round_matrix(Matrix *out, const Matrix *w, Collector *c, const Gradients *of, bool with_gptq) {
@@ -1526,13 +1533,13 @@ static const char QUANTIZE_HELP[] =
     "                       nf4: 4 bits with bitsandbytes' code book\n"
     "  SHAPE                mistral-7b, mistral-nemo: for benchmarks; mistral-7b-layer: one layer\n"
     "  -g, --group N        weights of a group: 32, 64 or 128 (q8, nf4: 64, q4: 128)\n"
-    "      --gptq           round so that what each matrix puts out over a text changes least; takes\n"
+    "      --gptq           round so that what the model says changes least over a text; takes\n"
     "                       minutes a layer of a 7B model, and what is stopped begins anew\n"
     "      --awq            scale channels by what comes in over a text, and round to nearest; or both\n"
     "      --calib FILE     that text, UTF-8, like what the model will read\n"
     "      --calib-tokens N so many of its tokens, evenly spread (32768)\n"
-    "      --bits X         with --gptq or --awq: spend up to X bits a weight of the whole file on smaller\n"
-    "                       groups or 8 bits for the matrices that gain most by it\n"
+    "      --bits X         with these: up to X bits a weight of the whole file, those that q4 does not\n"
+    "                       take spent on smaller groups or q8 for the matrices that gain most by it\n"
     "  -j, --threads N      (the cores)\n"
     "  -h, --help\n";
 

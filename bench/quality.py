@@ -1,0 +1,62 @@
+"""The README's table of what types of weights cost in quality: python3 bench/quality.py --calib text.txt [--model f32.bin]
+
+Makes a checkpoint of each kind with ./quantize, measures perplexity and divergence (KL) from FP32 with ./run on the texts in
+tests/text, and prints a table in Markdown; sizes are of whole files. Text that is judged must not be calibrated on. Needs `make`, and
+for the demo model what export.py needs."""
+import argparse
+import os
+import struct
+import sys
+import tempfile
+
+from measure import ROOT, execute, outcome, run_json
+
+FAIRY, TREASURE = (os.path.join(ROOT, "tests", "text", name) for name in ("heldout-fairy.txt", "treasure-eval.txt"))
+SIZE = 3338560                              # bytes of the demo model as llama.cpp's Q4_K_S, which --bits may take too
+KINDS = ["f16", "q8 -g 32", "q8 -g 64", "q8 -g 128", "q4 -g 32", "q4 -g 64", "q4 -g 128", "nf4 -g 64", "nf4 -g 128",
+         "q4 --awq", "q4 --gptq", "q4 --gptq --awq", "q4 --gptq --bits %.2f"]
+
+
+def count_weights(path):
+    """The weights of a checkpoint, by its table (FORMAT.md)."""
+    with open(path, "rb") as f:
+        header = f.read(256)
+        table = f.read(96 * struct.unpack_from("<I", header, 12)[0])
+    return sum(rows * cols for rows, cols in struct.iter_unpack("<56xQQ24x", table))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--calib", required=True, help="the text to calibrate with")
+    parser.add_argument("--calib-tokens", default="65536", metavar="N", help="so many of its tokens (65536)")
+    parser.add_argument("--model", help="an FP32 checkpoint (the demo model)")
+    o = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        reference, made, both = o.model or os.path.join(directory, "f32.bin"), os.path.join(directory, "made.bin"), os.path.join(directory, "both.txt")
+        if not o.model:
+            execute([sys.executable, os.path.join(ROOT, "export.py"), os.path.join(ROOT, "demo", "tiny-mistral"), reference, "--dtype", "f32"])
+        with open(both, "wb") as out:
+            for text in (FAIRY, TREASURE):
+                with open(text, "rb") as f:
+                    out.write(f.read())
+        cases = [["-f", FAIRY], ["-f", TREASURE], ["-f", both, "-c", 128, "--skip", 64]]
+        weights = count_weights(reference)
+        judge = lambda model, case: run_json(os.path.join(ROOT, "run"), model, ["-m", "perplexity", "--against", reference, *case])[0]
+        base = [judge(reference, case) for case in cases]
+        print("| kind | bytes | bits a weight | fairy tales: perplexity | KL | Treasure Island: perplexity | KL | both, `-c 128 --skip 64`: perplexity | KL |")
+        print("| --- " * 9 + "|")
+        print("| f32 | | |" + "".join(" %.3f ± %.2f | 0 |" % (b["ppl"], b["ppl_error"]) for b in base))
+        for kind in KINDS:
+            kind = kind % (int(800 * SIZE / weights) / 100) if "%" in kind else kind
+            calibration = ["--calib", o.calib, "--calib-tokens", o.calib_tokens] if "tq" in kind or "awq" in kind else []
+            execute([os.path.join(ROOT, "quantize"), reference, made, *kind.split(), *calibration])
+            size = os.path.getsize(made)
+            cells = ["`%s`" % kind, f"{size:,}", "%.2f" % (8 * size / weights)]
+            for case, was in zip(cases, base):
+                got = judge(made, case)
+                cells += ["%.3f (%+.2f%%)" % (got["ppl"], 100 * (got["ppl"] / was["ppl"] - 1)), "%.5f ± %.5f" % (got["kl"], got["kl_error"])]
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    outcome("quality.py", main)
