@@ -6,7 +6,10 @@
  *
  * Round to nearest with a scale and a zero for each group of neighbouring weights, the two chosen by search so that the
  * group's squared error is small. The checkpoint goes through in pieces of some panels, in the order of the file, so that a
- * pipe will do for the input and memory stays small whatever the model's size. */
+ * pipe will do for the input and memory stays small whatever the model's size.
+ *
+ * With a text to calibrate with (--gptq, --awq: the second half of this file) a layer at a time: what comes into each matrix and the
+ * gradients of what goes out of it say which errors matter, and which of them others can make good. */
 #ifndef TESTING
 #define RUN_NO_MAIN
 #endif
