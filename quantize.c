@@ -569,7 +569,8 @@ static void gptq_block(Rounding *q, const float *u, const float *v, size_t p, si
             if (loss[r] < least[r]) { least[r] = loss[r]; best_scale[r] = scale[r]; best_zero[r] = zero[r]; }
             float determinant = cc[r] * oo - co[r] * co[r];
             if (!(determinant > 1e-5f * cc[r] * oo)) continue;          /* all codes are the same, or nearly */
-            float slope = scale[r] + (cf[r] * oo - of[r] * co[r]) / determinant, offset = (of[r] * cc[r] - cf[r] * co[r]) / determinant - scale[r] * zero[r];
+            float slope = scale[r] + (cf[r] * oo - of[r] * co[r]) / determinant;
+            float offset = (of[r] * cc[r] - cf[r] * co[r]) / determinant - scale[r] * zero[r];
             if (!(slope > 0)) continue;
             scale[r] = half_to_float(float_to_half(slope));
             zero[r] = half_to_float(float_to_half(-offset / slope));
@@ -1115,7 +1116,8 @@ static const double IN_DAMPING = 0.25, OUT_DAMPING = 0.02;      /* of the mean: 
 /* Rounds w to `out`, whose data is filled in, with what was collected, which is used up. of: NULL where A = 1. */
 static void round_matrix(Matrix *out, const Matrix *w, Collector *c, const Gradients *of, bool with_gptq) {
     size_t n = c->n, *order = (size_t *)allocate(n, sizeof *order, "calibration"), all = out->n_panels * n * PANEL;
-    Rounding q = {n, out->group, out->n_panels, levels_of(out->type), floats(all), c->g, (uint8_t *)allocate(all, 1, "calibration"), floats(all / out->group * 2)};
+    Rounding q = {n, out->group, out->n_panels, levels_of(out->type), floats(all), c->g,
+                  (uint8_t *)allocate(all, 1, "calibration"), floats(all / out->group * 2)};
     choose_order(order, c->h, n, q.group);
     float *u = damped_factor(c->h, n, c->cols, order, IN_DAMPING), *room = floats(n * PANEL);
     load_panels(q.e, w, n, order);
@@ -1367,12 +1369,16 @@ static double rounding_cost(const Matrix *w, uint32_t type, uint32_t group, cons
 static void choose_types(Header *out, Tensor *to, const Model *m, const Gradients *all, size_t n_tokens, double bits, const char *path) {
     static const struct { uint32_t type, group; } CHOICES[] = {{Q4, 128}, {Q4, 64}, {Q4, 32}, {Q8, 128}, {Q8, 64}, {Q8, 32}};
     enum { N = sizeof CHOICES / sizeof *CHOICES };
-    double room = bits * count_weights(out, to) / 8 - (double)out->file_size, (*cost)[N] = (double (*)[N])allocate(out->n_tensors, sizeof *cost, path);
+    double room = bits * count_weights(out, to) / 8 - (double)out->file_size;
+    double (*cost)[N] = (double (*)[N])allocate(out->n_tensors, sizeof *cost, path);
     if (room < 0) die("--bits %g: with %s in groups of %u the file has %.2f already", bits, TYPE_NAMES[to[0].type], to[0].group,
                       8.0 * (double)out->file_size / count_weights(out, to));
     for (uint64_t i = 0; i < out->n_tensors; i++) {
         const Matrix *w = i == 0 ? &m->token_embedding : i > 6 * (uint64_t)m->c.n_layers + 1 ? &m->wcls : (const Matrix *)m->layers + (i - 1);
-        if (to[i].cols > 1) for (size_t k = 0; k < N; k++) cost[i][k] = rounding_cost(w, CHOICES[k].type, tensor_group(CHOICES[k].type, CHOICES[k].group, w->cols), &all[i], n_tokens);
+        for (size_t k = 0; k < N && to[i].cols > 1; k++) {
+            uint32_t group = tensor_group(CHOICES[k].type, CHOICES[k].group, w->cols);
+            cost[i][k] = rounding_cost(w, CHOICES[k].type, group, &all[i], n_tokens);
+        }
     }
     for (;;) {
         double best = 0, change = 0;
@@ -1548,8 +1554,8 @@ static const char QUANTIZE_HELP[] =
 
 int main(int argc, char **argv) {
     enum { GPTQ = 256, AWQ, CALIB, CALIB_TOKENS, BITS };
-    static const struct option table[] = {{"group", 1, 0, 'g'}, {"threads", 1, 0, 'j'}, {"random", 1, 0, 'r'}, {"help", 0, 0, 'h'}, {"gptq", 0, 0, GPTQ}, {"awq", 0, 0, AWQ},
-                                          {"calib", 1, 0, CALIB}, {"calib-tokens", 1, 0, CALIB_TOKENS}, {"bits", 1, 0, BITS}, {0, 0, 0, 0}};
+    static const struct option table[] = {{"group", 1, 0, 'g'}, {"threads", 1, 0, 'j'}, {"random", 1, 0, 'r'}, {"help", 0, 0, 'h'},
+                                          {"gptq", 0, 0, GPTQ}, {"awq", 0, 0, AWQ}, {"calib", 1, 0, CALIB}, {"calib-tokens", 1, 0, CALIB_TOKENS}, {"bits", 1, 0, BITS}, {0, 0, 0, 0}};
     const char *shape = NULL;
     uint32_t group = 0, type = 0;
     int option;
@@ -1589,7 +1595,8 @@ int main(int argc, char **argv) {
         if (!calibration.text) usage("%s: needs --calib FILE, a text to calibrate with", asked);
         if (type != Q8 && type != Q4) usage("%s: means nothing for %s, only for q4 and q8", asked, TYPE_NAMES[type]);
         if (shape || !strcmp(argv[optind], "-")) usage("%s: reads IN.bin more than once: write it to a file first", asked);
-    } else if (calibration.text || calibration.tokens || calibration.bits > 0) usage("--calib, --calib-tokens, --bits: mean nothing without --gptq or --awq");
+    } else if (calibration.text || calibration.tokens || calibration.bits > 0)
+        usage("--calib, --calib-tokens, --bits: mean nothing without --gptq or --awq");
 
     if (!group) group = type == Q4 ? 128 : 64;      /* 8 bits are asked for where quality comes first; bitsandbytes' nf4 has 64 */
     if (!calibration.tokens) calibration.tokens = 32768;
