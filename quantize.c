@@ -1367,8 +1367,8 @@ static double rounding_cost(const Matrix *w, uint32_t type, uint32_t group, cons
 /* Types and groups of the matrices for a file of so many bits a weight: from the one asked for on, again and again the change
  * that saves most loss a byte, of those that still fit. */
 static void choose_types(Header *out, Tensor *to, const Model *m, const Gradients *all, size_t n_tokens, double bits, const char *path) {
-    static const struct { uint32_t type, group; } CHOICES[] = {{Q4, 128}, {Q4, 64}, {Q4, 32}, {Q8, 128}, {Q8, 64}, {Q8, 32}};
-    enum { N = sizeof CHOICES / sizeof *CHOICES };
+    enum { N = 6 };
+    static const struct { uint32_t type, group; } CHOICES[N] = {{Q4, 128}, {Q4, 64}, {Q4, 32}, {Q8, 128}, {Q8, 64}, {Q8, 32}};
     double room = bits * count_weights(out, to) / 8 - (double)out->file_size;
     double (*cost)[N] = (double (*)[N])allocate(out->n_tensors, sizeof *cost, path);
     if (room < 0) die("--bits %g: with %s in groups of %u the file has %.2f already", bits, TYPE_NAMES[to[0].type], to[0].group,
