@@ -656,6 +656,81 @@ def test_memory_of_the_cache(tmp, odd):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --kv q8
+
+def test_kv_is_refused(tmp, odd):
+    for mode in ([], ["-m", "chat", "--chat-template", "v1"], ["-m", "perplexity", "-f", os.devnull], ["-m", "score", "-f", os.devnull]):
+        for kind in ("f8", "q4", "f32", "Q8", "q8 ", "q", ""):
+            one_line(run(odd["q8"], *mode, "--kv", kind), 2, "--kv %s: not f16 or q8" % kind)
+    one_line(run(odd["q8"], "--kv"), 2, "--kv: needs a value")
+
+
+def test_kv_q8_takes_half_the_memory(tmp, odd):
+    """A position's key or value takes a byte for each of 32 elements and two for their scale, where FP16 takes 64 and FP32 128."""
+    for t, default in (("f32", 128), ("f16", 64), ("nf4", 64)):
+        sizes = [done(tmp, odd[t], "-i", "x", "-l", 10, "-n", 10, "-b", 3, *kv)[0]["kv_bytes"] for kv in ([], ["--kv", "f16"], ["--kv", "q8"])]
+        assert [size * 64 for size in sizes] == [sizes[1] * bytes_of for bytes_of in (default, 64, 34)]
+
+
+def test_kv_q8_batch_slots_threads_and_lookup(tmp, odd, no_window):
+    """Sequence i of a batch is the single run of seed s + i, with a cache of codes too: past the windows (9 and 128 positions), past a
+    forward of 256 tokens and a span of 512 positions, and with guesses."""
+    for model, n_prompt, n in ((odd["q4"], 3, 40), (odd["nf4"], 300, 20), (no_window, 530, 20), (DEMO, 60, 100)):
+        args = [model, "-i", "Once upon a time", "-l", n_prompt, "-n", n, "-E", "--kv", "q8"]
+        singles = [sequences(tmp, *args, "-s", 7 + i)[0] for i in range(4)]
+        assert len({tuple(s["ids"]) for s in singles}) == 4
+        for more in ([], ["-j", 3], ["--lookup", 6]):
+            assert sequences(tmp, *args, "-s", 7, "-b", 4, *more) == singles, (model, more)
+        assert [s["ids"] for s in singles] != [s["ids"] for s in sequences(tmp, *args[:-2], "-s", 7, "-b", 4)], "--kv q8 changes nothing"
+
+
+def test_kv_q8_file_through_slots(tmp):
+    (tmp / "p.txt").write_text("Once upon a time\n\nThe king said to the queen, and the queen said\n" + "a wolf " * 60 + "\nx\n")
+    args = [DEMO, "-f", tmp / "p.txt", "-n", 50, "--kv", "q8"]
+    one_by_one = sequences(tmp, *args)
+    for more in (["-b", 2], ["-b", 5], ["-b", 3, "--lookup", 4]):
+        assert sequences(tmp, *args, *more) == one_by_one
+
+
+def test_kv_q8_in_a_chat(tmp):
+    """Guesses and threads change nothing in a conversation either, which goes past the window."""
+    questions = b"Who was the king?\n" + b"And where did he live, and what did he do there? " * 8 + b"\nWhy?\n"
+    args = [DEMO, "-m", "chat", "--chat-template", "v1", "-n", 60, "--kv", "q8"]
+    plain = done(tmp, *args, input=questions)
+    for more in (["-j", 2], ["--lookup", 5]):
+        result = done(tmp, *args, *more, input=questions)
+        assert (result[0]["sequences"], result[1]) == (plain[0]["sequences"], plain[1])
+    assert plain[0]["prompt_tokens"] > 128 and plain[1]
+
+
+def test_kv_q8_predicts_nearly_the_same(tmp, odd, no_window):
+    """Perplexity's --against keeps its own cache: a model against itself shows what the codes change, little and not nothing."""
+    (tmp / "text.txt").write_text(TEXT * 6)
+    for model, context in ((DEMO, 512), (DEMO, 65), (odd["f32"], 100), (no_window, 1200)):
+        args = [model, "-m", "perplexity", "-f", tmp / "text.txt", "-c", context, "--against", model]
+        exact, _ = done(tmp, *args)
+        codes, _ = done(tmp, *args, "--kv", "q8")
+        assert exact["kl"] == 0 and exact["same_top"] == 1
+        assert 0 < codes["kl"] < 1e-3 and codes["same_top"] > 0.95, (model, codes)
+        assert codes["nll"] != exact["nll"] and abs(codes["nll"] - exact["nll"]) < 0.01
+
+
+def test_kv_q8_scores(tmp):
+    (tmp / "items.tsv").write_text("Once upon a time there\twas a king\tking a was\t0\nThe\twolf\tzzzq\t0\n")
+    for kv in ("f16", "q8"):
+        assert done(tmp, DEMO, "-m", "score", "-f", tmp / "items.tsv", "--kv", kv)[0]["accuracy"] == 1
+
+
+def test_ttft_p95(tmp):
+    """Four sequences through one slot: the last waits for the three before it, two steps each at least."""
+    d, _ = done(tmp, DEMO, "-i", "Once upon a time", "-n", 30, "-E", "-b", 4)
+    assert 0 < d["ttft_ms"] == d["ttft_ms_p95"]             # together: one step gives them all their first token
+    (tmp / "p.txt").write_text("Once upon a time\n" * 4)
+    d, _ = done(tmp, DEMO, "-f", tmp / "p.txt", "-n", 30, "-E")
+    assert 0 < d["ttft_ms"] < d["ttft_ms_p95"] < 1e3 * d["total_seconds"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Perplexity
 
 TEXT = "Once upon a time there was a king, and he had three sons. The youngest went into the wood and found a golden bird.\n" * 3
