@@ -192,7 +192,7 @@ static void quantize_activations(int8_t *q, float *scale, float *sum, const floa
     for (size_t i = 0; i < n; i++) {            /* rounded to nearest by adding 1.5 * 2^23, see fast_exp */
         int32_t rounded = (int32_t)(as_bits(fmaf(x[i], inverse, 12582912.0f)) - 0x4b400000u);
         q[i] = (int8_t)rounded;
-        total += rounded;
+        total += q[i];                          /* not `rounded`, which is no small number where 127 / largest is none */
     }
     memset(q + n, 0, group - n);
     *scale = largest / 127.0f;
@@ -498,11 +498,12 @@ typedef struct {
 /* Bytes of a position's key or value. */
 static size_t cache_row(int type, size_t width) { return type == Q8 ? width + sizeof(uint16_t) : type == F16 ? width * sizeof(uint16_t) : width * sizeof(float); }
 
-/* x as int8 and its scale, an FP16 number, which is returned: x[i] is about scale * q[i]. [n] each. */
+/* x as int8 and its scale, an FP16 number, which is returned, rounded up so that the largest fits: x[i] is about scale * q[i]. [n] each. */
 static uint16_t quantize_row(int8_t *q, const float *x, size_t n) {
     float largest = 0;
     for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
     uint16_t scale = float_to_half(largest / 127.0f);
+    scale += half_to_float(scale) < largest / 127.0f && scale < 0x7bff;
     float inverse = scale ? 1.0f / half_to_float(scale) : 0;
     for (size_t i = 0; i < n; i++) {            /* rounded to nearest by adding 1.5 * 2^23, see fast_exp */
         float v = fminf(fmaxf(x[i] * inverse, -127.0f), 127.0f) + 12582912.0f;
@@ -1292,7 +1293,8 @@ static void json_head(FILE *f, const State *s, const Options *o) {
     const Header *c = &s->model->c;
     fprintf(f, "{\n  \"model\": ");
     json_string(f, c->name, strlen(c->name));
-    fprintf(f, ",\n  \"backend\": \"%s\",\n  \"dtype\": \"%s\"", s->model->backend->name, TYPE_NAMES[s->model->layers[0].wqkv.type]);
+    fprintf(f, ",\n  \"backend\": \"%s\",\n  \"dtype\": \"%s\",\n  \"kv_dtype\": \"%s\"", s->model->backend->name,
+            TYPE_NAMES[s->model->layers[0].wqkv.type], TYPE_NAMES[s->model->kv_type]);
     json_number(f, "threads", (double)o->threads);
 }
 

@@ -251,6 +251,7 @@ static void cuda_load(Model *m) {
     cudaFree(staging);
     d->peak = d->bytes + not_counted;
     m->device = d;
+    if (m->kv_type == F32) m->kv_type = F16;        /* here keys and values are never FP32 */
 }
 
 static void free_weights(Weights *w) { cudaFree(w->codes); cudaFree(w->scales); cudaFree(w->halves); }
@@ -962,7 +963,7 @@ struct HeadPairs {
         float max = fmaxf(fmaxf(fabsf(x[0].x), fabsf(x[0].y)), fmaxf(fabsf(x[1].x), fabsf(x[1].y))), inverse = 0;
         if (sizeof(E) == 1) {
             for (int other = 16; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
-            __half scale = to_half(max / 127.0f);
+            __half scale = __float2half_ru(fminf(max / 127.0f, 65504.0f));
             inverse = __half2float(scale) > 0 ? 1 / __half2float(scale) : 0;
             if (threadIdx.x % 32 == 0) ((__half *)(block + 32 * c.width))[at] = scale;
         }
@@ -1715,7 +1716,7 @@ static void cuda_open(State *s) {
     d->multiprocessors = properties.multiProcessorCount;
     s->device = d;
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
-    s->kv_row = cache_row(m->kv_type == Q8 ? Q8 : F16, s->head_width);
+    s->kv_row = cache_row(m->kv_type, s->head_width);
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
     if (c->dim > NORM_WARPS * MAX_TILES * COLUMNS) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, NORM_WARPS * MAX_TILES * COLUMNS);
     if (s->n_slots > 65535) die("-b %zu: run_cuda takes up to 65535", s->n_slots);
