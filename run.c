@@ -232,7 +232,7 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
     else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
 }
 
-/* What a product asks memory for while it computes: `bytes` from `at` on, a little with each column (in a tile: `bytes` with
+/* (Skip this and share() on a first reading: no result depends on it.) What a product asks memory for while it computes: `bytes` from `at` on, a little with each column (in a tile: `bytes` with
  * each), so that they are in the second-level cache when their turn comes. The processor's own prefetching ends with each page of 4 KB, and all at once would
  * be more than it can have under way. Wherever this points, it is no error. */
 typedef struct { const void *at; size_t bytes; } Ahead;
@@ -601,7 +601,8 @@ enum { ROWS = 64, SPAN = 512 };         /* queries in one call of attention(); p
  * Streams over blocks of 32 keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of 32 and SPAN: the
  * order of addition does not depend on how the prompt was cut. A block's slots that a token does not see may hold anything.
- * With a cache of codes queries are rounded to int8, and so are, of each block, the exponentials times the values' scales. */
+ * With a cache of codes queries are rounded to int8, and so are, of each block, the exponentials times the values' scales (relative to
+ * the block's largest, so that what is lost is at most 1/254 of that for each key). */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
     float query[ROWS * MAX_HEAD_DIM], sums[ROWS * MAX_HEAD_DIM], scores[ROWS * PANEL], part[ROWS * PANEL];
@@ -865,7 +866,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
 
         /* each key head's query heads, of each run of tokens; over its spans of keys at once or one by one */
         #pragma omp parallel for schedule(dynamic)
-        for (size_t u = 0; u < units * n_spans; u++) {
+        for (size_t u = 0; u < units * n_spans; u++) {          /* u: [span][key head][part of its query heads][run] */
             const Run *r = &s->runs[u % n_runs];
             size_t part = u / n_runs % parts, kv_head = u / n_runs / parts % c->n_kv_heads, span = u / units;
             size_t h = kv_head * group + part * heads, n_heads = min_size(heads, (kv_head + 1) * group - h);
@@ -946,7 +947,7 @@ static int sample(float *logits, size_t n, float temperature, float top_p, doubl
     double end = top_p < 1 ? fmin(fma(equal, each, above), total) : total, r = random * end, passed = 0;
     for (size_t i = 0; i < n && passed <= r; i++) {
         uint32_t bits = as_bits(p[i]);
-        if (bits < smallest || (bits == smallest && equal-- < 1)) continue;
+        if (bits < smallest || (bits == smallest && equal-- < 1)) continue;     /* not in the set, or one of this probability too many */
         passed += p[i];
         best = i;                       /* the last of the set, should rounding leave r beyond it */
     }

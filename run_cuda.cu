@@ -667,8 +667,8 @@ template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; 
     static const int PIECES = TYPE == Q8 ? 4 : 2;
     uint4  x[128 * 8];                  /* [token][8 pieces of 16 bytes] */
     uint4  codes[WIDE_ROWS][PIECES][32];
-    float4 scale[GROUPS][64];           /* (scale, sum) of two tokens */
-    uint2  scales[WIDE_ROWS][GROUPS][8];
+    float4 x_scales[GROUPS][64];        /* (scale, sum) of two tokens */
+    uint2  w_scales[WIDE_ROWS][GROUPS][8];
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -712,10 +712,10 @@ __device__ int has_wgmma = HAS_WGMMA;               /* what this was built for, 
 template <int TYPE, int GROUPS>
 __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *out, Weights w, Inputs in, int n, int units) {
 #if HAS_WGMMA
-    typedef Wide<TYPE, GROUPS> Stages;
+    typedef Wide<TYPE, GROUPS> OneStage;
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];         /* barriers: all bytes have come; all warps have read them */
-    Stages *stages = (Stages *)shared;
+    OneStage *stages = (OneStage *)shared;
     const int COUNT = 4 / GROUPS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS, step = 0;
     if (threadIdx.x == 0) {
@@ -730,15 +730,15 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
         wait_for_inputs();              /* the others need not: what they read comes from here, and then they store */
         for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)       /* the thread that fetches */
             for (int k = 0; k < w.column_tiles; k++, step++) {
-                Stages *s = stages + step % WIDE_STAGES;
+                OneStage *s = stages + step % WIDE_STAGES;
                 uint64_t *barrier = full + step % WIDE_STAGES;
                 size_t tile = tile_index(w, block / token_blocks * WIDE_ROWS, k), token = block % token_blocks * 128;
                 if (step >= WIDE_STAGES) await(empty + step % WIDE_STAGES, (step / WIDE_STAGES - 1) & 1);
-                arrive(barrier, (int)(sizeof s->x + sizeof s->codes + sizeof s->scale + sizeof s->scales));
+                arrive(barrier, (int)(sizeof s->x + sizeof s->codes + sizeof s->x_scales + sizeof s->w_scales));
                 bulk_copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS, sizeof s->x, barrier);
-                bulk_copy(s->codes, w.codes + tile * (Stages::PIECES * 32), sizeof s->codes, barrier);
-                bulk_copy(s->scales, w.scales + tile * (GROUPS * 16), sizeof s->scales, barrier);
-                for (int g = 0; g < GROUPS; g++) bulk_copy(s->scale[g], in.scale + ((size_t)k * GROUPS + g) * in.stride + token, sizeof s->scale[g], barrier);
+                bulk_copy(s->codes, w.codes + tile * (OneStage::PIECES * 32), sizeof s->codes, barrier);
+                bulk_copy(s->w_scales, w.scales + tile * (GROUPS * 16), sizeof s->w_scales, barrier);
+                for (int g = 0; g < GROUPS; g++) bulk_copy(s->x_scales[g], in.scale + ((size_t)k * GROUPS + g) * in.stride + token, sizeof s->x_scales[g], barrier);
             }
         return;
     }
@@ -746,21 +746,21 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
     for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
         float total[16][4] = {};
         for (int k = 0; k < w.column_tiles; k++, step++) {
-            Stages *s = stages + step % WIDE_STAGES;
+            OneStage *s = stages + step % WIDE_STAGES;
             Stage<TYPE, GROUPS> codes;
             uint32_t a[4][4];
             /* where token 0 begins, in units of 16 bytes; 8 tokens are 1,024 bytes; swizzled by 128 (PTX ISA, matrix descriptor) */
             uint64_t b = (uint64_t)((uint32_t)__cvta_generic_to_shared(s->x) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
             await(full + step % WIDE_STAGES, step / WIDE_STAGES & 1);
 #pragma unroll
-            for (int p = 0; p < Stages::PIECES; p++) codes.codes[0][p] = s->codes[warp][p][lane];
+            for (int p = 0; p < OneStage::PIECES; p++) codes.codes[0][p] = s->codes[warp][p][lane];
             unpack(a, codes, 0);
 #pragma unroll
             for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));      /* all of it before the first instruction */
 #pragma unroll
             for (int g = 0; g < GROUPS; g++) {
                 int sum[16][4];
-                uint2 scales = s->scales[warp][g][lane / 4];
+                uint2 scales = s->w_scales[warp][g][lane / 4];
                 float2 rows[2] = {__half22float2(*(const __half2 *)&scales.x), __half22float2(*(const __half2 *)&scales.y)};
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -769,7 +769,7 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
                 wait_wgmma(sum);
 #pragma unroll
                 for (int t = 0; t < 16; t++) {
-                    float4 tokens = s->scale[g][t * 4 + lane % 4];
+                    float4 tokens = s->x_scales[g][t * 4 + lane % 4];
 #pragma unroll
                     for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[h], tokens, sum[t] + 2 * h);
                 }
