@@ -77,6 +77,9 @@ typedef struct {
     const unsigned char *data;
 } Raw;
 
+/* To nearest; beyond the largest it stays there. */
+__device__ inline __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+
 /* Which row of the file a row of the device's matrix is; -1: none. */
 __device__ inline int file_row(const Raw &m, int row) {
     if (!m.gate) return row < m.rows ? row : -1;
@@ -134,7 +137,7 @@ __global__ void tile_halves(Weights w, Raw m) {
     size_t at = row < 0 ? 0 : row / PANEL * (size_t)PANEL * m.cols + (size_t)col * PANEL + row % PANEL;
     if (row < 0 || col >= m.cols) w.halves[i] = 0;
     else if (m.type == F16) w.halves[i] = ((const __half *)m.data)[at];
-    else w.halves[i] = __float2half_rn(fminf(fmaxf(((const float *)m.data)[at], -65504.0f), 65504.0f));
+    else w.halves[i] = to_half(((const float *)m.data)[at]);
 }
 
 /* Four codes of nf4, in the low 16 bits, as codes of q8: NF4_CODES, looked up among the first and among the last eight. */
@@ -829,10 +832,7 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
     int lane = threadIdx.x % 32, group = w.group;
     float v[4] = {x.x, x.y, x.z, x.w}, max = 0;
     if (w.type == F16) {
-        __half2 low, high;
-        for (int i = 0; i < 4; i++) v[i] = fminf(fmaxf(v[i], -65504.0f), 65504.0f);
-        low = __floats2half2_rn(v[0], v[1]);
-        high = __floats2half2_rn(v[2], v[3]);
+        __half2 low = __halves2half2(to_half(v[0]), to_half(v[1])), high = __halves2half2(to_half(v[2]), to_half(v[3]));
         *(uint2 *)(in.halves + ((size_t)token * w.column_tiles + tile) * COLUMNS + lane * 4) = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
         return;
     }
@@ -935,8 +935,6 @@ __device__ inline float2 turned_pair(const float *parts, int n_parts, int part_w
     float2 r = rotations[(size_t)token * half + i];
     return make_float2(x.x * r.x - x.y * r.y, x.y * r.x + x.x * r.y);
 }
-
-__device__ inline __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
 
 /* What a warp makes of a head of a token: thread i has the elements i and i + head_dim / 2, and i + 32 and i + 32 + head_dim / 2. */
 struct HeadPairs {
@@ -1086,7 +1084,7 @@ template <> struct Eight<uint8_t> { typedef uint2 Type; };
 /* A warp takes 16 queries - neighbouring tokens of a sequence, and the heads that share a key head - and goes over their keys
  * by 32, with a running maximum (FlashAttention-2, Dao 2023). Scores and values are two products on the tensor cores: what the
  * first leaves in a thread is what the second wants there. This much both kernels below share.
- * WIDTH: head_dim rounded up to a power of two. q, q8: the queries of row g, row g + 8, in shared or global memory, or NULL. */
+ * WIDTH: head_dim rounded up to a power of two. E: of an element of the cache. q: the queries of row g, row g + 8, in shared or global memory, or NULL. */
 template <int WIDTH, class E> struct Attention {
     uint32_t a[WIDTH / 32][2][4];       /* the queries: of 32 elements, of two instructions */
     float sum[WIDTH / 8][4], max[2], total[2];
