@@ -717,14 +717,14 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
 #if HAS_WGMMA
     typedef Wide<TYPE, GROUPS> OneStage;
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];         /* barriers: all bytes have come; all warps have read them */
+    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];         /* barriers: all bytes have come; all threads have read them */
     OneStage *stages = (OneStage *)shared;
     const int COUNT = 4 / GROUPS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS, step = 0;
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], %2;" ::"r"((uint32_t)__cvta_generic_to_shared(full + i)),
-                         "r"((uint32_t)__cvta_generic_to_shared(empty + i)), "r"((int)WIDE_ROWS));
+                         "r"((uint32_t)__cvta_generic_to_shared(empty + i)), "r"(32 * WIDE_ROWS));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -777,8 +777,7 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
                     for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[h], tokens, sum[t] + 2 * h);
                 }
             }
-            __syncwarp();
-            if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((uint32_t)__cvta_generic_to_shared(empty + step % WIDE_STAGES)) : "memory");
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((uint32_t)__cvta_generic_to_shared(empty + step % WIDE_STAGES)) : "memory");
         }
 #pragma unroll
         for (int t = 0; t < 16; t++)
@@ -875,38 +874,39 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
 }
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
- * wanted one, 16 warps that take every 16th tile of columns each. x: [n][128 * column tiles]; parts: [n_parts][n][part_width]. */
+ * wanted one, 16 warps that take every 16th tile of columns each. It is the time until an answer comes that counts here, not how much
+ * comes: all that is read is asked for before any of it is used. x: [n][128 * column tiles]; parts: [n_parts][n][part_width]. */
 enum { MAX_PARTS = 8, MAX_TILES = 8, NORM_WARPS = 16 };  /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
-__global__ void __launch_bounds__(32 * NORM_WARPS, BLOCKS_OF(2)) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
+__global__ void __launch_bounds__(32 * NORM_WARPS, 1) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
                                                   float eps, Inputs in, Weights w, const Row *rows, bool wanted) {
     wait_for_inputs();
-    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, tile = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, first = threadIdx.x / 32, column = threadIdx.x * 4, n_tiles = (w.column_tiles - first + NORM_WARPS - 1) / NORM_WARPS;
     float squares = 0;
-    float4 v[MAX_TILES];
+    float4 v[MAX_TILES], weights[MAX_TILES];
+    x += (size_t)token * w.column_tiles * COLUMNS + column;
+    parts += (size_t)token * part_width + column;
 #pragma unroll
     for (int i = 0; i < MAX_TILES; i++) {
-        if (tile + NORM_WARPS * i >= w.column_tiles) break;
-        int column = (tile + NORM_WARPS * i) * COLUMNS + lane * 4;
-        float4 *at = (float4 *)(x + (size_t)token * w.column_tiles * COLUMNS + column);
-        v[i] = *at;
-        for (int p0 = 0; p0 < n_parts && column < part_width; p0 += 2) {
-            float4 part[2];
+        float4 part[MAX_PARTS];
+        if (i >= n_tiles) break;
+        v[i] = *(float4 *)(x + i * NORM_WARPS * COLUMNS);
 #pragma unroll
-            for (int p = 0; p < 2; p++) if (p0 + p < n_parts) part[p] = *(const float4 *)(parts + ((size_t)(p0 + p) * n + token) * part_width + column);
+        for (int p = 0; p < MAX_PARTS; p++)
+            part[p] = p < n_parts && column + i * NORM_WARPS * COLUMNS < part_width ? *(const float4 *)(parts + (size_t)p * n * part_width + i * NORM_WARPS * COLUMNS)
+                                                                                     : make_float4(0, 0, 0, 0);
 #pragma unroll
-            for (int p = 0; p < 2; p++)
-                if (p0 + p < n_parts) { v[i].x += part[p].x; v[i].y += part[p].y; v[i].z += part[p].z; v[i].w += part[p].w; }
-        }
-        *at = v[i];
+        for (int p = 0; p < MAX_PARTS; p++) { v[i].x += part[p].x; v[i].y += part[p].y; v[i].z += part[p].z; v[i].w += part[p].w; }
         squares += (v[i].x * v[i].x + v[i].y * v[i].y) + (v[i].z * v[i].z + v[i].w * v[i].w);
     }
+#pragma unroll
+    for (int i = 0; i < MAX_TILES; i++) if (i < n_tiles) weights[i] = *(const float4 *)(weight + column + i * NORM_WARPS * COLUMNS);
     float scale = 1.0f / sqrtf(block_sum(squares) / (float)dim + eps);
 #pragma unroll
     for (int i = 0; i < MAX_TILES; i++) {
-        if (tile + NORM_WARPS * i >= w.column_tiles) break;
-        float4 weights = *(const float4 *)(weight + (tile + NORM_WARPS * i) * COLUMNS + lane * 4);
-        write_inputs(in, w, blockIdx.x, tile + NORM_WARPS * i, make_float4(weights.x * (v[i].x * scale), weights.y * (v[i].y * scale),
-                                                           weights.z * (v[i].z * scale), weights.w * (v[i].w * scale)));
+        if (i >= n_tiles) break;
+        *(float4 *)(x + i * NORM_WARPS * COLUMNS) = v[i];
+        write_inputs(in, w, blockIdx.x, first + NORM_WARPS * i, make_float4(weights[i].x * (v[i].x * scale), weights[i].y * (v[i].y * scale),
+                                                                            weights[i].z * (v[i].z * scale), weights[i].w * (v[i].w * scale)));
     }
 }
 
@@ -1227,15 +1227,15 @@ __global__ void __launch_bounds__(128) attention_decode(float *out, float2 *soft
     __shared__ __align__(16) __half query[16][WIDTH];
     __shared__ float shared_out[4][16][WIDTH + 4];
     __shared__ float2 shared_softmax[4][16];
-    wait_for_inputs();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / parts, kv_head = blockIdx.y;
     int group = c.n_heads / c.n_kv_heads, first_head = kv_head * group + (int)blockIdx.x % parts * 16, n_heads = min(16, (kv_head + 1) * group - first_head);
-    int pos = rows[token].pos, from = first_position(pos, c.window), to = pos + 1, start = (from / span + (int)blockIdx.z) * span;
+    int pos = rows[token].pos, from = first_position(pos, c.window), to = pos + 1, start = (from / span + (int)blockIdx.z) * span;     /* no kernel writes rows */
     from = max(from, start);
     to = min(to, start + span);
     size_t slot = rows[token].slot * c.n_kv_heads * c.cache, of_head = slot + kv_head * c.cache;
     bool last = from <= pos && pos < to;
 
+    wait_for_inputs();
     for (int row = warp; from < to && row < n_heads + 2 * last; row += 4) {
         int head = row < n_heads ? first_head + row : c.n_heads + kv_head + (row - n_heads) * c.n_kv_heads;
         HeadPairs pairs(qkv, n, rotations, token, head, c);
