@@ -109,16 +109,17 @@ static inline float half_to_float(uint16_t h) {
     return as_float(as_bits(magnitude) | (uint32_t)(h & 0x8000) << 16);
 }
 
+/* n: a multiple of 16. */
 static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
-    size_t i = 0;
 #if defined(__AVX512F__)                /* where there is an instruction for it; the same numbers */
-    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(in + i))));
+    for (size_t i = 0; i < n; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(in + i))));
 #elif defined(__F16C__)
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + i))));
+    for (size_t i = 0; i < n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + i))));
 #elif defined(__ARM_FP16_FORMAT_IEEE) && defined(__aarch64__)
-    for (; i + 4 <= n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(in + i))));
+    for (size_t i = 0; i < n; i += 4) vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(in + i))));
+#else
+    for (size_t i = 0; i < n; i++) out[i] = half_to_float(in[i]);
 #endif
-    for (; i < n; i++) out[i] = half_to_float(in[i]);
     return out;
 }
 
@@ -482,17 +483,18 @@ static void matrix_row(float *out, const Matrix *w, size_t row) {
     }
 }
 
-/* The cache of one key head of one sequence: a ring of positions in blocks of 32, so that position p stands in slot
- * p % ring, and p and its neighbours in the same aligned 32 positions in one block. Both are panels, so that attention is
- * two products: keys are [head_dim][32], the rows being positions; values are [width / 32][32 positions][32], the rows being
- * a head's elements. FP32, FP16, or, in half the place of that, codes as q8 has them, four columns of a row side by side, behind the
- * block's 32 FP16 scales, one of each position: x is about scale * (code - 128). */
+/* The cache of one key head of one sequence: a ring of positions in blocks of KEYS, so that position p stands in slot p % ring, and p
+ * and its neighbours in the same aligned KEYS positions in one block. Both keys and values are panels of 32 rows, so that attention is two
+ * products: keys are [KEYS / 32][width][32], the rows being positions; values are [width / 32][KEYS][32], the rows being a head's
+ * elements. FP32, FP16, or, in half the place of that, codes as q8 has them, four columns of a row side by side, behind the block's
+ * KEYS FP16 scales, one of each position: x is about scale * (code - 128). */
+enum { KEYS = 128 };
 typedef struct {
     unsigned char *keys, *values;
     int    type;                        /* F32, F16 or Q8 */
-    size_t ring;                        /* slots, a multiple of 32 */
+    size_t ring;                        /* slots, a multiple of KEYS */
     size_t head_dim, width;             /* width: head_dim rounded up to a multiple of 32 */
-    size_t block_bytes;
+    size_t row;                         /* bytes of a position's key or value */
 } Cache;
 
 /* Bytes of a position's key or value. */
@@ -517,16 +519,16 @@ static inline size_t number_at(size_t row, size_t column) { return column * PANE
 static inline size_t code_at(size_t row, size_t column) { return (column / 4 * PANEL + row) * 4 + column % 4; }
 
 static void cache_store(Cache c, size_t pos, const float *key, const float *value) {
-    size_t place = pos % c.ring, j = place % PANEL, at = place / PANEL * c.block_bytes;
+    size_t slot = pos % c.ring, j = slot % KEYS;
     int8_t q[MAX_HEAD_DIM];
     for (int i = 0; i < 2; i++) {               /* the position is a row of the keys and a column of each 32 elements of the values */
-        unsigned char *block = (i ? c.values : c.keys) + at;
+        unsigned char *block = (i ? c.values : c.keys) + (slot - j) * c.row;
         const float *x = i ? value : key;
         uint16_t scale = c.type == Q8 ? quantize_row(q, x, c.head_dim) : 0;
         if (c.type == Q8) ((uint16_t *)block)[j] = scale;
         for (size_t d = 0; d < c.head_dim; d++) {
-            size_t panel = i ? d / PANEL * PANEL * PANEL : 0, row = i ? d % PANEL : j, column = i ? j : d;
-            if (c.type == Q8) block[2 * PANEL + panel + code_at(row, column)] = (unsigned char)(q[d] + 128);
+            size_t panel = i ? d / PANEL * KEYS * PANEL : j / PANEL * c.width * PANEL, row = (i ? d : j) % PANEL, column = i ? j : d;
+            if (c.type == Q8) block[KEYS * sizeof scale + panel + code_at(row, column)] = (unsigned char)(q[d] + 128);
             else if (c.type == F16) ((uint16_t *)block)[panel + number_at(row, column)] = float_to_half(x[d]);
             else ((float *)block)[panel + number_at(row, column)] = x[d];
         }
@@ -539,31 +541,40 @@ static inline size_t first_seen(size_t pos, size_t window) { return window && po
 /* Attention of a query over a set of keys: sum of e^(score - max), and of e^(score - max) times the values. */
 typedef struct { float max, sum; } Softmax;
 
-/* Adds what a query found among other keys: a then stands for both sets. */
-static void merge(Softmax *a, float *out_a, Softmax b, const float *out_b, size_t head_dim) {
+/* Adds what a query found among other keys: a then stands for both sets. out_b: [head_dim / 32][32], the pieces `apart` from one another. */
+static void merge(Softmax *a, float *out_a, Softmax b, const float *out_b, size_t apart, size_t head_dim) {
     if (b.sum == 0) return;             /* it may see none of them */
     float max = a->max > b.max ? a->max : b.max, shrink_a = fast_exp(a->max - max), shrink_b = fast_exp(b.max - max);
-    for (size_t d = 0; d < head_dim; d++) out_a[d] = fmaf(out_b[d], shrink_b, out_a[d] * shrink_a);
+    for (size_t d = 0; d < head_dim; d += PANEL, out_b += apart)
+        for (size_t i = d; i < min_size(d + PANEL, head_dim); i++) out_a[i] = fmaf(out_b[i - d], shrink_b, out_a[i] * shrink_a);
     a->sum = fmaf(b.sum, shrink_b, a->sum * shrink_a);
     a->max = max;
 }
 
-/* The scores s[32] of a query become e^(score - max) where they are wanted, from j0 to j1 - 1, and 0 elsewhere; max is raised
- * to the largest of them, and lanes[16] is where they are summed. Returns by how much all before shrinks, e^(old - new).
- * The maximum is found among integers, which a compiler vectorises: floats order as their bits do, once those of negative
- * ones, but the sign, are inverted. */
-static float exponentials(float *s, float *lanes, float *max, size_t j0, size_t j1) {
-    for (size_t j = 0; j < PANEL && j1 - j0 < PANEL; j++) if (j < j0 || j >= j1) s[j] = -INFINITY;
-    int32_t largest = (int32_t)as_bits(*max);
-    largest ^= largest >> 31 & INT32_MAX;
-    for (size_t j = 0; j < PANEL; j++) {
-        int32_t bits = (int32_t)as_bits(s[j]), ordered = bits ^ (bits >> 31 & INT32_MAX);
-        largest = ordered > largest ? ordered : largest;
+/* The scores of a query among a block's n keys, in panels `apart` from one another, become e^(score - max), out [n], where they are
+ * wanted, from j0 to j1 - 1, and 0 elsewhere; max is raised to the largest of them, and lanes[32] is where they are summed. Returns by
+ * how much all before shrinks, e^(old - new). The maximum is found among integers, which a compiler vectorises: floats order as their
+ * bits do, once those of negative ones, but the sign, are inverted. */
+static float exponentials(float *out, const float *scores, size_t apart, size_t n, float *lanes, float *max, size_t j0, size_t j1) {
+    int32_t largest[PANEL], most = (int32_t)as_bits(*max);
+    most ^= most >> 31 & INT32_MAX;
+    for (size_t r = 0; r < PANEL; r++) largest[r] = most;
+    for (size_t j = 0; j < n; j += PANEL) {
+        memcpy(out + j, scores + j / PANEL * apart, PANEL * sizeof(float));
+        for (size_t r = 0; r < PANEL && (j < j0 || j + PANEL > j1); r++) if (j + r < j0 || j + r >= j1) out[j + r] = -INFINITY;
+        for (size_t r = 0; r < PANEL; r++) {
+            int32_t bits = (int32_t)as_bits(out[j + r]), ordered = bits ^ (bits >> 31 & INT32_MAX);
+            largest[r] = ordered > largest[r] ? ordered : largest[r];
+        }
     }
-    float new_max = as_float((uint32_t)(largest ^ (largest >> 31 & INT32_MAX))), shrink = *max == new_max ? 1 : fast_exp(*max - new_max);
-    for (size_t j = 0; j < PANEL; j++) s[j] = fast_exp(s[j] - new_max);
-    for (size_t j = 0; j < PANEL && j1 - j0 < PANEL; j++) if (j < j0 || j >= j1) s[j] = 0;
-    for (size_t j = 0; j < PANEL / 2; j++) lanes[j] = fmaf(lanes[j], shrink, s[j] + s[j + PANEL / 2]);
+    for (size_t r = 0; r < PANEL; r++) most = largest[r] > most ? largest[r] : most;
+    float new_max = as_float((uint32_t)(most ^ (most >> 31 & INT32_MAX))), shrink = *max == new_max ? 1 : fast_exp(*max - new_max);
+    for (size_t r = 0; r < PANEL && shrink != 1; r++) lanes[r] *= shrink;
+    for (size_t j = 0; j < n; j += PANEL) {
+        for (size_t r = 0; r < PANEL; r++) out[j + r] = fast_exp(out[j + r] - new_max);
+        for (size_t r = 0; r < PANEL && (j < j0 || j + PANEL > j1); r++) if (j + r < j0 || j + r >= j1) out[j + r] = 0;
+        for (size_t r = 0; r < PANEL; r++) lanes[r] += out[j + r];
+    }
     *max = new_max;
     return shrink;
 }
@@ -576,43 +587,41 @@ static void round_row(const Activations *a, size_t r, size_t T, const float *x, 
     }
 }
 
-/* A block of a cache, [n][32], by T <= 64 rows: out[t][j] = sum over k of block[k][j] * x[t][k]. Of FP32 and FP16 x is a->x, rows `stride`
+enum { ROWS = 64, SPAN = 512 };         /* queries in one call of attention(); positions of which the sums are made apart */
+
+/* A block of a cache, [n][32], by T <= 64 rows: out[t][j] += sum over k of block[k][j] * x[t][k]. Of FP32 and FP16 x is a->x, rows `stride`
  * apart; of codes what round_row() made of it, and `scale` has the columns' scales and zeros. out: [T][32]. */
 static void cache_product(size_t T, float *out, int type, const unsigned char *block, const float *scale, const Activations *a, size_t stride, size_t n, Ahead ahead) {
-    float room[PANEL * MAX_HEAD_DIM];
+    float room[PANEL * MAX_HEAD_DIM], part[ROWS * PANEL];
     if (type != Q8) {
-        tiles(T, out, type == F16 ? halves_to_floats(room, (const uint16_t *)block, n * PANEL) : (const float *)block, a->x, stride, n, ahead);
-        return;
-    }
-    memset(out, 0, T * PANEL * sizeof(float));
-    for (size_t k = 0; k < n; k += MAX_GROUP) {
+        tiles(T, part, type == F16 ? halves_to_floats(room, (const uint16_t *)block, n * PANEL) : (const float *)block, a->x, stride, n, ahead);
+        for (size_t i = 0; i < T * PANEL; i++) out[i] += part[i];
+    } else for (size_t k = 0; k < n; k += MAX_GROUP) {
         size_t at = k / MAX_GROUP * T;
-        Activations part = {NULL, a->q + T * k, a->scale + at, a->sum + at};
-        group_product(T, out, Q8, block + k * PANEL, scale, part, round_up(min_size(n - k, MAX_GROUP), PANEL), ahead);
+        Activations group = {NULL, a->q + T * k, a->scale + at, a->sum + at};
+        group_product(T, out, Q8, block + k * PANEL, scale, group, round_up(min_size(n - k, MAX_GROUP), PANEL), ahead);
     }
 }
-
-enum { ROWS = 64, SPAN = 512 };         /* queries in one call of attention(); positions of which the sums are made apart */
 
 /* Attention of n_tokens neighbouring tokens of a sequence, the first at position pos, in n_heads query heads that share a
  * key head, over the positions from `from` to `to` - 1, a multiple of SPAN but the last: softmax and out[i * stride ..] of
  * each head of each token i, which are `stride` heads apart; n_tokens * n_heads <= 64. q: where the first token's queries
  * stand, tokens being q_stride apart. window: 0 for none.
- * Streams over blocks of 32 keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
- * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of 32 and SPAN: the
+ * Streams over blocks of keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
+ * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the
  * order of addition does not depend on how the prompt was cut. A block's slots that a token does not see may hold anything.
  * With a cache of codes queries are rounded to int8, and so are, of each block, the exponentials times the values' scales (relative to
  * the block's largest, so that what is lost is at most 1/254 of that for each key). */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
-    float query[ROWS * MAX_HEAD_DIM], sums[ROWS * MAX_HEAD_DIM], scores[ROWS * PANEL], part[ROWS * PANEL];
-    float lanes[ROWS][PANEL / 2], max[ROWS], shrink[ROWS], factor = 1.0f / sqrtf((float)c.head_dim);
-    int8_t codes[2][ROWS * MAX_HEAD_DIM];                       /* of queries; of exponentials */
+    float query[ROWS * MAX_HEAD_DIM], sums[ROWS * MAX_HEAD_DIM], scores[ROWS * KEYS], weights[ROWS * KEYS];   /* [rows, head_dim]; [width / 32][rows][32]; */
+    float lanes[ROWS][PANEL], max[ROWS], factor = 1.0f / sqrtf((float)c.head_dim);                            /* [KEYS / 32][rows][32]; [rows, KEYS] */
+    int8_t codes[2][ROWS * MAX_HEAD_DIM];                       /* of queries; of weights */
     float code_scale[2][ROWS * MAX_HEAD_DIM / MAX_GROUP], code_sum[2][ROWS * MAX_HEAD_DIM / MAX_GROUP];
-    Activations queries = {query, codes[0], code_scale[0], code_sum[0]}, exponential = {scores, codes[1], code_scale[1], code_sum[1]};
-    float key_scale[2 * PANEL], value_scale[PANEL], ones[2 * PANEL];        /* scales, then zeros; values' scales go into the exponentials */
-    size_t n_rows = n_tokens * n_heads;
-    for (size_t i = 0; i < PANEL; i++) { ones[i] = 1; key_scale[PANEL + i] = ones[PANEL + i] = 128; }
+    Activations queries = {query, codes[0], code_scale[0], code_sum[0]}, exponential = {weights, codes[1], code_scale[1], code_sum[1]};
+    float key_scale[2 * PANEL], scale[2 * KEYS], ones[2 * PANEL];         /* scales, then zeros; values' scales go into the exponentials */
+    size_t n_rows = n_tokens * n_heads, header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, number = (c.row - header / KEYS) / c.width;    /* bytes */
+    for (size_t i = 0; i < PANEL; i++) { ones[i] = 1; ones[PANEL + i] = 128; }
     for (size_t r = 0; r < n_rows; r++) {
         size_t at = r / n_heads * stride + r % n_heads;
         for (size_t d = 0; d < c.head_dim; d++) query[r * c.head_dim + d] = factor * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
@@ -625,37 +634,41 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
         memset(sums, 0, n_rows * c.width * sizeof(float));
         memset(lanes, 0, sizeof lanes);
         for (size_t r = 0; r < n_rows; r++) max[r] = -INFINITY;
-        for (size_t start = span > from ? span : from / PANEL * PANEL; start < min_size(to, span + SPAN); start += PANEL) {
-            size_t at = start % c.ring / PANEL * c.block_bytes, n_keys = min_size(PANEL, to - start), row_bytes = c.type == Q8 ? PANEL : c.block_bytes / c.width;
-            const unsigned char *keys = c.keys + at, *values = c.values + at;
-            Ahead next_keys = {keys + c.block_bytes, c.block_bytes};
+        for (size_t start = span > from ? span : from / KEYS * KEYS; start < min_size(to, span + SPAN); start += KEYS) {
+            size_t n_keys = min_size(KEYS, to - start), n = round_up(n_keys, PANEL), panel_bytes = PANEL * number;
+            const unsigned char *keys = c.keys + start % c.ring * c.row, *values = c.values + start % c.ring * c.row;
             if (c.type == Q8) {
-                halves_to_floats(key_scale, (const uint16_t *)keys, PANEL);
-                halves_to_floats(value_scale, (const uint16_t *)values, PANEL);
-                keys += PANEL * sizeof(uint16_t);
-                values += PANEL * sizeof(uint16_t);
+                halves_to_floats(scale, (const uint16_t *)keys, KEYS);
+                halves_to_floats(scale + KEYS, (const uint16_t *)values, KEYS);
             }
-            cache_product(n_rows, scores, c.type, keys, key_scale, &queries, c.head_dim, c.head_dim, next_keys);
+            memset(scores, 0, n_rows * n * sizeof(float));
+            for (size_t j = 0; j < n; j += PANEL) {
+                const unsigned char *panel = keys + header + j * c.width * number;
+                Ahead next = {panel + c.width * panel_bytes, panel_bytes};
+                for (size_t i = 0; i < PANEL; i++) { key_scale[i] = scale[j + i]; key_scale[PANEL + i] = 128; }
+                cache_product(n_rows, scores + j * n_rows, c.type, panel, key_scale, &queries, c.head_dim, c.head_dim, next);
+            }
             for (size_t r = 0; r < n_rows; r++) {
+                float *weight = weights + r * KEYS;
                 size_t p = pos + r / n_heads, first = first_seen(p, window);
-                size_t j1 = p < start ? 0 : min_size(p - start + 1, PANEL), j0 = first > start ? min_size(first - start, j1) : 0;
-                shrink[r] = exponentials(scores + r * PANEL, lanes[r], &max[r], j0, j1);
-                for (size_t j = 0; j < PANEL && c.type == Q8; j++) scores[r * PANEL + j] *= value_scale[j];
-                if (c.type == Q8) round_row(&exponential, r, n_rows, scores + r * PANEL, PANEL);
+                size_t j1 = p < start ? 0 : min_size(p - start + 1, n), j0 = first > start ? min_size(first - start, j1) : 0;
+                float shrink = exponentials(weight, scores + r * PANEL, n_rows * PANEL, n, lanes[r], &max[r], j0, j1);
+                for (size_t d = 0; d < c.width && shrink != 1; d += PANEL)          /* seldom, once the largest is found */
+                    for (size_t i = 0; i < PANEL; i++) sums[d * n_rows + r * PANEL + i] *= shrink;
+                for (size_t j = 0; j < n && c.type == Q8; j++) weight[j] *= scale[KEYS + j];
+                if (c.type == Q8) round_row(&exponential, r, n_rows, weight, n);
             }
             for (size_t d = 0; d < c.width; d += PANEL) {
-                Ahead next_values = {values + c.block_bytes + d * row_bytes, PANEL * row_bytes};
-                cache_product(n_rows, part, c.type, values + d * row_bytes, ones, &exponential, PANEL, n_keys, next_values);
-                for (size_t r = 0; r < n_rows; r++)
-                    for (size_t i = 0; i < PANEL; i++)
-                        sums[r * c.width + d + i] = fmaf(sums[r * c.width + d + i], shrink[r], part[r * PANEL + i]);
+                const unsigned char *panel = values + header + d * KEYS * number;
+                Ahead next = {panel + KEYS * panel_bytes, panel_bytes};
+                cache_product(n_rows, sums + d * n_rows, c.type, panel, ones, &exponential, KEYS, n_keys, next);
             }
         }
         for (size_t r = 0; r < n_rows; r++) {
             size_t at = r / n_heads * stride + r % n_heads;
             Softmax of_span = {max[r], 0};
-            for (size_t j = 0; j < PANEL / 2; j++) of_span.sum += lanes[r][j];
-            merge(&softmax[at], out + at * c.head_dim, of_span, sums + r * c.width, c.head_dim);
+            for (size_t j = 0; j < PANEL; j++) of_span.sum += lanes[r][j];
+            merge(&softmax[at], out + at * c.head_dim, of_span, sums + r * PANEL, n_rows * PANEL, c.head_dim);
         }
     }
 }
@@ -711,7 +724,7 @@ static State new_state(const Model *m, size_t n_slots, size_t context, size_t ch
     s.n_slots = n_slots;
     s.chunk = chunk;
     s.head_width = round_up(c->head_dim, PANEL);
-    s.ring = round_up(c->window ? min_size(context, (size_t)c->window + min_size(chunk, CHUNK) - 1) : context, PANEL);
+    s.ring = round_up(c->window ? min_size(context, (size_t)c->window + min_size(chunk, CHUNK) - 1) : context, KEYS);
     s.kv_row = cache_row(m->kv_type, s.head_width);
     m->backend->open(&s);
     return s;
@@ -774,7 +787,7 @@ static void cpu_close(State *s) {
 static Cache slot_cache(const State *s, size_t layer, size_t slot, size_t kv_head) {
     const Header *c = &s->model->c;
     size_t at = ((layer * s->n_slots + slot) * c->n_kv_heads + kv_head) * s->ring * s->kv_row;
-    Cache cache = {s->keys + at, s->values + at, s->model->kv_type, s->ring, c->head_dim, s->head_width, PANEL * s->kv_row};
+    Cache cache = {s->keys + at, s->values + at, s->model->kv_type, s->ring, c->head_dim, s->head_width, s->kv_row};
     return cache;
 }
 
@@ -883,7 +896,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         for (size_t i = 0; i < n * c->n_heads; i++) {
             float *out = s->att + i * head_dim;
             for (size_t j = i + n * c->n_heads; j < n_spans * n * c->n_heads; j += n * c->n_heads)
-                merge(&s->softmax[i], out, s->softmax[j], s->att + j * head_dim, head_dim);
+                merge(&s->softmax[i], out, s->softmax[j], s->att + j * head_dim, PANEL, head_dim);
             for (size_t d = 0; d < head_dim; d++) out[d] /= s->softmax[i].sum;
         }
         book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row));

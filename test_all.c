@@ -269,11 +269,13 @@ static void norm64(double *out, const double *x, const float *w, size_t n, doubl
     for (size_t i = 0; i < n; i++) out[i] = w[i] * x[i] / sqrt(sum / (double)n + eps);
 }
 
+enum { LENGTH = 200 };                  /* tokens; the window is 24, and the ring, of 128 or more, is gone around */
+
 /* Logits of all n tokens, in FP64, by the book: no cache, no ring, no running maximum. logits: [n, vocab_size]. */
 static void reference_forward(const Model *m, const int *ids, size_t n, double *logits) {
     const Header *c = &m->c;
     enum { W = 256 };                   /* wide enough for the shape "odd" */
-    static double x[128][W], xb[W], qkv[128][W], att[W], h13[W], h[W];
+    static double x[LENGTH][W], xb[W], qkv[LENGTH][W], att[W], h13[W], h[W];
     size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim, hd = c->head_dim;
     for (size_t t = 0; t < n; t++) {
         float row[W];
@@ -296,7 +298,7 @@ static void reference_forward(const Model *m, const int *ids, size_t n, double *
         for (size_t t = 0; t < n; t++) {
             for (size_t head = 0; head < c->n_heads; head++) {
                 size_t kv = head / (c->n_heads / c->n_kv_heads), first = c->window && t >= c->window ? t - c->window + 1 : 0;
-                double weight[128], sum = 0;
+                double weight[LENGTH], sum = 0;
                 for (size_t s = first; s <= t; s++) {
                     double score = 0;
                     for (size_t i = 0; i < hd; i++) score += qkv[t][head * hd + i] * qkv[s][q_dim + kv * hd + i];
@@ -325,7 +327,7 @@ static void reference_forward(const Model *m, const int *ids, size_t n, double *
 /* Logits of a sequence that is fed in chunks, in slot `slot` of `n_slots`; the other slots run sequences of random ids,
  * of other lengths, in the same forwards. logits: [n, vocab_size]. */
 static void chunked_forward(const Model *m, const int *ids, size_t n, size_t chunk, size_t slot, size_t n_slots, float *logits) {
-    enum { MOST = 256 };
+    enum { MOST = 512 };
     size_t fed[64] = {0}, done = 0, vocab = m->c.vocab_size, room = chunk + n_slots * 3;
     State s = new_state(m, n_slots, n + 8, room);
     float *got = (float *)allocate(room * vocab, sizeof(float), "test");
@@ -350,8 +352,6 @@ static void chunked_forward(const Model *m, const int *ids, size_t n, size_t chu
     free_state(&s);
     free(got);
 }
-
-enum { LENGTH = 100 };                  /* tokens; the window is 24, the ring at least once around */
 
 static void test_forward(void) {
     int ids[LENGTH];
