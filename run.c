@@ -238,20 +238,21 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
  * be more than it can have under way. Wherever this points, it is no error. */
 typedef struct { const void *at; size_t bytes; } Ahead;
 
-/* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k: a tile of T tokens by 32 rows. w: [n][32];
- * x: T rows, `stride` apart; out: [T][32]. T is a constant wherever this is inlined, so that the sums stay in
+/* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k: a tile of T tokens by 32 rows. w: [n][32], FP32 or FP16, as type
+ * says; x: T rows, `stride` apart; out: [T][32]. T and type are constants wherever this is inlined, so that the sums stay in
  * registers. With whole numbers (codes times int8 activations, at most 128 * 255 * 127 < 2^24) every partial sum is
  * exact: this FP32 sum is the int32 sum that integer instructions would give. */
-INLINE void tile(const size_t T, float *out, const float *w, const float *x, size_t stride, size_t n, Ahead ahead) {
-    float sum[8][PANEL];
+INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+    float sum[8][PANEL], room[PANEL];
     const char *fetch = (const char *)ahead.at;
     UNROLL                              /* or gcc -O3 exchanges the loops, and the sums go through memory */
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) sum[t][r] = 0;
     for (size_t k = 0; k < n; k++, fetch += ahead.bytes) {
+        const float *row = type == F16 ? halves_to_floats(room, (const uint16_t *)w + k * PANEL, PANEL) : (const float *)w + k * PANEL;
         __builtin_prefetch(fetch, 0, 2);
         UNROLL
         for (size_t t = 0; t < T; t++)
-            for (size_t r = 0; r < PANEL; r++) sum[t][r] = fmaf(w[k * PANEL + r], x[t * stride + k], sum[t][r]);
+            for (size_t r = 0; r < PANEL; r++) sum[t][r] = fmaf(row[r], x[t * stride + k], sum[t][r]);
     }
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] = sum[t][r];
 }
@@ -265,12 +266,21 @@ static inline Ahead share(Ahead *all, size_t T, size_t n) {
 }
 
 /* The same for any number of tokens. */
-static void tiles(size_t T, float *out, const float *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+INLINE void tiles_of(const int type, size_t T, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     ahead.bytes /= T;
-    for (; T >= 8; T -= 8, out += 8 * PANEL, x += 8 * stride) tile(8, out, w, x, stride, n, share(&ahead, 8, n));
-    if (T & 4) { tile(4, out, w, x, stride, n, share(&ahead, 4, n)); out += 4 * PANEL; x += 4 * stride; }
-    if (T & 2) { tile(2, out, w, x, stride, n, share(&ahead, 2, n)); out += 2 * PANEL; x += 2 * stride; }
-    if (T & 1) tile(1, out, w, x, stride, n, share(&ahead, 1, n));
+    for (; T >= 8; T -= 8, out += 8 * PANEL, x += 8 * stride) tile(8, type, out, w, x, stride, n, share(&ahead, 8, n));
+    if (T & 4) { tile(4, type, out, w, x, stride, n, share(&ahead, 4, n)); out += 4 * PANEL; x += 4 * stride; }
+    if (T & 2) { tile(2, type, out, w, x, stride, n, share(&ahead, 2, n)); out += 2 * PANEL; x += 2 * stride; }
+    if (T & 1) tile(1, type, out, w, x, stride, n, share(&ahead, 1, n));
+}
+static void tiles(size_t T, float *out, const float *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+    tiles_of(F32, T, out, w, x, stride, n, ahead);
+}
+/* FP16 weights, n <= MAX_HEAD_DIM: converted once for all tokens, or, for few, on the way. */
+static void half_tiles(size_t T, float *out, const uint16_t *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+    float floats[MAX_HEAD_DIM * PANEL];
+    if (T < 8) tiles_of(F16, T, out, w, x, stride, n, ahead);
+    else tiles(T, out, halves_to_floats(floats, w, n * PANEL), x, stride, n, ahead);
 }
 
 /* Activations on their way into a product, as they are or, for quantized weights, rounded. A group's tokens lie side by
@@ -429,7 +439,7 @@ static void group_product(size_t T, float *total, int type, const uint8_t *codes
 /* The product of one panel with T <= 64 of n tokens, from `first` on: out[t][row] = sum over k of w[row][k] * x[t][k]; out:
  * [n, rows]. Group by group: the group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. */
 static void panel_product(float *out, const Matrix *w, size_t panel, const Activations *a, size_t n, size_t first, size_t T) {
-    float weights[MAX_GROUP * PANEL], group_sum[BLOCK * PANEL], total[BLOCK * PANEL], scale[2 * PANEL];
+    float group_sum[BLOCK * PANEL], total[BLOCK * PANEL], scale[2 * PANEL];
     uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(64)));
     memset(total, 0, T * PANEL * sizeof(float));
     for (size_t g = 0; g < w->n_groups; g++) {
@@ -437,8 +447,8 @@ static void panel_product(float *out, const Matrix *w, size_t panel, const Activ
         size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
         Ahead next = {block + w->block_bytes + 2048, w->block_bytes};
         if (w->type < Q8) {
-            unpack_group(weights, w->type, block, n_k);
-            tiles(T, group_sum, weights, a->x + at * w->group, w->group, n_k, next);
+            if (w->type == F16) half_tiles(T, group_sum, (const uint16_t *)block, a->x + at * w->group, w->group, n_k, next);
+            else tiles(T, group_sum, (const float *)block, a->x + at * w->group, w->group, n_k, next);
             for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
             continue;
         }
@@ -592,9 +602,10 @@ enum { ROWS = 64, SPAN = 512 };         /* queries in one call of attention(); p
 /* A block of a cache, [n][32], by T <= 64 rows: out[t][j] += sum over k of block[k][j] * x[t][k]. Of FP32 and FP16 x is a->x, rows `stride`
  * apart; of codes what round_row() made of it, and `scale` has the columns' scales and zeros. out: [T][32]. */
 static void cache_product(size_t T, float *out, int type, const unsigned char *block, const float *scale, const Activations *a, size_t stride, size_t n, Ahead ahead) {
-    float room[PANEL * MAX_HEAD_DIM], part[ROWS * PANEL];
+    float part[ROWS * PANEL];
     if (type != Q8) {
-        tiles(T, part, type == F16 ? halves_to_floats(room, (const uint16_t *)block, n * PANEL) : (const float *)block, a->x, stride, n, ahead);
+        if (type == F16) half_tiles(T, part, (const uint16_t *)block, a->x, stride, n, ahead);
+        else tiles(T, part, (const float *)block, a->x, stride, n, ahead);
         for (size_t i = 0; i < T * PANEL; i++) out[i] += part[i];
     } else for (size_t k = 0; k < n; k += MAX_GROUP) {
         size_t at = k / MAX_GROUP * T;
