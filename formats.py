@@ -5,7 +5,7 @@ the Hugging Face names and shapes [out, in], whatever the names, the packing and
 is stored as codes, a weight being scale * (code - zero) with one scale and zero for a group of inputs, as in our own file
 (FORMAT.md), or on the steps of NF4, kind() says so and stored() gives the codes, so that they go over as they are. rows() gives
 the values.
-Written: GGUF files, and Hugging Face directories with FP16 weights or in GPTQ's format, from a checkpoint of ours.
+Written: GGUF files, and Hugging Face directories with FP16 weights or in the format of GPTQ or AWQ, from a checkpoint of ours.
 
 Sources: GPTQModel's qlinear/__init__.py and utils/model.py; AutoAWQ's modules/linear/gemm.py and utils/packing_utils.py;
 bitsandbytes' functional.py (QuantState) and nn/modules.py; ggml's docs/gguf.md and ggml-quants.c; llama.cpp's
@@ -1134,8 +1134,9 @@ def sentencepiece_model(t):
     return proto.SerializeToString()
 
 
-def gptq_settings(m):
-    """(quantization_config, None) if all matrices of the layers fit GPTQ's format as they are, else (None, why not)."""
+def packed_settings(m):
+    """(quantization_config, None) if all matrices of the layers fit GPTQ's or AWQ's format as they are, else (None, why not). GPTQ's is
+    the first choice; 4 bits with zeros that are not all in the middle are AWQ's: vLLM refuses such GPTQ."""
     names = [name for name, (_, shape, _) in m.tensors.items() if name.startswith("model.layers.") and len(shape) > 1]
     kinds = {m.kind(name) for name in names}
     if len(kinds) > 1 or None in kinds:
@@ -1156,39 +1157,62 @@ def gptq_settings(m):
             symmetric = symmetric and (zeros == 2**(int(dtype[1]) - 1)).all()
     if low < 0 or high >= 2**int(dtype[1]):  # version 1 could store one more, but some readers carry it into the next
         return None, "zeros out of range"
+    if dtype == "q4" and not symmetric:
+        return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm",
+                "modules_to_not_convert": None}, None
     return {"quant_method": "gptq", "bits": int(dtype[1]), "group_size": group, "desc_act": False, "sym": bool(symmetric),
             "lm_head": False, "checkpoint_format": "gptq" if low >= 1 else "gptq_v2", "pack_dtype": "int32"}, None
 
 
-def gptq_module(m, name, settings):
-    """The parts of a packed tensor in GPTQ's format: {part: array}."""
-    bits, (rows, cols), group = settings["bits"], m.tensors[name][1], settings["group_size"]
-    words = np.empty((cols * bits // 32, rows), np.int32)
+def packed_parts(rows, cols, settings):
+    """The parts of a packed tensor in GPTQ's or AWQ's format: {part: (type, shape)}."""
+    n, groups = 32 // settings["bits"], cols // settings["group_size"]
+    parts = {"qweight": ("I32", [cols // n, rows]), "qzeros": ("I32", [groups, rows // n]), "scales": ("F16", [groups, rows]),
+             "g_idx": ("I32", [cols])}
+    if settings["quant_method"] == "awq":
+        parts["qweight"] = "I32", [cols, rows // n]
+        del parts["g_idx"]
+    return parts
+
+
+def packed_module(m, name, settings):
+    """The same with their values: {part: array}."""
+    bits, (rows, cols), group, awq = settings["bits"], m.tensors[name][1], settings["group_size"], settings["quant_method"] == "awq"
+    n, parts = 32 // bits, packed_parts(rows, cols, settings)
+    order = np.argsort(AWQ.places) if awq else slice(None)  # of the numbers in a word
+
+    def along_out(x):
+        """[..., out] numbers as words."""
+        return join_words(x.reshape(len(x), -1, n)[..., order], bits)
+
+    words = np.empty(parts["qweight"][1], np.int32)
     scales, zeros = np.empty((2, cols // group, rows), np.float32)
-    for start, stop in spans(*m.tensors[name][1]):
+    for start, stop in spans(rows, cols):
         codes, scale, zero = m.codes(name, start, stop)
-        words[:, start:stop] = join_words(codes.reshape(stop - start, -1, 32 // bits), bits).T
+        if awq:
+            words[:, start // n:stop // n] = along_out(codes.T)
+        else:
+            words[:, start:stop] = join_words(codes.reshape(stop - start, -1, n), bits).T
         scales[:, start:stop], zeros[:, start:stop] = scale.T, zero.T
-    less = 1 if settings["checkpoint_format"] == "gptq" else 0
-    return {"qweight": words, "qzeros": join_words((zeros - less).astype(np.uint32).reshape(cols // group, -1, 32 // bits), bits),
-            "scales": rounded(name, scales, "F16"), "g_idx": (np.arange(cols) // group).astype(np.int32)}
+    less = settings.get("checkpoint_format") == "gptq"
+    values = {"qweight": words, "qzeros": along_out((zeros - less).astype(np.uint32)), "scales": rounded(name, scales, "F16"),
+              "g_idx": (np.arange(cols) // group).astype(np.int32)}
+    return {part: values[part] for part in parts}
 
 
 def write_hf(m, out, dtype=None):
-    """Write a Checkpoint as the Hugging Face directory `out`: with GPTQ's format in the layers if their codes fit it and dtype is
-    None, else with values of FP16 (or FP32, if dtype is "f32"). Returns (bytes of the weights, lines for the user)."""
-    settings, reason = gptq_settings(m) if dtype is None else (None, None)
+    """Write a Checkpoint as the Hugging Face directory `out`: with GPTQ's or AWQ's format in the layers if their codes fit it and
+    dtype is None, else with values of FP16 (or FP32, if dtype is "f32"). Returns (bytes of the weights, lines for the user)."""
+    settings, reason = packed_settings(m) if dtype is None else (None, None)
     number = dtype or "f16"
-    entries, lines = [], []  # entries: (name, type, shape, the tensor of m, its part in GPTQ's format or None)
+    entries, lines = [], []  # entries: (name, type, shape, the tensor of m, its part if it is packed, or None)
     for name, (_, shape, _) in m.tensors.items():
         if settings and name.startswith("model.layers.") and len(shape) > 1:
-            (rows, cols), bits, groups = shape, settings["bits"], shape[1] // settings["group_size"]
-            for part, kind, size in (("qweight", "I32", [cols * bits // 32, rows]), ("qzeros", "I32", [groups, rows * bits // 32]),
-                                     ("scales", "F16", [groups, rows]), ("g_idx", "I32", [cols])):
+            for part, (kind, size) in packed_parts(*shape, settings).items():
                 entries.append((f"{name.removesuffix('weight')}{part}", kind, size, name, part))
         else:
             entries.append((name, number.upper(), shape, name, None))
-    entries.sort(key=lambda entry: not entry[4])  # the sizes of GPTQ's parts are multiples of 4, so that each is aligned to its type
+    entries.sort(key=lambda entry: not entry[4])  # the sizes of packed parts are multiples of 4, so that each is aligned to its type
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, kind, shape, _, _ in entries:
         start, end = end, end + math.prod(shape) * (2 if kind == "F16" else 4)
@@ -1198,10 +1222,10 @@ def write_hf(m, out, dtype=None):
               "eos_token_id": m.t.eos[0] if len(m.t.eos) == 1 else m.t.eos or None}
     if settings:
         config["quantization_config"] = settings
-        lines.append(f"GPTQ, {settings['bits']} bits in groups of {settings['group_size']}, {settings['checkpoint_format']}; "
-                     "the rest f16")
-        if not settings["sym"]:
-            lines.append("asymmetric: vLLM from 0.26 on has no GPTQ of that kind (--dtype f16 is for all)")
+        lines.append(f"{settings['quant_method'].upper()}, {settings['bits']} bits in groups of {settings['group_size']}, "
+                     f"{settings.get('checkpoint_format') or settings['version']}; the rest f16")
+        if not settings.get("sym", True):
+            lines.append("asymmetric: vLLM from 0.23 on refuses GPTQ of that kind (--dtype f16 is for all)")
     elif m.packed:
         lines.append(f"dequantized to {number}" + (f" for {reason}" if reason else ""))
     text = {id: m.t.pieces[id][0] for id in (m.t.bos, m.t.unk, *m.t.eos) if 0 <= id < len(m.t.pieces)}
@@ -1226,7 +1250,7 @@ def write_hf(m, out, dtype=None):
                 if part:
                     if module[0] != name:
                         module = None, None
-                        module = name, gptq_module(m, name, settings)
+                        module = name, packed_module(m, name, settings)
                     file.write(module[1][part].tobytes())
                 else:
                     for piece in spans(*m.tensors[name][1]):
