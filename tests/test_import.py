@@ -842,15 +842,14 @@ def test_gguf_dtype(tmp_path, golden):
 
 
 @pytest.mark.parametrize("name, bits, group, checkpoint_format", [
-    ("gptq-sym", 4, 128, "gptq"), ("gptq-asym", 4, 32, "gptq_v2"), ("gptq-v2", 4, 64, None), ("gptq-8", 8, 64, None), ("awq", 4, 64, None),
-    ("int8", 8, 64, "gptq")])
+    ("gptq-sym", 4, 128, "gptq"), ("gptq-8", 8, 64, "gptq_v2"), ("int8", 8, 64, "gptq")])
 def test_hf_gptq(tmp_path, golden, name, bits, group, checkpoint_format):
     """Codes in GPTQ's format: what GPTQModel wrote itself comes out as it was, and all comes back as the same checkpoint."""
     source = imported(tmp_path, name, golden)
     out, said = way_out(source, "hf")
     settings = json.load(open(out / "config.json"))["quantization_config"]
     assert (settings["bits"], settings["group_size"], settings["quant_method"]) == (bits, group, "gptq") and "GPTQ" in said
-    assert checkpoint_format in (None, settings["checkpoint_format"])
+    assert settings["checkpoint_format"] == checkpoint_format
     assert settings["sym"] == (name in ("gptq-sym", "int8")) == ("asymmetric" not in said)
     tensors = load_file(out / "model.safetensors")
     if name.startswith("gptq"):
@@ -859,6 +858,23 @@ def test_hf_gptq(tmp_path, golden, name, bits, group, checkpoint_format):
         for key, x in theirs.items():
             if "_proj" in key and (claim == settings["checkpoint_format"] or "qzeros" not in key):
                 assert (tensors[key] == x).all(), key
+    export(out)
+    assert same(out.parent / (out.name + ".bin"), source)
+
+
+@pytest.mark.parametrize("name, group", [("gptq-asym", 32), ("gptq-v2", 64), ("awq", 64)])
+def test_hf_awq(tmp_path, golden, name, group):
+    """Codes of 4 bits with other zeros than 8 in AWQ's format: what AutoAWQ packed itself comes out as it was, and all comes back."""
+    source = imported(tmp_path, name, golden)
+    out, said = way_out(source, "hf")
+    settings = json.load(open(out / "config.json"))["quantization_config"]
+    assert settings == {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm",
+                        "modules_to_not_convert": None} and "AWQ, 4 bits" in said
+    tensors = load_file(out / "model.safetensors")
+    assert not any("g_idx" in key for key in tensors)
+    if name == "awq":
+        theirs = {key: x for key, x in load_file(os.path.join(GOLDEN, name, "model.safetensors")).items() if "_proj" in key}
+        assert len(theirs) == 21 and all((tensors[key] == x).all() for key, x in theirs.items())
     export(out)
     assert same(out.parent / (out.name + ".bin"), source)
 
@@ -893,14 +909,14 @@ def test_hf_values(tmp_path, golden, name):
 
 @pytest.mark.parametrize("zero, reason", [(0, None), (15, None), (16, "zeros out of range"), (-1, "zeros out of range"), (7.5, "between whole")])
 def test_way_out_of_zeros(tmp_path, golden, zero, reason):
-    """One zero among many that are 8: GPTQ's format has 0 to 15, GGUF's Q4_0 has 8 alone."""
+    """One zero among many that are 8: AWQ's format has 0 to 15, GGUF's Q4_0 has 8 alone."""
     source = imported(tmp_path, "gptq-sym", golden)
     data = bytearray(source.read_bytes())
     at = next(struct.unpack_from("<Q", data, 256 + 96 * i + 72)[0] for i in range(9) if data[256 + 96 * i:].startswith(b"layers.0.w2\0"))
     data[at + 64:at + 66] = np.float16(zero).tobytes()  # row 0, group 0
     source.write_bytes(data)
     out, said = way_out(source, "hf")
-    assert ("quantization_config" in json.load(open(out / "config.json"))) == (reason is None) and (reason or "GPTQ") in said
+    assert ("quantization_config" in json.load(open(out / "config.json"))) == (reason is None) and (reason or "AWQ") in said
     back_again = export(out)[0]["layers.0.w2"]
     assert back_again[0] == ("f16" if reason else "q4") and np.allclose(back_again[2], read_checkpoint(source)["layers.0.w2"][2], rtol=2**-11)
     assert "Q4_1" in way_out(source, "gguf")[1]
