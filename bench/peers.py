@@ -221,11 +221,15 @@ class Vllm(Peer):
     """vLLM's offline generation. It says nothing of single steps: the prompt's time is that of a pass with one new token,
     and the steps between share what the whole pass takes more."""
     PACKAGES = {"vllm": "vllm"}
-    TYPES = {"float16": ["f16"]}
-    DEVICES = ["cuda"]
+    TYPES = Transformers.TYPES
 
     def __init__(self, task):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")       # it would tell its makers of this machine
+        if task["device"] == "cpu":
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")    # GiB; else it wants 92% of all memory to be free
+            if hasattr(os, "sched_setaffinity"):    # its threads follow the cores, of which its scheduler needs one for itself
+                os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:task["threads"]])
         import vllm
         super().__init__(task)
         self.vllm = vllm
@@ -248,7 +252,7 @@ class Vllm(Peer):
         return [first + (all_steps - first) * step / max(n_out - 1, 1) for step in range(n_out)]
 
     def peak_bytes(self):
-        return None                         # it takes a share of the GPU's memory, whatever the model needs
+        return None                         # of its memory it takes a share, or what it is told, whatever the model needs
 
 
 PEERS = {"llama.cpp": LlamaCpp, "transformers-sdpa": Transformers, "transformers-eager": TransformersEager,
@@ -256,6 +260,15 @@ PEERS = {"llama.cpp": LlamaCpp, "transformers-sdpa": Transformers, "transformers
 
 
 # --------------------------------------------------------------------------------------------------------------------
+
+def distribution(module, name):
+    """(name, version) of the distribution a module is of: `name`, or one that brought it instead (vllm-cpu, onnxruntime-gpu)."""
+    try:
+        return name, importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        name = importlib.metadata.packages_distributions().get(module.partition(".")[0], [name])[0]
+        return name, importlib.metadata.version(name)
+
 
 def versions(peer):
     """{distribution: version} of a peer's packages in this Python; raises a RuntimeError that names what is missing."""
@@ -268,7 +281,7 @@ def versions(peer):
     missing = [name for module, name in peer.PACKAGES.items() if not found(module)]
     if missing:
         raise RuntimeError(f"this Python has no {', '.join(missing)} (pip install {' '.join(missing)})")
-    return {name: importlib.metadata.version(name) for name in peer.PACKAGES.values()}
+    return dict(distribution(module, name) for module, name in peer.PACKAGES.items())
 
 
 def measure(peer, task):

