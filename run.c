@@ -614,10 +614,37 @@ static void cache_product(size_t T, float *out, int type, const unsigned char *b
     }
 }
 
+/* scores[j / 32][rows][32] = queries times the keys of positions j < n of a block; n: a multiple of 32. */
+static void block_scores(float *scores, const Activations *queries, size_t n_rows, Cache c, const unsigned char *keys, size_t n) {
+    float scale[2 * PANEL];                                     /* and zeros */
+    size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = PANEL * c.row - header * PANEL / KEYS;
+    for (size_t i = 0; i < PANEL; i++) scale[PANEL + i] = 128;
+    memset(scores, 0, n_rows * n * sizeof(float));
+    for (size_t j = 0; j < n; j += PANEL) {
+        const unsigned char *panel = keys + header + j / PANEL * panel_bytes;
+        Ahead next = {panel + panel_bytes, panel_bytes / c.width};
+        if (c.type == Q8) halves_to_floats(scale, (const uint16_t *)keys + j, PANEL);
+        cache_product(n_rows, scores + j * n_rows, c.type, panel, scale, queries, c.head_dim, c.head_dim, next);
+    }
+}
+
+/* sums[d / 32][rows][32] += weights times the values of the first n positions of a block, whose scales, if they have some, are in the weights. */
+static void add_values(float *sums, const Activations *weights, size_t n_rows, Cache c, const unsigned char *values, size_t n) {
+    float scale[2 * PANEL];                                     /* 1, and zeros */
+    size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = (KEYS * c.row - header) / (c.width / PANEL);
+    for (size_t i = 0; i < PANEL; i++) { scale[i] = 1; scale[PANEL + i] = 128; }
+    for (size_t d = 0; d < c.width; d += PANEL) {
+        const unsigned char *panel = values + header + d / PANEL * panel_bytes;
+        Ahead next = {panel + panel_bytes, panel_bytes / KEYS};
+        cache_product(n_rows, sums + d * n_rows, c.type, panel, scale, weights, KEYS, n, next);
+    }
+}
+
 /* Attention of n_tokens neighbouring tokens of a sequence, the first at position pos, in n_heads query heads that share a
  * key head, over the positions from `from` to `to` - 1, a multiple of SPAN but the last: softmax and out[i * stride ..] of
  * each head of each token i, which are `stride` heads apart; n_tokens * n_heads <= 64. q: where the first token's queries
- * stand, tokens being q_stride apart. window: 0 for none.
+ * stand, tokens being q_stride apart. window: 0 for none. A query's output is the sum of e^(score - max) times value over the keys that
+ * it sees, in `out`, and the sum of e^(score - max), in `softmax`; the one is later divided by the other.
  * Streams over blocks of keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the
  * order of addition does not depend on how the prompt was cut. A block's slots that a token does not see may hold anything.
@@ -625,14 +652,12 @@ static void cache_product(size_t T, float *out, int type, const unsigned char *b
  * the block's largest, so that what is lost is at most 1/254 of that for each key). */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
-    float query[ROWS * MAX_HEAD_DIM], sums[ROWS * MAX_HEAD_DIM], scores[ROWS * KEYS], weights[ROWS * KEYS];   /* [rows, head_dim]; [width / 32][rows][32]; */
-    float lanes[ROWS][PANEL], max[ROWS], factor = 1.0f / sqrtf((float)c.head_dim);                            /* [KEYS / 32][rows][32]; [rows, KEYS] */
+    float query[ROWS * MAX_HEAD_DIM], scores[ROWS * KEYS], weight[ROWS * KEYS], sums[ROWS * MAX_HEAD_DIM];
+    float lanes[ROWS][PANEL], max[ROWS], value_scale[KEYS], factor = 1.0f / sqrtf((float)c.head_dim);
     int8_t codes[2][ROWS * MAX_HEAD_DIM];                       /* of queries; of weights */
     float code_scale[2][ROWS * MAX_HEAD_DIM / MAX_GROUP], code_sum[2][ROWS * MAX_HEAD_DIM / MAX_GROUP];
-    Activations queries = {query, codes[0], code_scale[0], code_sum[0]}, exponential = {weights, codes[1], code_scale[1], code_sum[1]};
-    float key_scale[2 * PANEL], scale[2 * KEYS], ones[2 * PANEL];         /* scales, then zeros; values' scales go into the exponentials */
-    size_t n_rows = n_tokens * n_heads, header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, number = (c.row - header / KEYS) / c.width;    /* bytes */
-    for (size_t i = 0; i < PANEL; i++) { ones[i] = 1; ones[PANEL + i] = 128; }
+    Activations queries = {query, codes[0], code_scale[0], code_sum[0]}, weights = {weight, codes[1], code_scale[1], code_sum[1]};
+    size_t n_rows = n_tokens * n_heads;
     for (size_t r = 0; r < n_rows; r++) {
         size_t at = r / n_heads * stride + r % n_heads;
         for (size_t d = 0; d < c.head_dim; d++) query[r * c.head_dim + d] = factor * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
@@ -646,34 +671,22 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
         memset(lanes, 0, sizeof lanes);
         for (size_t r = 0; r < n_rows; r++) max[r] = -INFINITY;
         for (size_t start = span > from ? span : from / KEYS * KEYS; start < min_size(to, span + SPAN); start += KEYS) {
-            size_t n_keys = min_size(KEYS, to - start), n = round_up(n_keys, PANEL), panel_bytes = PANEL * number;
+            size_t n_keys = min_size(KEYS, to - start), n = round_up(n_keys, PANEL);
             const unsigned char *keys = c.keys + start % c.ring * c.row, *values = c.values + start % c.ring * c.row;
-            if (c.type == Q8) {
-                halves_to_floats(scale, (const uint16_t *)keys, KEYS);
-                halves_to_floats(scale + KEYS, (const uint16_t *)values, KEYS);
-            }
-            memset(scores, 0, n_rows * n * sizeof(float));
-            for (size_t j = 0; j < n; j += PANEL) {
-                const unsigned char *panel = keys + header + j * c.width * number;
-                Ahead next = {panel + c.width * panel_bytes, panel_bytes};
-                for (size_t i = 0; i < PANEL; i++) { key_scale[i] = scale[j + i]; key_scale[PANEL + i] = 128; }
-                cache_product(n_rows, scores + j * n_rows, c.type, panel, key_scale, &queries, c.head_dim, c.head_dim, next);
-            }
+            block_scores(scores, &queries, n_rows, c, keys, n);
+            if (c.type == Q8) halves_to_floats(value_scale, (const uint16_t *)values, KEYS);
             for (size_t r = 0; r < n_rows; r++) {
-                float *weight = weights + r * KEYS;
+                float *w = weight + r * KEYS;
                 size_t p = pos + r / n_heads, first = first_seen(p, window);
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, n), j0 = first > start ? min_size(first - start, j1) : 0;
-                float shrink = exponentials(weight, scores + r * PANEL, n_rows * PANEL, n, lanes[r], &max[r], j0, j1);
+                float shrink = exponentials(w, scores + r * PANEL, n_rows * PANEL, n, lanes[r], &max[r], j0, j1);
                 for (size_t d = 0; d < c.width && shrink != 1; d += PANEL)          /* seldom, once the largest is found */
                     for (size_t i = 0; i < PANEL; i++) sums[d * n_rows + r * PANEL + i] *= shrink;
-                for (size_t j = 0; j < n && c.type == Q8; j++) weight[j] *= scale[KEYS + j];
-                if (c.type == Q8) round_row(&exponential, r, n_rows, weight, n);
+                if (c.type != Q8) continue;
+                for (size_t j = 0; j < n; j++) w[j] *= value_scale[j];
+                round_row(&weights, r, n_rows, w, n);
             }
-            for (size_t d = 0; d < c.width; d += PANEL) {
-                const unsigned char *panel = values + header + d * KEYS * number;
-                Ahead next = {panel + KEYS * panel_bytes, panel_bytes};
-                cache_product(n_rows, sums + d * n_rows, c.type, panel, ones, &exponential, KEYS, n_keys, next);
-            }
+            add_values(sums, &weights, n_rows, c, values, n_keys);
         }
         for (size_t r = 0; r < n_rows; r++) {
             size_t at = r / n_heads * stride + r % n_heads;
