@@ -5,7 +5,7 @@
  * Includes run.c for all that is not GPU, and gives the same command line. From top to bottom:
  *   1. Weights        uploaded once, laid out as the tensor cores read them
  *   2. Tensor cores   the two instructions everything rests on, and what they do in plain C
- *   3. Products       plain; for the few tokens of a decoding step; for the many of a prefill
+ *   3. Products       plain; for up to 8 tokens; for more of them, of many sequences or of a prefill
  *   4. Between        embedding, norms, RoPE, quantizing: one kernel each
  *   5. Attention      plain; and on the tensor cores, for both decoding and prefill
  *   6. The sampler
@@ -31,9 +31,9 @@ static void cuda_check(cudaError_t error, const char *call) {
 }
 
 #if __CUDA_ARCH__ >= 800
-#define BLOCKS_OF(n) n                  /* of a kernel, that a multiprocessor shall hold at once */
+#define MIN_BLOCKS(n) n                 /* of a kernel, that a multiprocessor shall hold at once */
 #else
-#define BLOCKS_OF(n) 1                  /* a T4's shared memory often holds one, which may then have twice the registers */
+#define MIN_BLOCKS(n) 1                 /* a T4's shared memory often holds one, which may then have twice the registers */
 #endif
 
 enum { COLUMNS = 128 };                 /* of a tile of weights; activations are padded to a multiple */
@@ -168,7 +168,7 @@ typedef struct {
     size_t  bytes, peak;                                        /* of device memory, now and while they were uploaded */
 } DeviceModel;
 
-static size_t blocks_of(size_t n, size_t per_block) { return (n + per_block - 1) / per_block; }
+static size_t ceil_div(size_t n, size_t per_block) { return (n + per_block - 1) / per_block; }
 
 /* Device memory, zeroed, *total growing by it; dies if there is none. */
 static void *device_allocate(size_t bytes, size_t *total, const char *what) {
@@ -192,8 +192,8 @@ static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, c
     w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
     w.rows = (int)m->rows;
     w.cols = (int)m->cols;
-    w.row_tiles = (int)blocks_of((size_t)w.rows, 128) * 8;
-    w.column_tiles = (int)blocks_of(m->cols, COLUMNS);
+    w.row_tiles = (int)ceil_div((size_t)w.rows, 128) * 8;
+    w.column_tiles = (int)ceil_div(m->cols, COLUMNS);
     w.bytes = (double)m->bytes;
     size_t tiles = (size_t)w.row_tiles * w.column_tiles, codes = tiles * (m->type == Q8 ? 128 : 64), scales = tiles * 16 * COLUMNS / m->group;
     Raw raw = {m->type, (int)m->group, (int)m->rows, (int)m->cols, gate, m->block_bytes, m->panel_bytes, (const unsigned char *)staging};
@@ -201,12 +201,12 @@ static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, c
     if (w.type == F16) {
         size_t n = tiles * 16 * COLUMNS;
         w.halves = (__half *)device_allocate(n * sizeof(__half), total, path);
-        tile_halves<<<blocks_of(n, 256), 256>>>(w, raw);
+        tile_halves<<<ceil_div(n, 256), 256>>>(w, raw);
     } else {
         w.codes = (uint4 *)device_allocate(codes * sizeof(uint4), total, path);
         w.scales = (__half2 *)device_allocate(scales * sizeof(__half2), total, path);
-        tile_codes<<<blocks_of(codes, 256), 256>>>(w, raw);
-        tile_scales<<<blocks_of(scales, 256), 256>>>(w, raw);
+        tile_codes<<<ceil_div(codes, 256), 256>>>(w, raw);
+        tile_scales<<<ceil_div(scales, 256), 256>>>(w, raw);
     }
     CUDA(cudaGetLastError());
     return w;
@@ -296,7 +296,8 @@ __device__ inline int input_place(const Inputs &in, const Weights &w, int token,
  *   a[0], a[1]: columns 4 q to 4 q + 3 of the rows g and g + 8;  a[2], a[3]: columns 16 + 4 q on of the same
  *   b[0], b[1]: columns 4 q on, 16 + 4 q on, of token g
  *   d[0], d[1]: row g, tokens 2 q and 2 q + 1;  d[2], d[3]: row g + 8
- * (PTX ISA, mma.m16n8k32). Which columns those are matters to nobody, as long as a and b have the same. The T4's instruction is
+ * (PTX ISA, mma.m16n8k32). Which columns those are matters to nobody, as long as a and b have the same; nor which rows: row g here is row
+ * 2 g of a tile of weights, g + 8 is 2 g + 1. The T4's instruction is
  * a quarter of it. The loop is what both do; it is here to be read, and runs where a program was built for older GPUs. */
 __device__ inline void mma_codes(int *d, const uint32_t *a, const uint32_t *b, const int *c) {
 #if __CUDA_ARCH__ >= 800
@@ -581,7 +582,7 @@ template <int LATEST> __device__ inline void wait_for_copies() {        /* for a
  * that the threads of a quarter warp meet eight different banks. ABREAST: how many token tiles a warp computes side by side.
  * gridDim.x: blocks of tokens; y: of 128 rows; z: parts of the columns, as above. */
 template <int TYPE, int GROUPS, int TOKEN_WARPS, int TOKEN_TILES, int COLUMN_WARPS, int BLOCKS, int ABREAST>
-__global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, BLOCKS_OF(BLOCKS)) product_many(float *out, Weights w, Inputs in, int n, int units) {
+__global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, MIN_BLOCKS(BLOCKS)) product_many(float *out, Weights w, Inputs in, int n, int units) {
     const int TOKENS = 8 * TOKEN_TILES * TOKEN_WARPS, THREADS = 128 * TOKEN_WARPS * COLUMN_WARPS, DEPTH = COLUMN_WARPS * TOKENS > 64 ? 1 : 3;
     const int COPIES = COLUMN_WARPS * TOKENS * 8 / THREADS, SCALES = COLUMN_WARPS * GROUPS * TOKENS / 2, ODD = TYPE == F16 ? 4 : 1;
     const int X = COLUMN_WARPS * TOKENS * 8;                    /* pieces of 16 bytes of a step's activations */
@@ -875,38 +876,35 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
  * wanted one, 16 warps that take every 16th tile of columns each. It is the time until an answer comes that counts here, not how much
- * comes: all that is read is asked for before any of it is used. x: [n][128 * column tiles]; parts: [n_parts][n][part_width]. */
-enum { MAX_PARTS = 8, MAX_TILES = 8, NORM_WARPS = 16 };  /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
-__global__ void __launch_bounds__(32 * NORM_WARPS, 1) norm_input(float *x, const float *parts, int n_parts, int part_width, int n, const float *weight, int dim,
-                                                  float eps, Inputs in, Weights w, const Row *rows, bool wanted) {
+ * comes: all that is read is asked for before any of it is used. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
+enum { MAX_PARTS = 8, MAX_TILES = 8, NORM_WARPS = 16, NORM_STEP = NORM_WARPS * COLUMNS };  /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
+__global__ void __launch_bounds__(32 * NORM_WARPS, 1) norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, int dim, float eps, Inputs in,
+                                                  Weights w, const Row *rows, bool wanted) {
     wait_for_inputs();
-    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, first = threadIdx.x / 32, column = threadIdx.x * 4, n_tiles = (w.column_tiles - first + NORM_WARPS - 1) / NORM_WARPS;
+    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, warp = threadIdx.x / 32, n_tiles = (w.column_tiles - warp + NORM_WARPS - 1) / NORM_WARPS;
+    size_t width = (size_t)w.column_tiles * COLUMNS, first = token * width + threadIdx.x * 4;
     float squares = 0;
     float4 v[MAX_TILES], weights[MAX_TILES];
-    x += (size_t)token * w.column_tiles * COLUMNS + column;
-    parts += (size_t)token * part_width + column;
 #pragma unroll
     for (int i = 0; i < MAX_TILES; i++) {
         float4 part[MAX_PARTS];
         if (i >= n_tiles) break;
-        v[i] = *(float4 *)(x + i * NORM_WARPS * COLUMNS);
+        v[i] = *(float4 *)(x + first + i * NORM_STEP);
 #pragma unroll
-        for (int p = 0; p < MAX_PARTS; p++)
-            part[p] = p < n_parts && column + i * NORM_WARPS * COLUMNS < part_width ? *(const float4 *)(parts + (size_t)p * n * part_width + i * NORM_WARPS * COLUMNS)
-                                                                                     : make_float4(0, 0, 0, 0);
+        for (int p = 0; p < MAX_PARTS; p++) part[p] = p < n_parts ? *(const float4 *)(parts + p * n * width + first + i * NORM_STEP) : make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int p = 0; p < MAX_PARTS; p++) { v[i].x += part[p].x; v[i].y += part[p].y; v[i].z += part[p].z; v[i].w += part[p].w; }
         squares += (v[i].x * v[i].x + v[i].y * v[i].y) + (v[i].z * v[i].z + v[i].w * v[i].w);
     }
 #pragma unroll
-    for (int i = 0; i < MAX_TILES; i++) if (i < n_tiles) weights[i] = *(const float4 *)(weight + column + i * NORM_WARPS * COLUMNS);
+    for (int i = 0; i < MAX_TILES; i++) if (i < n_tiles) weights[i] = *(const float4 *)(weight + threadIdx.x * 4 + i * NORM_STEP);
     float scale = 1.0f / sqrtf(block_sum(squares) / (float)dim + eps);
 #pragma unroll
     for (int i = 0; i < MAX_TILES; i++) {
         if (i >= n_tiles) break;
-        *(float4 *)(x + i * NORM_WARPS * COLUMNS) = v[i];
-        write_inputs(in, w, blockIdx.x, first + NORM_WARPS * i, make_float4(weights[i].x * (v[i].x * scale), weights[i].y * (v[i].y * scale),
-                                                                            weights[i].z * (v[i].z * scale), weights[i].w * (v[i].w * scale)));
+        *(float4 *)(x + first + i * NORM_STEP) = v[i];
+        write_inputs(in, w, blockIdx.x, warp + NORM_WARPS * i, make_float4(weights[i].x * (v[i].x * scale), weights[i].y * (v[i].y * scale),
+                                                                           weights[i].z * (v[i].z * scale), weights[i].w * (v[i].w * scale)));
     }
 }
 
@@ -1394,10 +1392,11 @@ typedef struct {
     int      wgmma;                     /* built for, and on, a GPU that has it */
     size_t   bytes, room;               /* device memory that is taken, the model's included; tokens there is room for, a multiple of 128 */
     Heads    heads;
-    float   *x, *parts, *h, *spans, *logits;    /* [room, dim]; of products, [parts, room, rows]; [room, hidden_dim]; of attention; widths
-                                           rounded up, the rest 0 */
-    float2  *softmax, *rotations;
-    __half  *queries;
+    float   *x, *h;                     /* [room, dim]; [room, hidden_dim]; widths rounded up to 128, the rest 0 */
+    float   *parts, *logits;            /* of products: [parts, n, rows]; [n_want, vocab_size], rows rounded up to 128 */
+    float   *spans;                     /* of attention: [spans, n, n_heads, head_width] */
+    float2  *softmax, *rotations;       /* [spans, n, n_heads] of (maximum, sum); [n, head_dim / 2] of (cos, sin) */
+    __half  *queries;                   /* [n, n_heads, head_width] */
     unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * kv_row bytes] */
     double  *frequencies;
     Inputs   in;
@@ -1453,7 +1452,7 @@ template <int TYPE, int GROUPS> static void launch_type(Device *d, int operation
     auto many = [&](auto kernel, int tokens, int threads) { launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units); };
     if (tiles == 1) launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
     else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, GROUPS == 4 ? 1 : 2, 2>, 16, 256);
-    else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 4 ? 1 : 2, 2>, 32, 256);
+    else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 4 ? 1 : 2, 4>, 32, 256);
     else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
     else if (TYPE == F16 || !d->in.swizzled) many(product_many<TYPE, GROUPS, 2, 8, 1, 1, 2>, 128, 256);
     else {
@@ -1479,11 +1478,12 @@ static int token_tiles(const State *s) {
     return !s->decoding || n > 64 ? 16 : n > 32 ? 8 : n > 16 ? 4 : n > 8 ? 2 : 1;
 }
 
-/* Into how many parts the columns are cut so that there are two blocks for each multiprocessor (six of product_few), MAX_PARTS at most. */
+/* Into how many parts the columns are cut so that there are two blocks for each multiprocessor (four or six of product_few, by what was
+ * measured), MAX_PARTS at most. */
 static int product_parts(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
     int tiles = token_tiles(s), blocks = w.row_tiles / (tiles == 1 ? 2 : 8);
-    int parts = (tiles == 1 ? FEW_BLOCKS : 2) * d->multiprocessors / blocks, most = w.column_tiles / 8;
+    int parts = (tiles > 1 ? 2 : w.type == Q8 || w.type == NF4 ? 4 : FEW_BLOCKS) * d->multiprocessors / blocks, most = w.column_tiles / 8;
     parts = parts < most ? parts : most;
     return tiles == 16 || parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : parts;
 }
@@ -1551,30 +1551,34 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     Device *d = (Device *)s->device;
     const Header *c = &s->model->c;
     const DeviceModel *m = (const DeviceModel *)s->model->device;
-    int half = (int)c->head_dim / 2, n_parts = 0, width = (int)round_up(c->dim, COLUMNS), part_width = 0;
+    int half = (int)c->head_dim / 2, n_parts = 0, width = (int)round_up(c->dim, COLUMNS);
     unsigned tokens = (unsigned)n;
     d->in.swizzled = d->wgmma && token_tiles(s) == 16;
     size_t layer_cache = s->n_slots * c->n_kv_heads * d->heads.cache;
+
+    auto norm = [&](const float *weight, const Weights &next, bool wanted) {        /* of x and the parts of the last product */
+        launch(d, NORM, norm_input, dim3(wanted ? (unsigned)n_want : tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, n, weight, (int)c->dim, c->norm_eps, d->in,
+               next, d->rows, wanted);
+    };
 
     mark(d, EMBEDDING);                 /* where the first begins */
     launch(d, EMBEDDING, embed, dim3(tokens), 256, d->x, width, d->rotations, d->rows, m->embedding, d->frequencies, half);
     for (size_t l = 0; l < c->n_layers; l++) {
         unsigned char *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
-        launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, part_width, n, m->rms_att[l], (int)c->dim, c->norm_eps, d->in, m->wqkv[l], d->rows, false);
+        norm(m->rms_att[l], m->wqkv[l], false);
         n_parts = device_product(s, WQKV, d->parts, m->wqkv[l], n, 0, false);
         Product qkv = {d->parts, n_parts, m->wqkv[l].row_tiles * 16};
         if (s->model->kv_type == Q8) launch_attention<uint8_t>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
         else launch_attention<__half>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
         n_parts = device_product(s, WO, d->parts, m->wo[l], n, 0, false);
-        launch(d, NORM, norm_input, dim3(tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, m->wo[l].row_tiles * 16, n, m->rms_ffn[l], (int)c->dim, c->norm_eps, d->in, m->w13[l], d->rows, false);
+        norm(m->rms_ffn[l], m->w13[l], false);
         device_product(s, W13, d->h, m->w13[l], n, m->w2[l].column_tiles * COLUMNS, false);
         if (!uses_cublas(s, m->w13[l])) launch(d, SWIGLU, quantize_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->h, d->in, m->w2[l]);
         else launch(d, SWIGLU, swiglu_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->parts, m->w13[l].row_tiles * 16, d->in, m->w2[l]);
         n_parts = device_product(s, W2, d->parts, m->w2[l], n, 0, false);
-        part_width = m->w2[l].row_tiles * 16;
     }
     if (!n_want) return;
-    launch(d, NORM, norm_input, dim3((unsigned)n_want), 32 * NORM_WARPS, d->x, d->parts, n_parts, part_width, n, m->rms_final, (int)c->dim, c->norm_eps, d->in, m->wcls, d->rows, true);
+    norm(m->rms_final, m->wcls, true);
     device_product(s, CLASSIFIER, d->logits, m->wcls, n_want, 0, true);
 }
 
@@ -1722,7 +1726,7 @@ static void cuda_open(State *s) {
                    1.44269504f / sqrtf((float)c->head_dim), s->ring * s->kv_row};
     d->heads = heads;
     d->room = round_up(s->chunk, 128);
-    d->span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 128;
+    d->span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 256;
     d->max_spans = (int)(s->ring / (size_t)d->span + 2);
 
     /* sizes of all that a step needs, and whether it fits */
@@ -1755,7 +1759,7 @@ static void cuda_open(State *s) {
         double left = (double)free_bytes - (need - (double)s->kv_bytes);
         die("%s: %zu sequences of %zu positions need %.1f GB beside the weights and %.1f of %s's %.1f GB are free: %s%.0f would fit", m->path, s->n_slots,
             s->ring, need / 1e9, (double)free_bytes / 1e9, properties.name, (double)total / 1e9, left >= per_slot ? "-b " : "-b 1 -c ",
-            left >= per_slot ? floor(left / per_slot) : left > 0 ? floor(left / per_slot * (double)s->ring / 32) * 32 : 0);
+            left >= per_slot ? floor(left / per_slot) : left > 0 ? floor(left / per_slot * (double)s->ring / KEYS) * KEYS : 0);
     }
     d->bytes = ((const DeviceModel *)m->device)->bytes;
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) *all[i].to = device_allocate(all[i].bytes, &d->bytes, m->path);
