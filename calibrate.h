@@ -193,6 +193,7 @@ static void add_gradients(Gradients *of, const float *g, size_t f, size_t n) {
     free(gt);
 }
 
+/* Room for A and the weights. */
 static void open_gradients(Gradients *of, size_t n_tokens) {
     size_t whole = of->rows / OUTPUTS, rest = round_up(of->rows % OUTPUTS, PANEL);
     of->a = floats(whole * OUTPUTS * OUTPUTS + rest * rest);
@@ -626,6 +627,7 @@ static void round_panels(Rounding *q, const float *importance) {
 static void choose_order(size_t *order, const float *h, size_t n, size_t group) {
     float *input = floats(n), *of_group = floats(n / group);
     for (size_t k = 0; k < n; k++) of_group[k / group] += input[k] = *element(h, n, k, k);
+    #pragma omp parallel for schedule(static)
     for (size_t k = 0; k < n; k++) {
         size_t rank = 0, g = k / group;
         for (size_t j = 0; j < n; j++) {
@@ -651,6 +653,7 @@ static float *damped_factor(const float *h, size_t n, size_t cols, const size_t 
                 *element(u, n, i, j) = *element(h, n, a < b ? a : b, a < b ? b : a) + (i == j ? (float)(damping * (mean > 0 ? mean : 1)) : 0);
             }
         if (cholesky(u, n)) return u;
+        if (!(damping < 1e9)) die("calibration: an activation or a gradient is infinite or not a number");
     }
 }
 
