@@ -65,6 +65,7 @@ static void *grow(void *array, size_t n, size_t *room, size_t size) {
 }
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 enum { F32 = 1, F16 = 2, Q8 = 3, Q4 = 4, NF4 = 5 };
 static const char *const TYPE_NAMES[] = {"?", "f32", "f16", "q8", "q4", "nf4"};
-enum { PANEL = 32, MAX_GROUP = 128, BLOCK = 64, MAX_HEAD_DIM = 512 };
+enum { PANEL = 32, MAX_GROUP = 128, BLOCK = 64, MAX_HEAD_DIM = 512 };       /* BLOCK: tokens that a product takes at once */
 
 typedef struct {
     char     magic[8];                  /* "mistralc" */
@@ -121,7 +122,7 @@ typedef struct {                        /* six matrices, in the file's order */
     Matrix w13;                         /* [2 hidden_dim, dim]: gate, then up */
     Matrix w2;                          /* [dim, hidden_dim] */
 } Layer;
-static_assert(sizeof(Layer) == 6 * sizeof(Matrix), "load_model() fills layers as arrays of matrices");
+static_assert(sizeof(Layer) == 6 * sizeof(Matrix), "map_model() fills layers as arrays of matrices");
 
 /* The tokenizer, which also stands in the file. */
 typedef struct {
@@ -131,7 +132,7 @@ typedef struct {
     float       score;
     unsigned    byte;                   /* of a byte piece */
 } Piece;
-enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, BYTE = 6 };    /* SentencePiece's numbers */
+enum { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, USER_DEFINED = 4, UNUSED = 5, BYTE = 6 };    /* SentencePiece's numbers */
 
 typedef struct {
     Piece   *pieces;                    /* [n_pieces] */
@@ -345,7 +346,7 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         p->length = length;
         p->type = type;
         at += length;
-        if (type < NORMAL || type > BYTE || type == 5) die("%s: tokenizer: piece %zu is of type %u", path, i, type);
+        if (type < NORMAL || type > BYTE || type == UNUSED) die("%s: tokenizer: piece %zu is of type %u", path, i, type);
         for (size_t j = 0, step; type == USER_DEFINED && j < length; j += step)        /* encode() goes from character to character */
             if (!(step = utf8_length(p->text + j, length - j))) die("%s: tokenizer: piece %zu is no UTF-8", path, i);
         if (type == USER_DEFINED && length) {
@@ -378,7 +379,7 @@ static int find_control(const Tokenizer *t, const char *text) {     /* -1 if the
 /* A possible merge of two neighbours, in a heap: the highest score first, the leftmost of equal ones. */
 typedef struct { float score; uint32_t left, right, length; } Merge;
 /* A part of the text, linked to its neighbours; next of the last and previous of the first is NONE. */
-typedef struct { uint32_t start, length, previous, next; int id; bool frozen; } Symbol;
+typedef struct { uint32_t start, length, previous, next; int id; bool frozen; } Symbol;     /* frozen: user-defined, never merged */
 #define NONE UINT32_MAX
 
 static bool goes_first(const Merge *a, const Merge *b) {

@@ -1,6 +1,6 @@
 /* report.h - what run prints about a run, and what it measures of a model.
  *
- *   1. Reports           files that are whole or not there, JSON, statistics, time by operation
+ *   1. Reports           text files in, files out that are whole or not there, JSON, statistics, time by operation
  *   2. Evaluation        perplexity, divergence from another model, multiple choice: -m perplexity, -m score
  *
  * Included by run.c, between the batch and the modes. */
@@ -79,7 +79,7 @@ static void json_number(FILE *f, const char *name, double value) {
     else fprintf(f, "null");
 }
 
-/* `"name": "text", "name_ids": [ids]` of ids[from .. to): the text that they add to that of the ids before them, so that
+/* `"text_name": "text", "ids_name": [ids]` of ids[from .. to): the text that they add to that of the ids before them, so that
  * prompt and answer put together are the text of all. */
 static void json_ids(FILE *f, const Tokenizer *t, const char *text_name, const char *ids_name, const int *ids, size_t from, size_t to) {
     Decoder d;

@@ -11,8 +11,8 @@
  *   5. The modes         generate, chat
  *   6. The command line
  *
- * Letters used throughout: n tokens in this call, dim, hidden_dim, head_dim, kv_dim = n_kv_heads * head_dim,
- * [rows, cols] = [output, input] of a matrix. Arrays are row-major, the last index running fastest.
+ * Letters used throughout: n tokens in this call (T of a tile or block, where n are columns), dim, hidden_dim, head_dim,
+ * kv_dim = n_kv_heads * head_dim, [rows, cols] = [output, input] of a matrix. Arrays are row-major, the last index running fastest.
  *
  * Determinism: the logits of a sequence are the same bits whatever else is in the batch, however its prompt is cut
  * in chunks and however many threads run. Two habits make it so. Every sum is added in an order that depends on the
@@ -316,15 +316,15 @@ static void group_product_plain(size_t T, float *total, int type, const uint8_t 
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  *   multiply_add(a, b, c)       a * b + c, rounded once
  * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 into
- * memory instead of in registers for each tile (UNPACK; 1000: never, a call has 64). */
+ * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, BIAS = 0, UNPACK = 16 };
 #elif defined(__AVX2__) && defined(__FMA__)
-enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, BIAS = 0, UNPACK = 1000 };
+enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, BIAS = 0, UNPACK = BLOCK + 1 };
 #elif defined(__ARM_FEATURE_DOTPROD)
 enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, BIAS = 128, UNPACK = 16 };  /* its factors are both signed */
 #else
-enum { UNPACK = 1000 };
+enum { UNPACK = BLOCK + 1 };
 #define group_product group_product_plain
 #endif
 #ifndef group_product
@@ -369,10 +369,9 @@ static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
 
 /* The codes of columns k to k + 3 of the rows from `row` on. */
 INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row) {
+    if (type == Q8) return *(const Lanes *)(codes + k * PANEL + 4 * row);
     Lanes four = *(const Lanes *)(codes + k / 2 * PANEL + 4 * (row % 16)) >> row / 16 * 4 & 0x0f0f0f0f;
-    if (type == NF4) return of_nf4(four);
-    if (type == Q4) return four;
-    return *(const Lanes *)(codes + k * PANEL + 4 * row);
+    return type == NF4 ? of_nf4(four) : four;
 }
 
 /* A tile of T tokens and REGISTERS of rows at a time. So that TOKENS sums are in flight also with fewer tokens, each is made
@@ -493,7 +492,7 @@ static void matrix_row(float *out, const Matrix *w, size_t row) {
     }
 }
 
-/* The cache of one key head of one sequence: a ring of positions in blocks of KEYS, so that position p stands in slot p % ring, and p
+/* The cache of one key head of one sequence: a ring of positions in blocks of KEYS, so that position p stands at place p % ring, and p
  * and its neighbours in the same aligned KEYS positions in one block. Both keys and values are panels of 32 rows, so that attention is two
  * products: keys are [KEYS / 32][width][32], the rows being positions; values are [width / 32][KEYS][32], the rows being a head's
  * elements. FP32, FP16, or, in half the place of that, codes as q8 has them, four columns of a row side by side, behind the block's
@@ -502,7 +501,7 @@ enum { KEYS = 128 };
 typedef struct {
     unsigned char *keys, *values;
     int    type;                        /* F32, F16 or Q8 */
-    size_t ring;                        /* slots, a multiple of KEYS */
+    size_t ring;                        /* places, a multiple of KEYS */
     size_t head_dim, width;             /* width: head_dim rounded up to a multiple of 32 */
     size_t row;                         /* bytes of a position's key or value */
 } Cache;
@@ -511,7 +510,7 @@ typedef struct {
 static size_t cache_row(int type, size_t width) { return type == Q8 ? width + sizeof(uint16_t) : type == F16 ? width * sizeof(uint16_t) : width * sizeof(float); }
 
 /* x as int8 and its scale, an FP16 number, which is returned, rounded up so that the largest fits: x[i] is about scale * q[i]. [n] each. */
-static uint16_t quantize_row(int8_t *q, const float *x, size_t n) {
+static uint16_t quantize_kv(int8_t *q, const float *x, size_t n) {
     float largest = 0;
     for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
     uint16_t scale = float_to_half(largest / 127.0f);
@@ -529,12 +528,12 @@ static inline size_t number_at(size_t row, size_t column) { return column * PANE
 static inline size_t code_at(size_t row, size_t column) { return (column / 4 * PANEL + row) * 4 + column % 4; }
 
 static void cache_store(Cache c, size_t pos, const float *key, const float *value) {
-    size_t slot = pos % c.ring, j = slot % KEYS;
+    size_t place = pos % c.ring, j = place % KEYS;
     int8_t q[MAX_HEAD_DIM];
     for (int i = 0; i < 2; i++) {               /* the position is a row of the keys and a column of each 32 elements of the values */
-        unsigned char *block = (i ? c.values : c.keys) + (slot - j) * c.row;
+        unsigned char *block = (i ? c.values : c.keys) + (place - j) * c.row;
         const float *x = i ? value : key;
-        uint16_t scale = c.type == Q8 ? quantize_row(q, x, c.head_dim) : 0;
+        uint16_t scale = c.type == Q8 ? quantize_kv(q, x, c.head_dim) : 0;
         if (c.type == Q8) ((uint16_t *)block)[j] = scale;
         for (size_t d = 0; d < c.head_dim; d++) {
             size_t panel = i ? d / PANEL * KEYS * PANEL : j / PANEL * c.width * PANEL, row = (i ? d : j) % PANEL, column = i ? j : d;
@@ -548,7 +547,8 @@ static void cache_store(Cache c, size_t pos, const float *key, const float *valu
 /* The first position that the token at pos attends to; window 0 is none. */
 static inline size_t first_seen(size_t pos, size_t window) { return window && pos >= window ? pos - window + 1 : 0; }
 
-/* Attention of a query over a set of keys: sum of e^(score - max), and of e^(score - max) times the values. */
+/* Of a query's scores over a set of keys: the largest, and the sum of e^(score - max). The sum of e^(score - max) times the values
+ * stands beside it, in an `out`; the one divided by the other is attention's result. */
 typedef struct { float max, sum; } Softmax;
 
 /* Adds what a query found among other keys: a then stands for both sets. out_b: [head_dim / 32][32], the pieces `apart` from one another. */
@@ -589,18 +589,18 @@ static float exponentials(float *out, const float *scores, size_t apart, size_t 
     return shrink;
 }
 
-/* Row r of T as int8, for cache_product(). x: [n]. a->q: [n / 128][T][up to 128, a multiple of 32]; a->scale, a->sum: [n / 128][T]. */
-static void round_row(const Activations *a, size_t r, size_t T, const float *x, size_t n) {
+/* A query, or its exponentials, as int8: row r of T of what cache_product() takes. x: [n]. a->q: [n / 128][T][up to 128, a multiple of 32]; a->scale, a->sum: [n / 128][T]. */
+static void quantize_query(const Activations *a, size_t r, size_t T, const float *x, size_t n) {
     for (size_t k = 0; k < n; k += MAX_GROUP) {
         size_t n_k = min_size(n - k, MAX_GROUP), group = round_up(n_k, PANEL), at = k / MAX_GROUP * T + r;
         quantize_activations(a->q + T * k + r * group, &a->scale[at], &a->sum[at], x + k, n_k, group);
     }
 }
 
-enum { ROWS = 64, SPAN = 512 };         /* queries in one call of attention(); positions of which the sums are made apart */
+enum { ROWS = BLOCK, SPAN = 512 };      /* queries in one call of attention(); positions of which the sums are made apart */
 
 /* A block of a cache, [n][32], by T <= 64 rows: out[t][j] += sum over k of block[k][j] * x[t][k]. Of FP32 and FP16 x is a->x, rows `stride`
- * apart; of codes what round_row() made of it, and `scale` has the columns' scales and zeros. out: [T][32]. */
+ * apart; of codes what quantize_query() made of it, and `scale` has the columns' scales and zeros. out: [T][32]. */
 static void cache_product(size_t T, float *out, int type, const unsigned char *block, const float *scale, const Activations *a, size_t stride, size_t n, Ahead ahead) {
     float part[ROWS * PANEL];
     if (type != Q8) {
@@ -640,14 +640,14 @@ static void add_values(float *sums, const Activations *weights, size_t n_rows, C
     }
 }
 
-/* Attention of n_tokens neighbouring tokens of a sequence, the first at position pos, in n_heads query heads that share a
- * key head, over the positions from `from` to `to` - 1, a multiple of SPAN but the last: softmax and out[i * stride ..] of
- * each head of each token i, which are `stride` heads apart; n_tokens * n_heads <= 64. q: where the first token's queries
- * stand, tokens being q_stride apart. window: 0 for none. A query's output is the sum of e^(score - max) times value over the keys that
- * it sees, in `out`, and the sum of e^(score - max), in `softmax`; the one is later divided by the other.
+/* Attention of n_tokens neighbouring tokens of a sequence, the first at position pos, in n_heads query heads that share a key head,
+ * n_tokens * n_heads <= 64, over the positions from `from` to `to` - 1, multiples of SPAN but for the ends.
+ *   q        [n_tokens][q_stride], of which the first n_heads * head_dim are the queries
+ *   softmax  [n_tokens][stride], out: [n_tokens][stride][head_dim], of which the first n_heads are written
+ *   window   0 for none
  * Streams over blocks of keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the
- * order of addition does not depend on how the prompt was cut. A block's slots that a token does not see may hold anything.
+ * order of addition does not depend on how the prompt was cut. A block's places that a token does not see may hold anything.
  * With a cache of codes queries are rounded to int8, and so are, of each block, the exponentials times the values' scales (relative to
  * the block's largest, so that what is lost is at most 1/254 of that for each key). */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
@@ -661,7 +661,7 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
     for (size_t r = 0; r < n_rows; r++) {
         size_t at = r / n_heads * stride + r % n_heads;
         for (size_t d = 0; d < c.head_dim; d++) query[r * c.head_dim + d] = factor * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
-        if (c.type == Q8) round_row(&queries, r, n_rows, query + r * c.head_dim, c.head_dim);
+        if (c.type == Q8) quantize_query(&queries, r, n_rows, query + r * c.head_dim, c.head_dim);
         memset(out + at * c.head_dim, 0, c.head_dim * sizeof(float));
         softmax[at].max = -INFINITY;
         softmax[at].sum = 0;
@@ -684,7 +684,7 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
                     for (size_t i = 0; i < PANEL; i++) sums[d * n_rows + r * PANEL + i] *= shrink;
                 if (c.type != Q8) continue;
                 for (size_t j = 0; j < n; j++) w[j] *= value_scale[j];
-                round_row(&weights, r, n_rows, w, n);
+                quantize_query(&weights, r, n_rows, w, n);
             }
             add_values(sums, &weights, n_rows, c, values, n_keys);
         }
@@ -714,7 +714,7 @@ struct State {
     const Model *model;
     size_t n_slots, chunk;              /* sequences at once; most tokens in one forward */
     void *device;                       /* what another backend than the CPU keeps here; it has no use for most of the rest */
-    bool decoding;                      /* in this step each token stands alone in its sequence */
+    bool decoding;                      /* in this step each token stands alone in its sequence: matters to a GPU */
     bool profiled;                      /* -P: a backend that would lose time by measuring times may do so */
     size_t ring;                        /* cached positions of a sequence */
     size_t head_width;                  /* head_dim rounded up to a multiple of 32 (a GPU: to 32, 64 or 128) */
@@ -734,12 +734,12 @@ struct State {
     double  bytes;                      /* of weights and caches, read so far */
     float  *logits;                     /* of step(), [logits_room] */
     size_t  logits_room;
-    void   (*watch)(void *watcher, int operation, const float *out, const float *x, size_t n);    /* NULL, or sees each product */
+    void   (*watch)(void *watcher, int operation, const float *out, const float *x, size_t n);    /* NULL, or sees each product: for calibrate.h */
     void    *watcher;
 };
 
-/* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens, CHUNK of one sequence. The
- * ring holds the window and the rest of that: when a sequence's last token is stored, its first still finds its window. */
+/* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens, CHUNK of one sequence. With a window
+ * the ring holds window + CHUNK - 1 positions: when the last of CHUNK tokens is stored, the first still finds its window. */
 static State new_state(const Model *m, size_t n_slots, size_t context, size_t chunk) {
     const Header *c = &m->c;
     State s;
@@ -778,18 +778,17 @@ static void cpu_open(State *s) {
     if (s->keys == MAP_FAILED) die("%s: no memory for a KV cache of %.1f GB: lower -b or -c", m->path, (double)s->kv_bytes / 1e9);
     s->values = s->keys + s->kv_bytes / 2;
 
-    size_t widest = round_up(q_dim > c->hidden_dim ? q_dim : c->hidden_dim, MAX_GROUP);
-    widest = widest > round_up(c->dim, MAX_GROUP) ? widest : round_up(c->dim, MAX_GROUP);
+    size_t widest = round_up(max_size(max_size(q_dim, c->hidden_dim), c->dim), MAX_GROUP);
     s->frequencies = (double *)allocate(c->head_dim / 2, sizeof(double), m->path);
     s->rotations = (float *)allocate(chunk * c->head_dim, sizeof(float), m->path);
     s->x = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
     s->xb = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
     s->qkv = (float *)allocate(chunk * (q_dim + 2 * kv_dim), sizeof(float), m->path);
     /* as many tokens as attention splits over keys (see forward), times their spans */
-    size_t split = min_size((UNITS - 1) / c->n_kv_heads * (ROWS / heads), chunk) * (s->ring / SPAN + 2);
-    s->att = (float *)calloc((split > chunk ? split : chunk) * q_dim, sizeof(float));     /* as above: for the longest texts, seldom used */
+    size_t split = max_size(min_size((UNITS - 1) / c->n_kv_heads * (ROWS / heads), chunk) * (s->ring / SPAN + 2), chunk);
+    s->att = (float *)calloc(split * q_dim, sizeof(float));     /* zeros that take no place, as the caches */
     if (!s->att) die("%s: no memory for the attention of %zu positions: lower -c", m->path, s->ring);
-    s->softmax = (Softmax *)allocate((split > chunk ? split : chunk) * c->n_heads, sizeof(Softmax), m->path);
+    s->softmax = (Softmax *)allocate(split * c->n_heads, sizeof(Softmax), m->path);
     s->runs = (Run *)allocate(chunk, sizeof(Run), m->path);
     s->h13 = (float *)allocate(chunk * 2 * c->hidden_dim, sizeof(float), m->path);
     s->h = (float *)allocate(chunk * c->hidden_dim, sizeof(float), m->path);
@@ -851,8 +850,8 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     const Model *m = s->model;
     const Header *c = &m->c;
     size_t dim = c->dim, head_dim = c->head_dim, q_dim = c->n_heads * head_dim, kv_dim = c->n_kv_heads * head_dim;
-    size_t qkv_dim = q_dim + 2 * kv_dim, group = c->n_heads / c->n_kv_heads, n_runs = 0, n_spans = 1;
-    size_t heads = min_size(group, ROWS), parts = (group + heads - 1) / heads;      /* of a key head, heads queries at once */
+    size_t qkv_dim = q_dim + 2 * kv_dim, q_per_kv = c->n_heads / c->n_kv_heads, n_runs = 0, n_spans = 1;
+    size_t heads = min_size(q_per_kv, ROWS), parts = (q_per_kv + heads - 1) / heads;        /* of a key head's query heads, `heads` go at once */
     double n_keys = 0, n_reads = 0;     /* keys seen by the tokens; read from memory, by runs */
     s->clock = now();
 
@@ -868,7 +867,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         r->n++;
         n_keys += (double)(pos + 1 - first);
         size_t run_spans = pos / SPAN - first_seen(tokens[r->first].pos, c->window) / SPAN + 1;
-        n_spans = run_spans > n_spans ? run_spans : n_spans;
+        n_spans = max_size(n_spans, run_spans);
     }
     size_t units = n_runs * c->n_kv_heads * parts;
     if (units >= UNITS) n_spans = 1;
@@ -876,7 +875,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < n; i++) {
         matrix_row(s->x + i * dim, &m->token_embedding, (size_t)tokens[i].id);
-        memset(s->xb + i * dim, 0, dim * sizeof(float));
+        memset(s->xb + i * dim, 0, dim * sizeof(float));            /* add_and_norm() adds it first */
         for (size_t j = 0; j < head_dim / 2; j++) {
             double angle = (double)tokens[i].pos * s->frequencies[j];
             s->rotations[i * head_dim + 2 * j] = (float)cos(angle);
@@ -906,7 +905,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         for (size_t u = 0; u < units * n_spans; u++) {          /* u: [span][key head][part of its query heads][run] */
             const Run *r = &s->runs[u % n_runs];
             size_t part = u / n_runs % parts, kv_head = u / n_runs / parts % c->n_kv_heads, span = u / units;
-            size_t h = kv_head * group + part * heads, n_heads = min_size(heads, (kv_head + 1) * group - h);
+            size_t h = kv_head * q_per_kv + part * heads, n_heads = min_size(heads, (kv_head + 1) * q_per_kv - h);
             size_t pos = tokens[r->first].pos, from = first_seen(pos, c->window), to = pos + r->n;
             if (n_spans > 1) {
                 to = min_size(to, (from / SPAN + span + 1) * SPAN);
@@ -1020,7 +1019,7 @@ static double cpu_peak(const State *s) {
 /* ------------------------------------------------------------------------------------------------------------------
  * 4. The batch                                                                                                      */
 
-/* What the command line says; section 7 has the meanings. */
+/* What the command line says; section 6 has the meanings. */
 typedef struct {
     const char *path, *mode, *prompt, *file, *system, *output, *against, *chat_template, *kv;
     size_t   batch, tokens, prompt_tokens, seed, context, threads, warmup, repeat, skip, lookup;
@@ -1056,7 +1055,7 @@ static void push_text(Sequence *q, const Tokenizer *t, const char *text, size_t 
 /* Guesses what comes next (prompt lookup, Saxena 2023; speculative decoding, Leviathan et al. 2023): where the last three ids
  * stand earlier in the text, what followed them there, up to `most` ids. Puts them behind the ids, uncounted; returns how many. A step
  * that checks guesses takes longer than one that does not, so they become more while they are right, and after a wrong one
- * there are none for a while, twice as long each time. */
+ * there are none for a while, 3 steps, then 9, up to 63. */
 static size_t guess(Sequence *q, size_t most) {
     enum { MATCH = 3 };
     if (!most || q->n_ids <= MATCH || q->n_ids == q->n_prompt || q->n_ids + 1 >= q->limit) return 0;
@@ -1342,7 +1341,7 @@ static bool generate_mode(const Model *m, const Options *o) {
         if (sequences[i].n_prompt + o->tokens > need) need = sequences[i].n_prompt + o->tokens;
     }
     size_t context = o->context ? min_size(o->context, need) : need, n_slots = min_size(o->batch, n);
-    State s = new_state(m, n_slots, context, n_slots > m->backend->chunk ? n_slots : m->backend->chunk);
+    State s = new_state(m, n_slots, context, max_size(n_slots, m->backend->chunk));
     s.profiled = o->profile;
     do {
         Pass before = statistics.pass;
@@ -1441,17 +1440,17 @@ static const Option OPTIONS[] = {
     {'m', "mode", "MODE", "generate (default), chat, perplexity, score", "gcps", TEXT, FIELD(mode), 0, 0},
     {'i', "prompt", "TEXT", "without -i a terminal is asked, a pipe is read to its end", "g", TEXT, FIELD(prompt), 0, 0},
     {'f', "file", "FILE", "generate: one prompt a line; perplexity: the text; score: items", "gps", TEXT, FIELD(file), 0, 0},
-    {'b', "batch", "N", "sequences at once (1); a prompt of -i is replicated N times", "gp", WHOLE, FIELD(batch), 1, 65536},
-    {'n', "tokens", "N", "new tokens a sequence (128)", "gcp", WHOLE, FIELD(tokens), 0, 1 << 30},
-    {'l', "prompt-tokens", "N", "repeat or cut each prompt to exactly N tokens", "gp", WHOLE, FIELD(prompt_tokens), 1, 1 << 30},
-    {'t', "temperature", "X", "0 is greedy (0.8)", "gcp", REAL, FIELD(temperature), 0, 1000},
-    {'p', "top-p", "X", "sample from the most probable X of the mass (0.95)", "gcp", REAL, FIELD(top_p), 0, 1},
-    {'s', "seed", "N", "sequence i draws from the stream of seed N + i (42)", "gcp", WHOLE, FIELD(seed), 0, UINT64_MAX},
+    {'b', "batch", "N", "sequences at once (1); a prompt of -i is replicated N times", "g", WHOLE, FIELD(batch), 1, 65536},
+    {'n', "tokens", "N", "new tokens a sequence (128)", "gc", WHOLE, FIELD(tokens), 0, 1 << 30},
+    {'l', "prompt-tokens", "N", "repeat or cut each prompt to exactly N tokens", "g", WHOLE, FIELD(prompt_tokens), 1, 1 << 30},
+    {'t', "temperature", "X", "0 is greedy (0.8)", "gc", REAL, FIELD(temperature), 0, 1000},
+    {'p', "top-p", "X", "sample from the most probable X of the mass (0.95)", "gc", REAL, FIELD(top_p), 0, 1},
+    {'s', "seed", "N", "sequence i draws from the stream of seed N + i (42)", "gc", WHOLE, FIELD(seed), 0, UINT64_MAX},
     {'c', "context", "N", "positions a sequence (as needed; perplexity: 512)", "gcps", WHOLE, FIELD(context), 2, 1 << 30},
     {'j', "threads", "N", "(the cores)", "gcps", WHOLE, FIELD(threads), 1, 4096},
-    {'w', "warmup", "N", "passes before the measured one (0)", "gcp", WHOLE, FIELD(warmup), 0, 1000000},
-    {'r', "repeat", "N", "measured passes, the median is reported (1)", "gcp", WHOLE, FIELD(repeat), 1, 1000000},
-    {'E', "ignore-eos", "", "generate -n tokens whatever comes", "gcp", FLAG, FIELD(ignore_eos), 0, 0},
+    {'w', "warmup", "N", "passes before the measured one (0)", "g", WHOLE, FIELD(warmup), 0, 1000000},
+    {'r', "repeat", "N", "measured passes, the median is reported (1)", "g", WHOLE, FIELD(repeat), 1, 1000000},
+    {'E', "ignore-eos", "", "generate -n tokens whatever comes", "gc", FLAG, FIELD(ignore_eos), 0, 0},
     {'y', "system", "TEXT", "chat: system prompt", "c", TEXT, FIELD(system), 0, 0},
     {0, "chat-template", "v1|v3", "chat: instead of the checkpoint's own", "c", TEXT, FIELD(chat_template), 0, 0},
     {0, "skip", "N", "perplexity: leave the first N positions of a window unscored", "p", WHOLE, FIELD(skip), 0, 1 << 30},

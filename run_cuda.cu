@@ -224,8 +224,8 @@ static void cuda_load(Model *m) {
     if (error != cudaSuccess || !count) die("no NVIDIA GPU can be used (%s); run needs none", cudaGetErrorString(error));
     const Header *c = &m->c;
     size_t n = c->n_layers, largest = m->token_embedding.bytes, need = 0, free_bytes, all;
-    for (size_t i = 0; i < 6 * n; i++) largest = largest > ((Matrix *)m->layers)[i].bytes ? largest : ((Matrix *)m->layers)[i].bytes;
-    largest = largest > m->wcls.bytes ? largest : m->wcls.bytes;
+    for (size_t i = 0; i < 6 * n; i++) largest = max_size(largest, ((Matrix *)m->layers)[i].bytes);
+    largest = max_size(largest, m->wcls.bytes);
     need = largest + (size_t)c->file_size / (m->layers[0].wqkv.type == F32 ? 2 : 1);        /* f32 becomes FP16 */
     CUDA(cudaMemGetInfo(&free_bytes, &all));
     if (need > free_bytes)
@@ -1700,7 +1700,7 @@ static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, floa
 
 static double cuda_peak(const State *s) {
     size_t now = ((const Device *)s->device)->bytes, before = ((const DeviceModel *)s->model->device)->peak;
-    return (double)(now > before ? now : before);
+    return (double)max_size(now, before);
 }
 
 static void cuda_open(State *s) {
@@ -1731,8 +1731,8 @@ static void cuda_open(State *s) {
 
     /* sizes of all that a step needs, and whether it fits */
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv_dim = q_dim + 2ull * c->n_kv_heads * c->head_dim, slots = min_size(s->n_slots, d->room);
-    size_t widest_out = round_up(qkv_dim > c->dim ? qkv_dim : c->dim, 128), part_rows = d->room > MAX_PARTS * 64 ? d->room : MAX_PARTS * 64;
-    size_t widest_in = round_up(c->dim > q_dim ? (c->dim > c->hidden_dim ? c->dim : c->hidden_dim) : (q_dim > c->hidden_dim ? q_dim : c->hidden_dim), COLUMNS);
+    size_t widest_out = round_up(max_size(qkv_dim, c->dim), 128), part_rows = max_size(d->room, MAX_PARTS * 64);
+    size_t widest_in = round_up(max_size(max_size(c->dim, q_dim), c->hidden_dim), COLUMNS);
     bool half_weights = m->wcls.type < Q8;      /* each tensor has a type of its own */
     for (size_t l = 0; l < c->n_layers; l++) {
         const Layer *w = &m->layers[l];
@@ -1740,7 +1740,7 @@ static void cuda_open(State *s) {
     }
     size_t parts = part_rows * widest_out;
     if (half_weights && d->room * round_up(2 * c->hidden_dim, 128) > parts) parts = d->room * round_up(2 * c->hidden_dim, 128);
-    size_t span_rows = slots * (size_t)d->max_spans > d->room ? slots * (size_t)d->max_spans : d->room;
+    size_t span_rows = max_size(slots * (size_t)d->max_spans, d->room);
     s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * heads.cache;
     const struct { void **to; size_t bytes; } all[] = {
         {(void **)&d->x, d->room * round_up(c->dim, COLUMNS) * sizeof(float)}, {(void **)&d->parts, parts * sizeof(float)},

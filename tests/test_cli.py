@@ -160,6 +160,9 @@ WRONG_USAGE = [
     ([DEMO, "-m", "score"], "", "-f"),
     ([DEMO, "-m", "score", "-f", "x", "-b", "2"], "", "-m score", "-b"),
     ([DEMO, "-m", "perplexity", "-f", "x", "--lookup", "2"], "", "--lookup"),
+    ([DEMO, "-m", "perplexity", "-f", "x", "-b", "2"], "", "-m perplexity", "-b"),
+    ([DEMO, "-m", "perplexity", "-f", "x", "-t", "0"], "", "-m perplexity", "-t"),
+    ([DEMO, "-m", "chat", "-r", "2"], "", "-m chat", "-r"),
     ([DEMO, "-i", "x", "--lookup", "65"], "--lookup 65: "),
 ] + [([DEMO, flag], flag + ": ") for flag in
      ["-m", "-i", "-f", "-b", "-n", "-l", "-t", "-p", "-s", "-c", "-j", "-w", "-r", "-y", "-T", "-o", "--mode", "--prompt", "--file", "--batch",
@@ -646,13 +649,13 @@ def test_memory_does_not_grow_with_the_text(tmp):
 
 
 def test_memory_of_the_cache(tmp, odd):
-    """Keys and values of each layer, slot and key head: at least the context's, at most 31 positions more. Odd: 3 layers, 2 key heads of
+    """Keys and values of each layer, slot and key head: at least the context's, at most 127 positions more. Odd: 3 layers, 2 key heads of
     14 elements, which take the room of 32."""
     for t, size in (("f32", 4), ("f16", 2), ("q8", 2), ("q4", 2)):
         for b in (1, 5):
             kv = done(tmp, odd[t], "-i", "x", "-l", 10, "-n", 10, "-b", b)[0]["kv_bytes"]
             per_position = 2 * 3 * 2 * 32 * size * b
-            assert 20 * per_position <= kv <= (20 + 31) * per_position and kv % per_position == 0
+            assert 20 * per_position <= kv <= (20 + 127) * per_position and kv % per_position == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
