@@ -279,7 +279,7 @@ static void tiles(size_t T, float *out, const float *w, const float *x, size_t s
 /* FP16 weights, n <= MAX_HEAD_DIM: converted once for all tokens, or, for few, on the way. */
 static void half_tiles(size_t T, float *out, const uint16_t *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     float floats[MAX_HEAD_DIM * PANEL];
-    if (T < 8) tiles_of(F16, T, out, w, x, stride, n, ahead);
+    if (T <= 8) tiles_of(F16, T, out, w, x, stride, n, ahead);
     else tiles(T, out, halves_to_floats(floats, w, n * PANEL), x, stride, n, ahead);
 }
 
