@@ -808,8 +808,6 @@ static void choose_types(const Calibration *o, Header *out, Tensor *to, const Gr
     static const struct { uint32_t type, group; } CHOICES[N] = {{Q4, 128}, {Q4, 64}, {Q4, 32}, {Q8, 128}, {Q8, 64}, {Q8, 32}};
     double room = o->bits * count_weights(out, to) / 8 - (double)out->file_size, n = (double)o->n_tokens;
     double (*cost)[N] = (double (*)[N])allocate(out->n_tensors, sizeof *cost, "calibration");
-    if (room < 0) die("--bits %g: with %s in groups of %u the file has %.2f already", o->bits, TYPE_NAMES[to[0].type], to[0].group,
-                      8.0 * (double)out->file_size / count_weights(out, to));
     for (uint64_t i = 0; i < out->n_tensors; i++)
         for (size_t k = 0; k < N && to[i].cols > 1; k++)
             cost[i][k] = 0.5 / n / n * rounding_error(model_tensor(o->m, i), tensor_group(CHOICES[k].type, CHOICES[k].group, to[i].cols),
@@ -913,6 +911,8 @@ static void calibrate(Calibration *o, const char *path, const char *out_path, ui
         all[i].in = floats(w->cols);
         all[i].out = floats(w->rows);
     }
+    double bits = 8.0 * (double)out.file_size / count_weights(&out, to);
+    if (o->bits > 0 && o->bits < bits) die("--bits %g: with %s in groups of %u the file has %.2f already", o->bits, TYPE_NAMES[type], group, bits);
     encode_text(o);
     o->out = open_output(out_path);
     start_stream(&o->original, &m, &m.token_embedding, o->ids, o->n_tokens);

@@ -524,6 +524,8 @@ def main():
     if args.to and (args.lora or args.base_quant):
         parser.error("--lora and --base-quant are for the way in, not for --to")
     sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by the shell: messages must not go elsewhere
+    if args.out == "-" and args.to == "hf":
+        parser.error("--to hf makes a directory: OUT cannot be -")
     if args.out == "-" and sys.stdout and sys.stdout.isatty():
         parser.error("OUT is -, but standard output is a terminal")
     out = "standard output" if args.out == "-" else args.out

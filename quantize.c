@@ -704,12 +704,15 @@ int main(int argc, char **argv) {
         const char *asked = calibration.gptq ? "--gptq" : "--awq";
         if (!calibration.text) usage("%s: needs --calib FILE, a text to calibrate with", asked);
         if (type != Q8 && type != Q4) usage("%s: means nothing for %s, only for q4 and q8", asked, TYPE_NAMES[type]);
-        if (shape || !strcmp(argv[optind], "-")) usage("%s: reads IN.bin more than once: write it to a file first", asked);
+        if (shape) usage("%s: calibrates a model, not random weights", asked);
+        if (!strcmp(argv[optind], "-")) usage("%s: reads IN.bin more than once: write it to a file first", asked);
     } else if (calibration.text || calibration.tokens || calibration.bits > 0)
         usage("--calib, --calib-tokens, --bits: mean nothing without --gptq or --awq");
 
     if (!group) group = type == Q4 ? 128 : 64;      /* 8 bits are asked for where quality comes first; bitsandbytes' nf4 has 64 */
     if (!calibration.tokens) calibration.tokens = 32768;
+
+    if (calibrated && same_file(calibration.text, argv[argc - 2])) die("%s: is the text as well, which would be lost: give OUT.bin another name", argv[argc - 2]);
 
     interrupted = 1;                    /* there is no half a checkpoint: the first Ctrl-C ends it */
     catch_signals();

@@ -126,6 +126,12 @@ static FILE *open_output(const char *path) {
     return f;
 }
 
+/* Whether both names are of one file that is there. */
+static bool same_file(const char *a, const char *b) {
+    struct stat of_a, of_b;
+    return !stat(a, &of_a) && !stat(b, &of_b) && of_a.st_ino == of_b.st_ino && of_a.st_dev == of_b.st_dev;
+}
+
 static void close_output(FILE *f) {
     errno = 0;
     bool bad = ferror(f);

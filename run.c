@@ -1078,16 +1078,17 @@ static void learn(Sequence *q, size_t n_guessed, size_t n_right) {
 
 static volatile sig_atomic_t interrupted;
 
-/* Ctrl-C and the like: the generation ends after this step. The second one ends the program, which leaves no file. */
+/* Ctrl-C and the like: the generation ends after this step. The second one, or that nobody reads on, ends the program, which leaves no
+ * file. */
 static void on_signal(int number) {
-    if (!interrupted) { interrupted = number; return; }
+    if (!interrupted && number != SIGPIPE) { interrupted = number; return; }
     if (temporary[0]) unlink(temporary);
     signal(number, SIG_DFL);
     raise(number);
 }
 
 static void catch_signals(void) {
-    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP};
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE};
     struct sigaction action;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;      /* no SA_RESTART: a question that waits for its answer ends too */
@@ -1096,6 +1097,7 @@ static void catch_signals(void) {
         sigaction(numbers[i], NULL, &before);
         if (before.sa_handler != SIG_IGN) sigaction(numbers[i], &action, NULL);     /* nohup's stay ignored */
     }
+    signal(SIGXFSZ, SIG_IGN);           /* a file may not be so large: writing fails instead, and says so */
 }
 
 #include "report.h"       /* what a run counts, shows and reports; perplexity, accuracy */
@@ -1486,10 +1488,13 @@ static Options read_options(int argc, char **argv) {
     size_t mode = 0;
     while (mode < 4 && strcmp(o.mode, MODES[mode])) mode++;
     if (mode == 4) usage("-m %s: not generate, chat, perplexity or score", o.mode);
-    for (size_t i = 0; i < N_OPTIONS; i++)
-        if (given[i] && !strchr(given[i]->modes, o.mode[0]))
-            for (size_t k = 0; k < 4; k++)
-                if (MODES[k][0] == given[i]->modes[0]) usage("%s: means nothing in -m %s, only in -m %s", option_name(given[i]), o.mode, MODES[k]);
+    for (size_t i = 0; i < N_OPTIONS; i++) {
+        char modes[64] = "";
+        if (!given[i] || strchr(given[i]->modes, o.mode[0])) continue;
+        for (size_t k = 0; k < 4; k++)
+            if (strchr(given[i]->modes, MODES[k][0])) sprintf(modes + strlen(modes), "%s-m %s", modes[0] ? ", " : "", MODES[k]);
+        usage("%s: means nothing in -m %s, only in %s", option_name(given[i]), o.mode, modes);
+    }
     if ((o.mode[0] == 'p' || o.mode[0] == 's') && !o.file) usage("-m %s: needs -f FILE", o.mode);
     if (o.chat_template && strcmp(o.chat_template, "v1") && strcmp(o.chat_template, "v3"))
         usage("--chat-template %s: not v1 or v3", o.chat_template);
@@ -1524,11 +1529,8 @@ static int run(int argc, char **argv) {
     Model m = load_model(o.path);
     if (o.kv) m.kv_type = o.kv[0] == 'q' ? Q8 : F16;
     const char *inputs[] = {o.path, o.file, o.against};
-    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++) {
-        struct stat in, out;
-        if (o.output && inputs[i] && !stat(inputs[i], &in) && !stat(o.output, &out) && in.st_ino == out.st_ino && in.st_dev == out.st_dev)
-            die("%s: is read as well, and would be lost: give -o another name", o.output);
-    }
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
+        if (o.output && inputs[i] && same_file(inputs[i], o.output)) die("%s: is read as well, and would be lost: give -o another name", o.output);
     if (o.output) o.json = open_output(o.output);
     bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o) : o.mode[0] == 's' ? score_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);

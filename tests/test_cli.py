@@ -161,7 +161,7 @@ WRONG_USAGE = [
     ([DEMO, "-m", "score", "-f", "x", "-b", "2"], "", "-m score", "-b"),
     ([DEMO, "-m", "perplexity", "-f", "x", "--lookup", "2"], "", "--lookup"),
     ([DEMO, "-m", "perplexity", "-f", "x", "-b", "2"], "", "-m perplexity", "-b"),
-    ([DEMO, "-m", "perplexity", "-f", "x", "-t", "0"], "", "-m perplexity", "-t"),
+    ([DEMO, "-m", "perplexity", "-f", "x", "-t", "0"], "", "-m perplexity", "-t", "only in -m generate, -m chat"),
     ([DEMO, "-m", "chat", "-r", "2"], "", "-m chat", "-r"),
     ([DEMO, "-i", "x", "--lookup", "65"], "--lookup 65: "),
 ] + [([DEMO, flag], flag + ": ") for flag in
@@ -1125,6 +1125,24 @@ def test_disk_full(tmp, odd, size, old):
     assert os.listdir(tmp) == (["a.json"] if old else []) and (not old or out.read_bytes() == old)
 
 
+def test_file_size_limit_and_quit_leave_nothing(tmp, odd):
+    """What kills a program unasked: a limit of the shell's on files, Ctrl-\\, a reader that goes."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    one_line(run(odd["q8"], "-i", "x", "-n", 3000, "-E", "-q", "-o", tmp / "a.json", preexec_fn=limit), 1, "%s: " % (tmp / "a.json"), "File too large\n", stdout=None)
+    one_line(quantize(odd["f32"], tmp / "m.bin", "q8", preexec_fn=limit), 1, "%s: " % (tmp / "m.bin"), "File too large\n", name="quantize")
+    for number in (signal.SIGPIPE, signal.SIGQUIT):
+        p = start(DEMO, "-i", "Once upon", "-n", 100000, "-E", "-q", "-o", tmp / "a.json")
+        os.read(p.stdout.fileno(), 1)
+        if number == signal.SIGPIPE:
+            p.stdout.close()
+            p.wait(timeout=TIMEOUT)
+        else:
+            p.send_signal(number)
+            p.communicate(timeout=TIMEOUT)
+        assert p.returncode == (-signal.SIGPIPE if number == signal.SIGPIPE else 1)
+        assert os.listdir(tmp) == ([] if number == signal.SIGPIPE else ["a.json"])
+
+
 def test_disk_full_perplexity(tmp):
     (tmp / "t").write_text(TEXT)
     got = run(DEMO, "-m", "perplexity", "-f", tmp / "t", "-q", "-o", tmp / "a.json", preexec_fn=small_files(20))
@@ -1498,6 +1516,11 @@ def test_calibration_text_is_refused(tmp, odd, text, what):
     for how in ("--gptq", "--awq"):
         one_line(calibrated(tmp, odd["f32"], "q4", how, text=text), 1, "%s: " % (tmp / "text"), what, name="quantize")
     assert os.listdir(tmp) == ["text"]
+
+
+def test_calibration_text_is_not_lost(tmp, odd):
+    one_line(calibrated(tmp, odd["f32"], "q4", "--gptq", out="text"), 1, "%s: " % (tmp / "text"), "would be lost", name="quantize")
+    assert (tmp / "text").read_bytes() == WORDS
 
 
 def test_calibration_is_refused(tmp, odd):
