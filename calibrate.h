@@ -10,8 +10,8 @@
  *
  * Rounding the weights W [rows, cols] to Q leaves E = W - Q, by which a product's output changes from y to y - E x. With g the
  * gradient of the model's loss with respect to y, the divergence from the model as it was grows by the mean of (g^T E x)^2 / 2
- * over tokens, if the loss is the log-likelihood of ids drawn from what the model itself says (the Fisher information). Inputs and
- * gradients taken for independent but for their lengths, that is
+ * over tokens, if the loss is the log-likelihood of ids drawn from what the model itself says (the Fisher information). Inputs
+ * and gradients taken for independent but for their lengths, that is
  *
  *   loss(E) = tr(A E H E^T),   A = sum over tokens of g g^T,   H = sum over tokens of |g| x x^T                     (1)
  *
@@ -167,8 +167,8 @@ typedef struct {
     float *in, *out;                    /* [cols], [rows]: sums of x^2 and of g^2 */
 } Gradients;
 
-/* The gradients g [n, rows] of a sequence whose first token is the f-th of all. BOS, the same vector each time with a gradient up to
- * a hundred times that of others, would hide them: it is left out, and has the mean weight. */
+/* The gradients g [n, rows] of a sequence whose first token is the f-th of all. BOS, the same vector each time with a gradient up
+ * to a hundred times that of others, would hide them: it is left out, and has the mean weight. */
 static void add_gradients(Gradients *of, const float *g, size_t f, size_t n) {
     size_t rows = of->rows;
     if (of->out) add_squares(of->out, g + rows, rows, n - 1);
@@ -238,7 +238,8 @@ static void watch_product(void *watcher, int operation, const float *out, const 
     longjmp(c->done, 1);
 }
 
-/* H, and G if it is wanted, of w, whose product is `operation`, in groups of so many columns; of: NULL where all tokens count alike. */
+/* H, and G if it is wanted, of w, whose product is `operation`, in groups of so many columns; of: NULL where all tokens count
+ * alike. */
 static void collect(Calibration *o, float **h, float **g, const Matrix *w, int operation, size_t group, const Gradients *of) {
     Collector c;
     memset(&c, 0, sizeof c);
@@ -375,8 +376,8 @@ static void attention_backward(float *qkv, const float *g, const Header *c, size
     free(rotation);
 }
 
-/* What a layer's backward needs of a sequence's forward: the residual stream before both halves of the layer, [n, dim], and what wqkv
- * and w13 put out. */
+/* What a layer's backward needs of a sequence's forward: the residual stream before both halves of the layer, [n, dim], and what
+ * wqkv and w13 put out. */
 typedef struct { const Stream *stream; Gradients *of; float *x[2], *out[2]; size_t at; } Tape;
 
 static const int OPERATIONS[6] = {NORM, WQKV, WO, NORM, W13, W2};       /* of a layer's tensors */
@@ -453,9 +454,10 @@ static void gradients_io(Calibration *o, bool out, size_t l, float *x) {
         die("%s: the file of gradients beside it cannot be %s: %s", final_path, out ? "written" : "read", strerror(errno));
 }
 
-/* For each layer l the gradient of what comes out of it, [n_tokens, dim], as the l-th piece of a file (what came in waits there until
- * then); in all[i], i in the order of the file, squares of what goes through each tensor; and returned, panels of dim rounded up to 32,
- * the upper triangle of H for the embedding: the sum of g g^T over the gradients g of its rows, and what it is as a classifier. */
+/* For each layer l the gradient of what comes out of it, [n_tokens, dim], as the l-th piece of a file (what came in waits there
+ * until then); in all[i], i in the order of the file, squares of what goes through each tensor; and returned, panels of dim
+ * rounded up to 32, the upper triangle of H for the embedding: the sum of g g^T over the gradients g of its rows, and what it is
+ * as a classifier. */
 static float *find_gradients(Calibration *o, Gradients *all) {
     const Model *m = o->m;
     Stream *s = &o->original;

@@ -126,7 +126,8 @@ static void pack_group(unsigned char *block, int type, const uint8_t *codes, con
 
 static float levels_of(int type) { return type == Q8 ? 255 : 15; }
 
-/* Codes of nf4, as bitsandbytes finds them: the largest magnitude of a row's group is 1, each weight takes the nearest of 16 values. */
+/* Codes of nf4, as bitsandbytes finds them: the largest magnitude of a row's group is 1, each weight takes the nearest of 16
+ * values. */
 static void nf4_codes(uint8_t *codes, float *scale, float *zero, const float *w, size_t n) {
     for (size_t r = 0; r < PANEL; r++) {
         float largest = 0;

@@ -405,9 +405,9 @@ static double log_likelihood(State *s, const int *ids, size_t from, size_t to, f
     return sum;
 }
 
-/* Multiple choice: each line of a file is a context, choices, and the answer's index from 0, with tabs between them. Of the choices, each put
- * after the context and a space, the one with the highest log-likelihood is the model's answer; or, normalised, with the
- * highest for each byte. One line: `accuracy 51.0% +- 5.0%  normalised 53.0% +- 5.0%  items 100`. */
+/* Multiple choice: each line of a file is a context, choices, and the answer's index from 0, with tabs between them. Of the
+ * choices, each put after the context and a space, the one with the highest log-likelihood is the model's answer; or, normalised,
+ * with the highest for each byte. One line: `accuracy 51.0% +- 5.0%  normalised 53.0% +- 5.0%  items 100`. */
 static bool score_mode(const Model *m, const Options *o) {
     Text text = read_file(o->file);
     if (memchr(text.text, 0, text.length)) die("%s: has a byte of value 0, which no text has", o->file);

@@ -123,8 +123,8 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
     return out;
 }
 
-/* FP32 to FP16, to nearest, ties to even; beyond +-65504 it stays there (and so does NaN). Adding and taking away a number 2^13 times as
- * large leaves of the FP32 mantissa the 10 bits that FP16 keeps. */
+/* FP32 to FP16, to nearest, ties to even; beyond +-65504 it stays there (and so does NaN). Adding and taking away a number 2^13
+ * times as large leaves of the FP32 mantissa the 10 bits that FP16 keeps. */
 static inline uint16_t float_to_half(float x) {
     float a = fminf(fabsf(x), 65504.0f);
     uint32_t exponent = as_bits(a) & 0x7f800000;
@@ -200,8 +200,8 @@ static void quantize_activations(int8_t *q, float *scale, float *sum, const floa
     *sum = (float)total;
 }
 
-/* The sixteen codes of nf4 as codes of q8: quantiles of a normal distribution v (Dettmers et al. 2023, appendix E), as the whole numbers
- * nearest to 128 + 127 v. A weight is then scale * (code - 128), the largest of a group being 127 * scale. */
+/* The sixteen codes of nf4 as codes of q8: quantiles of a normal distribution v (Dettmers et al. 2023, appendix E), as the whole
+ * numbers nearest to 128 + 127 v. A weight is then scale * (code - 128), the largest of a group being 127 * scale. */
 static const uint8_t NF4_CODES[16] __attribute__((aligned(16))) = {1, 40, 61, 78, 92, 105, 116, 128, 138, 148, 159, 171, 184, 199, 220, 255};
 
 /* The codes of one group of one panel as bytes, [n / 4][32 rows][4 columns]: q8 has them so, q4 and nf4 two in a byte, of row r
@@ -233,15 +233,16 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
     else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
 }
 
-/* (Skip this and share() on a first reading: no result depends on it.) What a product asks memory for while it computes: `bytes` from `at` on, a little with each column (in a tile: `bytes` with
- * each), so that they are in the second-level cache when their turn comes. The processor's own prefetching ends with each page of 4 KB, and all at once would
- * be more than it can have under way. Wherever this points, it is no error. */
+/* (Skip this and share() on a first reading: no result depends on it.) What a product asks memory for while it computes: `bytes`
+ * from `at` on, a little with each column (in a tile: `bytes` with each), so that they are in the second-level cache when their
+ * turn comes. The processor's own prefetching ends with each page of 4 KB, and all at once would be more than it can have under
+ * way. Wherever this points, it is no error. */
 typedef struct { const void *at; size_t bytes; } Ahead;
 
-/* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k: a tile of T tokens by 32 rows. w: [n][32], FP32 or FP16, as type
- * says; x: T rows, `stride` apart; out: [T][32]. T and type are constants wherever this is inlined, so that the sums stay in
- * registers. With whole numbers (codes times int8 activations, at most 128 * 255 * 127 < 2^24) every partial sum is
- * exact: this FP32 sum is the int32 sum that integer instructions would give. */
+/* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k: a tile of T tokens by 32 rows. w: [n][32], FP32 or FP16,
+ * as type says; x: T rows, `stride` apart; out: [T][32]. T and type are constants wherever this is inlined, so that the sums stay
+ * in registers. With whole numbers (codes times int8 activations, at most 128 * 255 * 127 < 2^24) every partial sum is exact:
+ * this FP32 sum is the int32 sum that integer instructions would give. */
 INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     float sum[8][PANEL], room[PANEL];
     const char *fetch = (const char *)ahead.at;
@@ -492,11 +493,11 @@ static void matrix_row(float *out, const Matrix *w, size_t row) {
     }
 }
 
-/* The cache of one key head of one sequence: a ring of positions in blocks of KEYS, so that position p stands at place p % ring, and p
- * and its neighbours in the same aligned KEYS positions in one block. Both keys and values are panels of 32 rows, so that attention is two
- * products: keys are [KEYS / 32][width][32], the rows being positions; values are [width / 32][KEYS][32], the rows being a head's
- * elements. FP32, FP16, or, in half the place of that, codes as q8 has them, four columns of a row side by side, behind the block's
- * KEYS FP16 scales, one of each position: x is about scale * (code - 128). */
+/* The cache of one key head of one sequence: a ring of positions in blocks of KEYS, so that position p stands at place p % ring,
+ * and p and its neighbours in the same aligned KEYS positions in one block. Both keys and values are panels of 32 rows, so that
+ * attention is two products: keys are [KEYS / 32][width][32], the rows being positions; values are [width / 32][KEYS][32], the
+ * rows being a head's elements. FP32, FP16, or, in half the place of that, codes as q8 has them, four columns of a row side by
+ * side, behind the block's KEYS FP16 scales, one of each position: x is about scale * (code - 128). */
 enum { KEYS = 128 };
 typedef struct {
     unsigned char *keys, *values;
@@ -509,7 +510,8 @@ typedef struct {
 /* Bytes of a position's key or value. */
 static size_t cache_row(int type, size_t width) { return type == Q8 ? width + sizeof(uint16_t) : type == F16 ? width * sizeof(uint16_t) : width * sizeof(float); }
 
-/* x as int8 and its scale, an FP16 number, which is returned, rounded up so that the largest fits: x[i] is about scale * q[i]. [n] each. */
+/* x as int8 and its scale, an FP16 number, which is returned, rounded up so that the largest fits: x[i] is about scale * q[i].
+ * [n] each. */
 static uint16_t quantize_kv(int8_t *q, const float *x, size_t n) {
     float largest = 0;
     for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
@@ -551,7 +553,8 @@ static inline size_t first_seen(size_t pos, size_t window) { return window && po
  * stands beside it, in an `out`; the one divided by the other is attention's result. */
 typedef struct { float max, sum; } Softmax;
 
-/* Adds what a query found among other keys: a then stands for both sets. out_b: [head_dim / 32][32], the pieces `apart` from one another. */
+/* Adds what a query found among other keys: a then stands for both sets. out_b: [head_dim / 32][32], the pieces `apart` from one
+ * another. */
 static void merge(Softmax *a, float *out_a, Softmax b, const float *out_b, size_t apart, size_t head_dim) {
     if (b.sum == 0) return;             /* it may see none of them */
     float max = a->max > b.max ? a->max : b.max, shrink_a = fast_exp(a->max - max), shrink_b = fast_exp(b.max - max);
@@ -561,10 +564,10 @@ static void merge(Softmax *a, float *out_a, Softmax b, const float *out_b, size_
     a->max = max;
 }
 
-/* The scores of a query among a block's n keys, in panels `apart` from one another, become e^(score - max), out [n], where they are
- * wanted, from j0 to j1 - 1, and 0 elsewhere; max is raised to the largest of them, and lanes[32] is where they are summed. Returns by
- * how much all before shrinks, e^(old - new). The maximum is found among integers, which a compiler vectorises: floats order as their
- * bits do, once those of negative ones, but the sign, are inverted. */
+/* The scores of a query among a block's n keys, in panels `apart` from one another, become e^(score - max), out [n], where they
+ * are wanted, from j0 to j1 - 1, and 0 elsewhere; max is raised to the largest of them, and lanes[32] is where they are summed.
+ * Returns by how much all before shrinks, e^(old - new). The maximum is found among integers, which a compiler vectorises: floats
+ * order as their bits do, once those of negative ones, but the sign, are inverted. */
 static float exponentials(float *out, const float *scores, size_t apart, size_t n, float *lanes, float *max, size_t j0, size_t j1) {
     int32_t largest[PANEL], most = (int32_t)as_bits(*max);
     most ^= most >> 31 & INT32_MAX;
@@ -589,7 +592,8 @@ static float exponentials(float *out, const float *scores, size_t apart, size_t 
     return shrink;
 }
 
-/* A query, or its exponentials, as int8: row r of T of what cache_product() takes. x: [n]. a->q: [n / 128][T][up to 128, a multiple of 32]; a->scale, a->sum: [n / 128][T]. */
+/* A query, or its exponentials, as int8: row r of T of what cache_product() takes. x: [n]. a->q: [n / 128][T][up to 128, a
+ * multiple of 32]; a->scale, a->sum: [n / 128][T]. */
 static void quantize_query(const Activations *a, size_t r, size_t T, const float *x, size_t n) {
     for (size_t k = 0; k < n; k += MAX_GROUP) {
         size_t n_k = min_size(n - k, MAX_GROUP), group = round_up(n_k, PANEL), at = k / MAX_GROUP * T + r;
@@ -599,8 +603,8 @@ static void quantize_query(const Activations *a, size_t r, size_t T, const float
 
 enum { ROWS = BLOCK, SPAN = 512 };      /* queries in one call of attention(); positions of which the sums are made apart */
 
-/* A block of a cache, [n][32], by T <= 64 rows: out[t][j] += sum over k of block[k][j] * x[t][k]. Of FP32 and FP16 x is a->x, rows `stride`
- * apart; of codes what quantize_query() made of it, and `scale` has the columns' scales and zeros. out: [T][32]. */
+/* A block of a cache, [n][32], by T <= 64 rows: out[t][j] += sum over k of block[k][j] * x[t][k]. Of FP32 and FP16 x is a->x,
+ * rows `stride` apart; of codes what quantize_query() made of it, and `scale` has the columns' scales and zeros. out: [T][32]. */
 static void cache_product(size_t T, float *out, int type, const unsigned char *block, const float *scale, const Activations *a, size_t stride, size_t n, Ahead ahead) {
     float part[ROWS * PANEL];
     if (type != Q8) {
@@ -628,7 +632,8 @@ static void block_scores(float *scores, const Activations *queries, size_t n_row
     }
 }
 
-/* sums[d / 32][rows][32] += weights times the values of the first n positions of a block, whose scales, if they have some, are in the weights. */
+/* sums[d / 32][rows][32] += weights times the values of the first n positions of a block, whose scales, if they have some, are in
+ * the weights. */
 static void add_values(float *sums, const Activations *weights, size_t n_rows, Cache c, const unsigned char *values, size_t n) {
     float scale[2 * PANEL];                                     /* 1, and zeros */
     size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = (KEYS * c.row - header) / (c.width / PANEL);
@@ -640,15 +645,15 @@ static void add_values(float *sums, const Activations *weights, size_t n_rows, C
     }
 }
 
-/* Attention of n_tokens neighbouring tokens of a sequence, the first at position pos, in n_heads query heads that share a key head,
- * n_tokens * n_heads <= 64, over the positions from `from` to `to` - 1, multiples of SPAN but for the ends.
+/* Attention of n_tokens neighbouring tokens of a sequence, the first at position pos, in n_heads query heads that share a key
+ * head, n_tokens * n_heads <= 64, over the positions from `from` to `to` - 1, multiples of SPAN but for the ends.
  *   q        [n_tokens][q_stride], of which the first n_heads * head_dim are the queries
  *   softmax  [n_tokens][stride], out: [n_tokens][stride][head_dim], of which the first n_heads are written
  *   window   0 for none
  * Streams over blocks of keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
- * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the
- * order of addition does not depend on how the prompt was cut. A block's places that a token does not see may hold anything.
- * With a cache of codes queries are rounded to int8, and so are, of each block, the exponentials times the values' scales (relative to
+ * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the order
+ * of addition does not depend on how the prompt was cut. A block's places that a token does not see may hold anything. With a
+ * cache of codes queries are rounded to int8, and so are, of each block, the exponentials times the values' scales (relative to
  * the block's largest, so that what is lost is at most 1/254 of that for each key). */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
@@ -738,8 +743,8 @@ struct State {
     void    *watcher;
 };
 
-/* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens, CHUNK of one sequence. With a window
- * the ring holds window + CHUNK - 1 positions: when the last of CHUNK tokens is stored, the first still finds its window. */
+/* Room for n_slots sequences of up to `context` positions and forwards of up to `chunk` tokens, CHUNK of one sequence. With a
+ * window the ring holds window + CHUNK - 1 positions: when the last of CHUNK tokens is stored, the first still finds its window. */
 static State new_state(const Model *m, size_t n_slots, size_t context, size_t chunk) {
     const Header *c = &m->c;
     State s;
@@ -1053,8 +1058,8 @@ static void push_text(Sequence *q, const Tokenizer *t, const char *text, size_t 
 }
 
 /* Guesses what comes next (prompt lookup, Saxena 2023; speculative decoding, Leviathan et al. 2023): where the last three ids
- * stand earlier in the text, what followed them there, up to `most` ids. Puts them behind the ids, uncounted; returns how many. A step
- * that checks guesses takes longer than one that does not, so they become more while they are right, and after a wrong one
+ * stand earlier in the text, what followed them there, up to `most` ids. Puts them behind the ids, uncounted; returns how many. A
+ * step that checks guesses takes longer than one that does not, so they become more while they are right, and after a wrong one
  * there are none for a while, 3 steps, then 9, up to 63. */
 static size_t guess(Sequence *q, size_t most) {
     enum { MATCH = 3 };
@@ -1078,8 +1083,8 @@ static void learn(Sequence *q, size_t n_guessed, size_t n_right) {
 
 static volatile sig_atomic_t interrupted;
 
-/* Ctrl-C and the like: the generation ends after this step. The second one, or that nobody reads on, ends the program, which leaves no
- * file. */
+/* Ctrl-C and the like: the generation ends after this step. The second one, or that nobody reads on, ends the program, which
+ * leaves no file. */
 static void on_signal(int number) {
     if (!interrupted && number != SIGPIPE) { interrupted = number; return; }
     if (temporary[0]) unlink(temporary);

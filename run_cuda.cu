@@ -11,12 +11,13 @@
  *   6. The sampler
  *   7. The step       forward() as a list of launches, which CUDA keeps as a graph
  *
- * A token's numbers are the same whatever else is in the batch, and from run to run: every sum has an order that depends on
- * the model, the place in the text, the number of slots, the GPU and whether this is prefill or decoding (but for prefill with FP16
- * weights, where cuBLAS chooses by the number of tokens). They differ from the CPU's in the last
- * digits: sums over groups are added in another order (those within a group are of whole numbers, and the same).
+ * A token's numbers are the same whatever else is in the batch, and from run to run: every sum has an order that depends on the
+ * model, the place in the text, the number of slots, the GPU and whether this is prefill or decoding (but for prefill with FP16
+ * weights, where cuBLAS chooses by the number of tokens). They differ from the CPU's in the last digits: sums over groups are
+ * added in another order (those within a group are of whole numbers, and the same).
  *
- * Written for compute capability 7.5 (the T4) and later, older ones are slow. On 9.0 a kernel starts while the one before it ends. */
+ * Written for compute capability 7.5 (the T4) and later, older ones are slow. On 9.0 a kernel starts while the one before it
+ * ends. */
 #define RUN_NO_MAIN
 #include "run.c"
 #include <cublas_v2.h>
@@ -39,7 +40,8 @@ static void cuda_check(cudaError_t error, const char *call) {
 enum { COLUMNS = 128 };                 /* of a tile of weights; activations are padded to a multiple */
 
 /* Programmatic dependent launch: lets the next kernel begin, and waits until the one before has ended and its results can be read
- * (and, since that one waited too before it ended, those of all before it). Before it a kernel may only read weights. Without it (before 9.0) kernels simply follow one another. */
+ * (and, since that one waited too before it ended, those of all before it). Before it a kernel may only read weights. Without it
+ * (before 9.0) kernels simply follow one another. */
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
@@ -52,14 +54,15 @@ __device__ inline void wait_for_inputs() {
 
 /* A matrix on the device, [rows, cols].
  *
- * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it
- * to the tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 a quarter of each group, the columns from q * group / 4 on:
- * 32 columns a row, which are 16 bytes in q4 and nf4 and 32 in q8, read in one piece.
+ * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it to the
+ * tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 a quarter of each group, the columns from q * group / 4 on: 32
+ * columns a row, which are 16 bytes in q4 and nf4 and 32 in q8, read in one piece.
  *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread] of 16 bytes. In q4 a word has eight columns,
  *           the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on in their order.
  *   scales  [8 row tiles][column tile][row tile][group][16 rows] of (scale, zero)
- * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it. All are padded to multiples of 128 rows and columns.
- * The rows of w13 change places: after each of the gate comes that of up which it is multiplied with. So both stand in the same thread. */
+ * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it. All are padded to multiples of 128 rows and columns. The
+ * rows of w13 change places: after each of the gate comes that of up which it is multiplied with. So both stand in the same
+ * thread. */
 typedef struct {
     int     type, group, shift;         /* F16, Q8, Q4 or NF4; shift: group is 2^shift */
     int     rows, cols, row_tiles, column_tiles;
@@ -296,9 +299,9 @@ __device__ inline int input_place(const Inputs &in, const Weights &w, int token,
  *   a[0], a[1]: columns 4 q to 4 q + 3 of the rows g and g + 8;  a[2], a[3]: columns 16 + 4 q on of the same
  *   b[0], b[1]: columns 4 q on, 16 + 4 q on, of token g
  *   d[0], d[1]: row g, tokens 2 q and 2 q + 1;  d[2], d[3]: row g + 8
- * (PTX ISA, mma.m16n8k32). Which columns those are matters to nobody, as long as a and b have the same; nor which rows: row g here is row
- * 2 g of a tile of weights, g + 8 is 2 g + 1. The T4's instruction is
- * a quarter of it. The loop is what both do; it is here to be read, and runs where a program was built for older GPUs. */
+ * (PTX ISA, mma.m16n8k32). Which columns those are matters to nobody, as long as a and b have the same; nor which rows: row g
+ * here is row 2 g of a tile of weights, g + 8 is 2 g + 1. The T4's instruction is a quarter of it. The loop is what both do; it
+ * is here to be read, and runs where a program was built for older GPUs. */
 __device__ inline void mma_codes(int *d, const uint32_t *a, const uint32_t *b, const int *c) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
@@ -372,8 +375,8 @@ template <int TYPE, int GROUPS> struct Stage {
     uint2 scales[2][TYPE == F16 ? 1 : GROUPS];              /* (scale, zero) of row 2 g, of row 2 g + 1 */
 };
 
-/* Where a thread finds its part of the first tile of the rows from row_tile on, in pieces of 16 bytes, and of 8 of scales. 32 bits: a
- * matrix has fewer than 2^32 pieces. */
+/* Where a thread finds its part of the first tile of the rows from row_tile on, in pieces of 16 bytes, and of 8 of scales. 32
+ * bits: a matrix has fewer than 2^32 pieces. */
 template <int TYPE, int GROUPS> struct Place {
     uint32_t codes, scales;
     __device__ Place(const Weights &w, int row_tile) {
@@ -423,8 +426,9 @@ template <int TYPE, int GROUPS> __device__ inline void unpack(uint32_t (*a)[4], 
     }
 }
 
-/* A group's sum as FP32. Where converting is slow (a T4 does 16 a cycle, and 64 additions) the sum starts at the bits that 1.5 * 2^23 has
- * as a float: then the integer's bits, read as a float, are 1.5 * 2^23 more than it is (it is less than 2^22: 128 * 255 * 127). */
+/* A group's sum as FP32. Where converting is slow (a T4 does 16 a cycle, and 64 additions) the sum starts at the bits that
+ * 1.5 * 2^23 has as a float: then the integer's bits, read as a float, are 1.5 * 2^23 more than it is (it is less than 2^22:
+ * 128 * 255 * 127). */
 #if __CUDA_ARCH__ >= 800
 enum { SUM_START = 0 };
 __device__ inline float sum_value(int sum) { return (float)sum; }
@@ -439,9 +443,9 @@ __device__ inline void add_sums(float to[2], float2 row, float4 tokens, const in
     to[1] = fmaf(row.x * tokens.z, fmaf(-row.y, tokens.w, sum_value(sum[1])), to[1]);
 }
 
-/* Adds a stage's columns to total[tokens][two tiles of 16 rows][row 2 g, 2 g + 1; token 2 q, 2 q + 1], of N times 8 tokens. x: 16 bytes twice
- * of the activations of token g; scale: (scale, sum) of the tokens 2 q and 2 q + 1. The instructions of a sum wait for one
- * another, and for long; those of 2 N sums stand side by side, so that there is something to do. */
+/* Adds a stage's columns to total[tokens][two tiles of 16 rows][row 2 g, 2 g + 1; token 2 q, 2 q + 1], of N times 8 tokens. x: 16
+ * bytes twice of the activations of token g; scale: (scale, sum) of the tokens 2 q and 2 q + 1. The instructions of a sum wait
+ * for one another, and for long; those of 2 N sums stand side by side, so that there is something to do. */
 template <int TYPE, int GROUPS, int N> __device__ inline void add_tiles(float total[N][2][4], const uint32_t a[2][4][4], const uint2 scales[2][GROUPS],
                                                                         const uint4 x[N][2], const float4 scale[N][GROUPS]) {
     const int start[4] = {SUM_START, SUM_START, SUM_START, SUM_START}, COUNT = 4 / GROUPS;
@@ -472,8 +476,8 @@ template <int TYPE, int GROUPS, int N> __device__ inline void add_tiles(float to
 
 __device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-/* Stores what a warp has of a tile of 16 rows by 8 tokens. out: [n][w.row_tiles * 16]; or, with `units`, h = silu(gate) * up, [n][units]
- * (w13, where an even row is the gate of the next). */
+/* Stores what a warp has of a tile of 16 rows by 8 tokens. out: [n][w.row_tiles * 16]; or, with `units`, h = silu(gate) * up,
+ * [n][units] (w13, where an even row is the gate of the next). */
 __device__ inline void store(float *out, const Weights &w, const float total[4], int row_tile, int token, int n, int units) {
     int lane = threadIdx.x % 32, t = token + lane % 4 * 2, unit = row_tile * 8 + lane / 4;
 #pragma unroll
@@ -503,10 +507,10 @@ template <int TOKEN_TILES> __device__ inline void add_warps(float total[][2][4],
         }
 }
 
-/* For up to 8 tokens, where reading the weights is all that takes time. A block's 4 warps share 32 rows, each taking every 4th tile of
- * columns: the next is on its way while others compute, the first before the kernel before this one has ended. That little is
- * asked for ahead leaves registers for many blocks, which is worth more (SPEED.md).
- * gridDim.x: blocks of 32 rows. gridDim.y: parts of the columns (split-K), each with an out of its own, which whoever reads it adds up. */
+/* For up to 8 tokens, where reading the weights is all that takes time. A block's 4 warps share 32 rows, each taking every 4th
+ * tile of columns: the next is on its way while others compute, the first before the kernel before this one has ended. That
+ * little is asked for ahead leaves registers for many blocks, which is worth more (SPEED.md). gridDim.x: blocks of 32 rows.
+ * gridDim.y: parts of the columns (split-K), each with an out of its own, which whoever reads it adds up. */
 enum { FEW_BLOCKS = 6 };                /* of a multiprocessor */
 template <int TYPE, int GROUPS>
 __global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4) product_few(float *out, Weights w, Inputs in, int n, int units) {
@@ -543,8 +547,8 @@ __global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4) product_few(
     for (int m = 0; m < 2 && warp == 0; m++) store(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0][m], row_tile + m, 0, n, units);
 }
 
-/* Copies of 16 bytes into shared memory that go on while the thread computes (from 8.0 on); before, the bytes wait in a register, and
- * land() stores them. */
+/* Copies of 16 bytes into shared memory that go on while the thread computes (from 8.0 on); before, the bytes wait in a register,
+ * and land() stores them. */
 typedef struct { uint4 value; uint32_t to; bool wanted; } Copy;
 __device__ inline void start_copy(Copy &c, uint32_t to, const void *from, bool wanted) {
 #if __CUDA_ARCH__ >= 800
@@ -691,8 +695,8 @@ __device__ inline void bulk_copy(void *to, const void *from, int bytes, uint64_t
                  "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(barrier)) : "memory");
 }
 
-/* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, 16 of each warp as for mma_codes, and b of 32 columns by 128
- * tokens in shared memory. Of 8 tokens a thread has four sums, as mma_codes gives them. Runs on by itself. */
+/* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, 16 of each warp as for mma_codes, and b of 32 columns by
+ * 128 tokens in shared memory. Of 8 tokens a thread has four sums, as mma_codes gives them. Runs on by itself. */
 __device__ inline void start_wgmma(int sum[16][4], const uint32_t a[4], uint64_t b, int more) {
 #define SUM(t) "+r"(sum[t][0]), "+r"(sum[t][1]), "+r"(sum[t][2]), "+r"(sum[t][3])
     asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 "
@@ -789,8 +793,8 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
 
 /* ---- end of what may be skipped */
 
-/* cuBLAS, for prefill with FP16 weights, if it is installed (it is part of the toolkit); opened when needed, so that nothing must be
- * linked. */
+/* cuBLAS, for prefill with FP16 weights, if it is installed (it is part of the toolkit); opened when needed, so that nothing must
+ * be linked. */
 static struct {
     cublasHandle_t handle;
     cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *, const void *, cudaDataType,
@@ -875,8 +879,8 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
 }
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
- * wanted one, 16 warps that take every 16th tile of columns each. It is the time until an answer comes that counts here, not how much
- * comes: all that is read is asked for before any of it is used. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
+ * wanted one, 16 warps that take every 16th tile of columns each. It is the time until an answer comes that counts here, not how
+ * much comes: all that is read is asked for before any of it is used. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
 enum { MAX_PARTS = 8, MAX_TILES = 8, NORM_WARPS = 16, NORM_STEP = NORM_WARPS * COLUMNS };  /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
 __global__ void __launch_bounds__(32 * NORM_WARPS, 1) norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, int dim, float eps, Inputs in,
                                                   Weights w, const Row *rows, bool wanted) {
@@ -934,7 +938,8 @@ __device__ inline float2 turned_pair(const float *parts, int n_parts, int part_w
     return make_float2(x.x * r.x - x.y * r.y, x.y * r.x + x.x * r.y);
 }
 
-/* What a warp makes of a head of a token: thread i has the elements i and i + head_dim / 2, and i + 32 and i + 32 + head_dim / 2. */
+/* What a warp makes of a head of a token: thread i has the elements i and i + head_dim / 2, i + 32
+ * and i + 32 + head_dim / 2. */
 struct HeadPairs {
     float2 x[2];
     __device__ HeadPairs(Product qkv, int n, const float2 *rotations, int token, int head, const Heads &c) {
@@ -987,8 +992,8 @@ __global__ void rope_and_cache(__half *queries, unsigned char *keys, unsigned ch
     else pairs.store<E>(keys + slot, values + slot, rows[token].pos, head, c);
 }
 
-/* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. A warp for each tile of columns, 8 in a
- * block; blockIdx.y: the token. */
+/* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. A warp for each tile of columns, 8
+ * in a block; blockIdx.y: the token. */
 __global__ void quantize_input(const float *x, Inputs in, Weights w) {
     wait_for_inputs();
     int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
@@ -1008,8 +1013,8 @@ __global__ void swiglu_input(const float *h13, int part_width, Inputs in, Weight
     write_inputs(in, w, token, tile, make_float4(silu(x.x) * x.y, silu(x.z) * x.w, silu(y.x) * y.y, silu(y.z) * y.w));
 }
 
-/* The same, of what attention found in each span. spans: [n_spans][n][n_heads][width]; softmax: [n_spans][n][n_heads] of (maximum, sum),
- * the maximum as an exponent of two. */
+/* The same, of what attention found in each span. spans: [n_spans][n][n_heads][width]; softmax: [n_spans][n][n_heads] of
+ * (maximum, sum), the maximum as an exponent of two. */
 __global__ void attention_input(const float *spans, const float2 *softmax, int n_spans, int n, Heads c, Inputs in, Weights w) {
     wait_for_inputs();
     int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
@@ -1042,7 +1047,8 @@ __global__ void attention_input(const float *spans, const float2 *softmax, int n
 
 __device__ inline int first_position(int pos, int window) { return window && pos >= window ? pos - window + 1 : 0; }
 
-/* The plain one, to be read, and for test_all.c to compare with: a thread for each query head of each token, two passes over the keys. */
+/* The plain one, to be read, and for test_all.c to compare with: a thread for each query head of each token, two passes over the
+ * keys. */
 template <class E>
 __global__ void attention_plain(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values, const Row *rows,
                                 int n, Heads c) {
@@ -1079,10 +1085,10 @@ __device__ inline uint4 eight_halves(uint2 x) {
 template <class E> struct Eight { typedef uint4 Type; };
 template <> struct Eight<uint8_t> { typedef uint2 Type; };
 
-/* A warp takes 16 queries - neighbouring tokens of a sequence, and the heads that share a key head - and goes over their keys
- * by 32, with a running maximum (FlashAttention-2, Dao 2023). Scores and values are two products on the tensor cores: what the
- * first leaves in a thread is what the second wants there. This much both kernels below share.
- * WIDTH: head_dim rounded up to a power of two. E: of an element of the cache. q: the queries of row g, row g + 8, in shared or global memory, or NULL. */
+/* A warp takes 16 queries - neighbouring tokens of a sequence, and the heads that share a key head - and goes over their keys by
+ * 32, with a running maximum (FlashAttention-2, Dao 2023). Scores and values are two products on the tensor cores: what the first
+ * leaves in a thread is what the second wants there. This much both kernels below share. WIDTH: head_dim rounded up to a power of
+ * two. E: of an element of the cache. q: the queries of row g, row g + 8, in shared or global memory, or NULL. */
 template <int WIDTH, class E> struct Attention {
     uint32_t a[WIDTH / 32][2][4];       /* the queries: of 32 elements, of two instructions */
     float sum[WIDTH / 8][4], max[2], total[2];
@@ -1180,8 +1186,9 @@ template <int WIDTH, class E> struct Attention {
     }
 };
 
-/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is rows[i / parts].query_tile with the heads of part
- * i % parts, 16 at most. out: [n][n_heads][WIDTH]; softmax: [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
+/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is rows[i / parts].query_tile with the heads of
+ * part i % parts, 16 at most. out: [n][n_heads][WIDTH]; softmax: [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y:
+ * key heads. */
 template <int WIDTH, class E>
 __global__ void __launch_bounds__(128, 1) attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
                                                          const Row *rows, int n_tiles, int parts, Heads c) {
@@ -1215,10 +1222,10 @@ __global__ void __launch_bounds__(128, 1) attention_prefill(float *out, float2 *
     }
 }
 
-/* Decoding: a block is there for a token, a key head with up to 16 of its query heads, and a span of positions (flash-decoding), of which its 4 warps
- * take every fourth 32. It makes the queries from wqkv's product itself, and in the last span the token's key and value.
- * With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to out,
- * [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
+/* Decoding: a block is there for a token, a key head with up to 16 of its query heads, and a span of positions (flash-decoding),
+ * of which its 4 warps take every fourth 32. It makes the queries from wqkv's product itself, and in the last span the token's
+ * key and value. With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to
+ * out, [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
 template <int WIDTH, class E>
 __global__ void __launch_bounds__(128) attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, unsigned char *keys, unsigned char *values,
                                                         const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
@@ -1478,8 +1485,8 @@ static int token_tiles(const State *s) {
     return !s->decoding || n > 64 ? 16 : n > 32 ? 8 : n > 16 ? 4 : n > 8 ? 2 : 1;
 }
 
-/* Into how many parts the columns are cut so that there are two blocks for each multiprocessor (four or six of product_few, by what was
- * measured), MAX_PARTS at most. */
+/* Into how many parts the columns are cut so that there are two blocks for each multiprocessor (four or six of product_few, by
+ * what was measured), MAX_PARTS at most. */
 static int product_parts(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
     int tiles = token_tiles(s), blocks = w.row_tiles / (tiles == 1 ? 2 : 8);
