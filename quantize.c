@@ -700,6 +700,7 @@ int main(int argc, char **argv) {
     if (group && group != 32 && group != 64 && group != 128) usage("-g %u: not 32, 64 or 128", group);
     for (uint32_t t = F32; t <= NF4; t++) if (!strcmp(argv[argc - 1], TYPE_NAMES[t])) type = t;
     if (!type || (type == F32 && !shape)) usage("%s: not a type: f16, q8, q4 or nf4", argv[argc - 1]);
+    if (group && type <= F16) usage("-g: means nothing for %s, which has no groups", TYPE_NAMES[type]);
     bool calibrated = calibration.gptq || calibration.awq;
     if (calibrated) {
         const char *asked = calibration.gptq ? "--gptq" : "--awq";

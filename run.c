@@ -277,11 +277,11 @@ INLINE void tiles_of(const int type, size_t T, float *out, const void *w, const 
 static void tiles(size_t T, float *out, const float *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     tiles_of(F32, T, out, w, x, stride, n, ahead);
 }
-/* FP16 weights, n <= MAX_HEAD_DIM: converted once for all tokens, or, for few, on the way. */
-static void half_tiles(size_t T, float *out, const uint16_t *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+/* Of type F32 or F16, n <= MAX_HEAD_DIM. FP16 is converted once for all tokens, or, for few, on the way. */
+static void number_tiles(size_t T, int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     float floats[MAX_HEAD_DIM * PANEL];
-    if (T <= 8) tiles_of(F16, T, out, w, x, stride, n, ahead);
-    else tiles(T, out, halves_to_floats(floats, w, n * PANEL), x, stride, n, ahead);
+    if (type == F16 && T <= 8) tiles_of(F16, T, out, w, x, stride, n, ahead);
+    else tiles(T, out, type == F16 ? halves_to_floats(floats, (const uint16_t *)w, n * PANEL) : (const float *)w, x, stride, n, ahead);
 }
 
 /* Activations on their way into a product, as they are or, for quantized weights, rounded. A group's tokens lie side by
@@ -447,8 +447,7 @@ static void panel_product(float *out, const Matrix *w, size_t panel, const Activ
         size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
         Ahead next = {block + w->block_bytes + 2048, w->block_bytes};
         if (w->type < Q8) {
-            if (w->type == F16) half_tiles(T, group_sum, (const uint16_t *)block, a->x + at * w->group, w->group, n_k, next);
-            else tiles(T, group_sum, (const float *)block, a->x + at * w->group, w->group, n_k, next);
+            number_tiles(T, w->type, group_sum, block, a->x + at * w->group, w->group, n_k, next);
             for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
             continue;
         }
@@ -608,8 +607,7 @@ enum { ROWS = BLOCK, SPAN = 512 };      /* queries in one call of attention(); p
 static void cache_product(size_t T, float *out, int type, const unsigned char *block, const float *scale, const Activations *a, size_t stride, size_t n, Ahead ahead) {
     float part[ROWS * PANEL];
     if (type != Q8) {
-        if (type == F16) half_tiles(T, part, (const uint16_t *)block, a->x, stride, n, ahead);
-        else tiles(T, part, (const float *)block, a->x, stride, n, ahead);
+        number_tiles(T, type, part, block, a->x, stride, n, ahead);
         for (size_t i = 0; i < T * PANEL; i++) out[i] += part[i];
     } else for (size_t k = 0; k < n; k += MAX_GROUP) {
         size_t at = k / MAX_GROUP * T;
@@ -650,6 +648,8 @@ static void add_values(float *sums, const Activations *weights, size_t n_rows, C
  *   q        [n_tokens][q_stride], of which the first n_heads * head_dim are the queries
  *   softmax  [n_tokens][stride], out: [n_tokens][stride][head_dim], of which the first n_heads are written
  *   window   0 for none
+ * By the book, of each query: sum over s of e^(q . k_s / sqrt(head_dim)) v_s, divided by the sum of e^(q . k_s / sqrt(head_dim)),
+ * s being the positions that it sees (Vaswani et al. 2017, eq. 1; test_all.c has it so).
  * Streams over blocks of keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the order
  * of addition does not depend on how the prompt was cut. A block's places that a token does not see may hold anything. With a

@@ -1518,6 +1518,12 @@ def test_calibration_text_is_refused(tmp, odd, text, what):
     assert os.listdir(tmp) == ["text"]
 
 
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_group_without_groups(tmp, kind):
+    one_line(quantize("--random", "odd", tmp / "m.bin", kind, "-g", 32), 2, "-g: ", kind, name="quantize")
+    assert os.listdir(tmp) == []
+
+
 def test_calibration_text_is_not_lost(tmp, odd):
     one_line(calibrated(tmp, odd["f32"], "q4", "--gptq", out="text"), 1, "%s: " % (tmp / "text"), "would be lost", name="quantize")
     assert (tmp / "text").read_bytes() == WORDS
