@@ -1,6 +1,8 @@
 """The trained model against numbers that transformers and a float64 reference agree on (tests/golden/tiny-mistral.json)."""
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -82,3 +84,15 @@ def test_greedy(models, tmp_path, batch):
         for sequence in json.load(open(out))["sequences"]:
             assert sequence["prompt_ids"] == golden["prompt_ids"]
             assert sequence["ids"] == golden["out_ids"]
+
+
+def test_picture_and_readme_are_of_this_code():
+    """The texts in demo/demo.svg, the README's picture, and its line of perplexity are what run prints: the same bits everywhere."""
+    demo = os.path.join(ROOT, "demo", "tiny-mistral-q8.bin")
+    with open(os.path.join(ROOT, "demo", "demo.svg")) as f:
+        shown = [html.unescape(line) for line in re.findall(r'<text class="text"[^>]*>([^<]*)</text>', f.read())]
+    written = " ".join(run(demo, "-i", "Once upon a time", "-b", "32", "-n", "200", "-q").split())
+    shown = [" ".join(line.removesuffix(" ...").split()) for line in shown if line]
+    assert len(shown) > 10 and [line for line in shown if line not in written] == []
+    with open(os.path.join(ROOT, "README.md")) as f:
+        assert run(demo, "-m", "perplexity", "-f", EVALS["heldout-fairy"], "-q").strip() in f.read()
