@@ -755,11 +755,15 @@ static State new_state(const Model *m, size_t n_slots, size_t context, size_t ch
     s.head_width = round_up(c->head_dim, PANEL);
     s.ring = round_up(c->window ? min_size(context, (size_t)c->window + min_size(chunk, CHUNK) - 1) : context, KEYS);
     s.kv_row = cache_row(m->kv_type, s.head_width);
+    s.runs = (Run *)allocate(chunk, sizeof(Run), m->path);
     m->backend->open(&s);
     return s;
 }
 
-static void free_state(State *s) { s->model->backend->close(s); }
+static void free_state(State *s) {
+    free(s->runs);
+    s->model->backend->close(s);
+}
 
 /* Bytes of the caches, or dies if they are more than `memory`, which `machine` has. */
 static size_t cache_bytes(const State *s, double memory, const char *machine) {
@@ -794,7 +798,6 @@ static void cpu_open(State *s) {
     s->att = (float *)calloc(split * q_dim, sizeof(float));     /* zeros that take no place, as the caches */
     if (!s->att) die("%s: no memory for the attention of %zu positions: lower -c", m->path, s->ring);
     s->softmax = (Softmax *)allocate(split * c->n_heads, sizeof(Softmax), m->path);
-    s->runs = (Run *)allocate(chunk, sizeof(Run), m->path);
     s->h13 = (float *)allocate(chunk * 2 * c->hidden_dim, sizeof(float), m->path);
     s->h = (float *)allocate(chunk * c->hidden_dim, sizeof(float), m->path);
     s->activations.x = (float *)allocate(chunk * widest, sizeof(float), m->path);
@@ -807,7 +810,7 @@ static void cpu_open(State *s) {
 
 static void cpu_close(State *s) {
     munmap(s->keys, s->kv_bytes);
-    void *all[] = {s->frequencies, s->rotations, s->x, s->xb, s->qkv, s->att, s->softmax, s->runs, s->h13, s->h,
+    void *all[] = {s->frequencies, s->rotations, s->x, s->xb, s->qkv, s->att, s->softmax, s->h13, s->h,
                    s->activations.x, s->activations.scale, s->activations.sum, s->logits};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
@@ -848,6 +851,31 @@ static void add_and_norm(State *s, const Matrix *weight, size_t n) {
     book(s, NORM, 0, 0);
 }
 
+/* Finds the runs among the n tokens of a forward, of `most` tokens at most, and returns their number. n_keys: how many keys the
+ * tokens see; n_reads: how many are read from memory, for a run once; n_spans: over how many spans of positions a run's keys go
+ * at most. */
+static size_t find_runs(Run *runs, const Token *tokens, size_t n, size_t most, size_t window, size_t span, double *n_keys, double *n_reads,
+                        size_t *n_spans) {
+    size_t n_runs = 0;
+    *n_keys = *n_reads = 0;
+    *n_spans = 1;
+    for (size_t i = 0; i < n; i++) {
+        Run *r = n_runs ? &runs[n_runs - 1] : NULL;
+        size_t pos = tokens[i].pos, first = first_seen(pos, window);
+        if (!r || r->n == most || tokens[i].slot != tokens[i - 1].slot || pos != tokens[i - 1].pos + 1) {
+            r = &runs[n_runs++];
+            r->first = i;
+            r->n = 0;
+            *n_reads += (double)(pos + 1 - first);
+        }
+        r->n++;
+        *n_keys += (double)(pos + 1 - first);
+        size_t run_spans = pos / span - first_seen(tokens[r->first].pos, window) / span + 1;
+        *n_spans = max_size(*n_spans, run_spans);
+    }
+    return n_runs;
+}
+
 /* One step of the model over n <= chunk tokens. Prefill is n tokens of one sequence, decoding one token of each sequence;
  * any mixture is fine, as long as a sequence's tokens come in the order of their positions and none is left out. A token
  * sees what its sequence has cached, and the tokens of this call before it. logits: [count of want, vocab_size]. */
@@ -855,26 +883,11 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     const Model *m = s->model;
     const Header *c = &m->c;
     size_t dim = c->dim, head_dim = c->head_dim, q_dim = c->n_heads * head_dim, kv_dim = c->n_kv_heads * head_dim;
-    size_t qkv_dim = q_dim + 2 * kv_dim, q_per_kv = c->n_heads / c->n_kv_heads, n_runs = 0, n_spans = 1;
+    size_t qkv_dim = q_dim + 2 * kv_dim, q_per_kv = c->n_heads / c->n_kv_heads, n_spans;
     size_t heads = min_size(q_per_kv, ROWS), parts = (q_per_kv + heads - 1) / heads;        /* of a key head's query heads, `heads` go at once */
-    double n_keys = 0, n_reads = 0;     /* keys seen by the tokens; read from memory, by runs */
+    double n_keys, n_reads;
     s->clock = now();
-
-    for (size_t i = 0; i < n; i++) {    /* runs of tokens, and over how many spans of positions their keys go */
-        Run *r = n_runs ? &s->runs[n_runs - 1] : NULL;
-        size_t pos = tokens[i].pos, first = first_seen(pos, c->window);
-        if (!r || r->n == ROWS / heads || tokens[i].slot != tokens[i - 1].slot || pos != tokens[i - 1].pos + 1) {
-            r = &s->runs[n_runs++];
-            r->first = i;
-            r->n = 0;
-            n_reads += (double)(pos + 1 - first);
-        }
-        r->n++;
-        n_keys += (double)(pos + 1 - first);
-        size_t run_spans = pos / SPAN - first_seen(tokens[r->first].pos, c->window) / SPAN + 1;
-        n_spans = max_size(n_spans, run_spans);
-    }
-    size_t units = n_runs * c->n_kv_heads * parts;
+    size_t n_runs = find_runs(s->runs, tokens, n, ROWS / heads, c->window, SPAN, &n_keys, &n_reads, &n_spans), units = n_runs * c->n_kv_heads * parts;
     if (units >= UNITS) n_spans = 1;
 
     #pragma omp parallel for schedule(static)

@@ -825,7 +825,7 @@ static bool open_cublas(cudaStream_t stream) {
 /* A token of this step, as it is copied to the device, and beside it, at the same index, what else the step must know. */
 typedef struct {
     int id, pos, slot;
-    int query_tile, query_tokens, query_pos, query_slot;     /* the i-th tile of queries of attention: its first token, how many, and where */
+    int first, n;                       /* the i-th run of tokens, a tile of queries of attention: its first, and how many */
     int wanted;                         /* the i-th token whose logits are wanted */
     double random;                      /* what its next id is drawn with */
 } Row;
@@ -1186,7 +1186,7 @@ template <int WIDTH, class E> struct Attention {
     }
 };
 
-/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is rows[i / parts].query_tile with the heads of
+/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is the tokens of run i / parts with the heads of
  * part i % parts, 16 at most. out: [n][n_heads][WIDTH]; softmax: [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y:
  * key heads. */
 template <int WIDTH, class E>
@@ -1195,21 +1195,21 @@ __global__ void __launch_bounds__(128, 1) attention_prefill(float *out, float2 *
     wait_for_inputs();
     int lane = threadIdx.x % 32, index = blockIdx.x * 4 + threadIdx.x / 32, group = c.n_heads / c.n_kv_heads, heads = min(group, 16), kv_head = blockIdx.y;
     if (index >= n_tiles * parts) return;
-    Row tile = rows[index / parts];
-    size_t cache = ((size_t)tile.query_slot * c.n_kv_heads + kv_head) * c.cache;
+    Row run = rows[index / parts], at_first = rows[run.first];
+    size_t cache = ((size_t)at_first.slot * c.n_kv_heads + kv_head) * c.cache;
     const __half *query[2];
     int pos[2], first[2], head[2];      /* of row g, row g + 8; where their output goes, in heads, or -1 */
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        int row = lane / 4 + 8 * h, of_tile = min(row / heads, tile.query_tokens - 1), of_group = index % parts * heads + row % heads;
-        bool valid = row < tile.query_tokens * heads && of_group < group;
-        pos[h] = tile.query_pos + of_tile;
+        int row = lane / 4 + 8 * h, of_tile = min(row / heads, run.n - 1), of_group = index % parts * heads + row % heads;
+        bool valid = row < run.n * heads && of_group < group;
+        pos[h] = at_first.pos + of_tile;
         first[h] = first_position(pos[h], c.window);
-        head[h] = valid ? (tile.query_tile + of_tile) * c.n_heads + kv_head * group + of_group : -1;
+        head[h] = valid ? (run.first + of_tile) * c.n_heads + kv_head * group + of_group : -1;
         query[h] = valid ? queries + (size_t)head[h] * WIDTH : NULL;
     }
     Attention<WIDTH, E> sums(query);
-    for (int start = first_position(tile.query_pos, c.window) / 32 * 32; start < tile.query_pos + tile.query_tokens; start += 32)
+    for (int start = first_position(at_first.pos, c.window) / 32 * 32; start < at_first.pos + run.n; start += 32)
         sums.add(keys + cache, values + cache, c.ring, start, first, pos);
     sums.finish();
 #pragma unroll
@@ -1589,39 +1589,28 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     device_product(s, CLASSIFIER, d->logits, m->wcls, n_want, 0, true);
 }
 
-/* Copies the tokens to where the device reads them; makes tiles of queries and counts them, and the spans of positions that
- * decoding needs, rounded up to a power of two. Books what attention computes and reads. */
+/* Copies the tokens to where the device reads them, and the tiles of queries, which are the runs among them; counts these, and
+ * the spans of positions that decoding needs, rounded up to a power of two. Books what attention computes and reads. */
 static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, int *n_want, int *n_tiles, int *n_spans) {
     Device *d = (Device *)s->device;
     const Header *c = &s->model->c;
-    size_t group = c->n_heads / c->n_kv_heads, tile_tokens = 16 / min_size(group, 16), spans = 1;
-    double n_keys = 0, n_reads = 0;
-    *n_want = *n_tiles = 0;
-    for (size_t i = 0; i < n; i++) {
-        Row *r = &d->rows_host[i], *tile = *n_tiles ? &d->rows_host[*n_tiles - 1] : NULL;
-        size_t pos = tokens[i].pos, first = first_seen(pos, c->window);
-        r->id = tokens[i].id;
-        r->pos = (int)pos;
-        r->slot = (int)tokens[i].slot;
-        if (!tile || (size_t)tile->query_tokens == tile_tokens || tokens[i].slot != tokens[i - 1].slot || pos != tokens[i - 1].pos + 1) {
-            tile = &d->rows_host[(*n_tiles)++];
-            tile->query_tile = (int)i;
-            tile->query_tokens = 0;
-            tile->query_pos = (int)pos;
-            tile->query_slot = (int)tokens[i].slot;
-            n_reads += (double)(pos + 1 - first);
-        }
-        tile->query_tokens++;
-        n_keys += (double)(pos + 1 - first);
-        size_t of_token = pos / (size_t)d->span - first / (size_t)d->span + 1;
-        while (spans < of_token) spans *= 2;
-        if (tokens[i].want) {
-            d->rows_host[*n_want].wanted = (int)i;
-            d->rows_host[*n_want].random = draws ? draws[*n_want].random : 0;
-            ++*n_want;
-        }
-    }
+    size_t group = c->n_heads / c->n_kv_heads, needed, spans = 1;
+    double n_keys, n_reads;
+    *n_tiles = (int)find_runs(s->runs, tokens, n, 16 / min_size(group, 16), c->window, (size_t)d->span, &n_keys, &n_reads, &needed);
+    while (spans < needed) spans *= 2;
     *n_spans = (int)min_size(spans, (size_t)d->max_spans);
+    *n_want = 0;
+    for (size_t i = 0; i < n; i++) {
+        Row *r = &d->rows_host[i];
+        r->id = tokens[i].id;
+        r->pos = (int)tokens[i].pos;
+        r->slot = (int)tokens[i].slot;
+        if (i < (size_t)*n_tiles) { r->first = (int)s->runs[i].first; r->n = (int)s->runs[i].n; }
+        if (!tokens[i].want) continue;
+        d->rows_host[*n_want].wanted = (int)i;
+        d->rows_host[*n_want].random = draws ? draws[*n_want].random : 0;
+        ++*n_want;
+    }
     double bytes = 2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row * c->n_layers);
     s->profile[ATTENTION].operations += 4.0 * n_keys * c->n_heads * c->head_dim * c->n_layers;
     s->profile[ATTENTION].bytes += bytes;
