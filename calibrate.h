@@ -35,8 +35,8 @@
  *   search_scales()     --awq: W diag(s), s from a search over one exponent (AWQ, eq. 5)
  *   layer_backward()    A, and each token's |g|
  *   collect()           H, and G (3): what the matrices before this one, rounded already, left to make good
- *   round_matrix()      choose_order(), the largest inputs first (GPTQ's code calls it act-order); damped_factor(), U and V; solve(),
- *                       W + G H^-1 in place of W; gptq(), codes and scales by (2), or round_panels() without --gptq
+ *   round_matrix()      choose_order(), the largest inputs first (GPTQ's code calls it act-order); damped_factor(), U and V;
+ *                       solve(), W + G H^-1 in place of W; gptq(), codes and scales by (2), or round_panels() without --gptq
  *
  * Included once, by quantize.c, after what rounds a group and writes a tensor. */
 #include <setjmp.h>       /* leaving forward() early */
@@ -154,7 +154,7 @@ static void end_stream(Stream *s) {
 /* ------------------------------------------------------------------------------------------------------------------
  * 2. Statistics                                                                                                     */
 
-static const double IN_DAMPING = 0.25, OUT_DAMPING = 0.02;      /* of the mean: found on the demo model, where 0.2 to 0.4 are alike */
+static const double IN_DAMPING = 0.25, OUT_DAMPING = 0.02;    /* of the mean: found on the demo model, where 0.2 to 0.4 are alike */
 
 /* What is collected of a product's inputs x and of the gradients g of its outputs; what is NULL is not. Of more than 8,192
  * rows A is taken in blocks along its diagonal, as if the rows of different ones had nothing to do with each other. */
@@ -277,7 +277,8 @@ static void product_backward(float *out, const float *g, const Matrix *w, size_t
         Ahead none = {turned, 0};
         for (size_t p = 0; p < w->n_panels; p++) {
             unpack_group(columns, w->type, w->data + p * w->panel_bytes + k * column_bytes, nk);
-            for (size_t r = 0; r < PANEL; r++) for (size_t i = 0; i < nk; i++) turned[(p * PANEL + r) * PANEL + i] = columns[i * PANEL + r];
+            for (size_t r = 0; r < PANEL; r++)
+                for (size_t i = 0; i < nk; i++) turned[(p * PANEL + r) * PANEL + i] = columns[i * PANEL + r];
         }
         for (size_t t = 0; t < n; t += BLOCK) {
             size_t nt = min_size(BLOCK, n - t);
@@ -320,7 +321,8 @@ static void swiglu_backward(float *gate_up, const float *g, size_t hidden_dim) {
 /* In place of a sequence's queries, keys and values as wqkv puts them out, [n, q_dim + 2 kv_dim], their gradients, g
  * [n, q_dim] being those of what attention puts out. */
 static void attention_backward(float *qkv, const float *g, const Header *c, size_t n) {
-    size_t hd = c->head_dim, q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd, width = q_dim + 2 * kv_dim, group = c->n_heads / c->n_kv_heads;
+    size_t hd = c->head_dim, q_dim = c->n_heads * hd, kv_dim = c->n_kv_heads * hd, width = q_dim + 2 * kv_dim;
+    size_t group = c->n_heads / c->n_kv_heads;
     float *rotation = floats(n * hd), scale = 1 / sqrtf((float)hd);
     for (size_t i = 0; i < n; i++)
         for (size_t j = 0; j < hd / 2; j++) {
@@ -529,7 +531,8 @@ typedef struct {
 static void gptq_block(Rounding *q, const float *u, const float *v, size_t p, size_t b) {
     enum { TURNS = 3 };
     size_t n = q->n, nb = q->group, m = q->n_panels * PANEL, first = (p * n + b) * PANEL;
-    float left[MAX_GROUP * PANEL] = {0}, below[MAX_GROUP * PANEL] = {0}, e[MAX_GROUP * PANEL], rows[MAX_GROUP * PANEL], importance[MAX_GROUP] = {0};
+    float left[MAX_GROUP * PANEL] = {0}, below[MAX_GROUP * PANEL] = {0}, e[MAX_GROUP * PANEL], rows[MAX_GROUP * PANEL];
+    float importance[MAX_GROUP] = {0};
     float *w = q->e + first, *best_scale = q->scales + first / nb * 2, *best_zero = best_scale + PANEL;
     float scale[PANEL], zero[PANEL], least[PANEL], inverse_v[PANEL] = {0};
     add_product(left, q->e + p * n * PANEL, u, n, b, nb, b + nb, n);
@@ -540,7 +543,8 @@ static void gptq_block(Rounding *q, const float *u, const float *v, size_t p, si
     for (size_t k = 0; k < nb; k++) {
         float u_kk = *element(u, n, b + k, b + k);
         importance[k] = u_kk * u_kk;
-        for (size_t r = 0; r < PANEL; r++) e[k * PANEL + r] = w[k * PANEL + r] + left[k * PANEL + r] / u_kk + below[k * PANEL + r] * inverse_v[r];
+        for (size_t r = 0; r < PANEL; r++)
+            e[k * PANEL + r] = w[k * PANEL + r] + left[k * PANEL + r] / u_kk + below[k * PANEL + r] * inverse_v[r];
     }
     best_scales(scale, zero, e, importance, nb, q->levels);
     for (size_t r = 0; r < PANEL; r++) { least[r] = INFINITY; best_scale[r] = scale[r]; best_zero[r] = zero[r]; }
@@ -564,7 +568,8 @@ static void gptq_block(Rounding *q, const float *u, const float *v, size_t p, si
             oo = fmaf(o * importance[k], o, oo);
             for (size_t r = 0; r < PANEL; r++) sum[r] = fmaf(sum[r], inverse, w[k * PANEL + r]);
             for (size_t r = PANEL; r-- > 0;) {
-                float wanted = fmaf(rows[k * PANEL + r], inverse_v[r], sum[r]), code = scale[r] != 0 ? rintf(wanted / scale[r] + zero[r]) : 0;
+                float wanted = fmaf(rows[k * PANEL + r], inverse_v[r], sum[r]);
+                float code = scale[r] != 0 ? rintf(wanted / scale[r] + zero[r]) : 0;
                 code = code < 0 ? 0 : code > q->levels ? q->levels : code;
                 codes[k * PANEL + r] = (uint8_t)code;
                 float weight = scale[r] * (code - zero[r]), f = sum[r] - weight;
@@ -652,7 +657,8 @@ static float *damped_factor(const float *h, size_t n, size_t cols, const size_t 
         for (size_t j = 0; j < n; j++)
             for (size_t i = 0; i <= j; i++) {
                 size_t a = order ? order[i] : i, b = order ? order[j] : j;
-                *element(u, n, i, j) = *element(h, n, a < b ? a : b, a < b ? b : a) + (i == j ? (float)(damping * (mean > 0 ? mean : 1)) : 0);
+                *element(u, n, i, j) = *element(h, n, a < b ? a : b, a < b ? b : a) +
+                                       (i == j ? (float)(damping * (mean > 0 ? mean : 1)) : 0);
             }
         if (cholesky(u, n)) return u;
         if (!(damping < 1e9)) die("calibration: an activation or a gradient is infinite or not a number");
@@ -661,7 +667,8 @@ static float *damped_factor(const float *h, size_t n, size_t cols, const size_t 
 
 /* Rounds w to `out`, whose data is filled in, with H and G (or NULL), which are used up. of: NULL where A = 1. */
 static void round_matrix(Matrix *out, const Matrix *w, float *h, float *g, const Gradients *of, bool with_gptq) {
-    size_t n = out->n_groups * out->group, *order = (size_t *)allocate(n, sizeof *order, "calibration"), all = out->n_panels * n * PANEL;
+    size_t n = out->n_groups * out->group, *order = (size_t *)allocate(n, sizeof *order, "calibration");
+    size_t all = out->n_panels * n * PANEL;
     Rounding q = {n, out->group, out->n_panels, levels_of(out->type), floats(all), g,
                   (uint8_t *)allocate(all, 1, "calibration"), floats(all / out->group * 2)};
     choose_order(order, h, n, q.group);
@@ -679,7 +686,8 @@ static void round_matrix(Matrix *out, const Matrix *w, float *h, float *g, const
         for (size_t b = 0; b < w->rows; b += OUTPUTS) {
             size_t rows = min_size(OUTPUTS, w->rows - b), m = round_up(rows, PANEL);
             float *v = damped_factor(of->a + b * OUTPUTS, m, rows, NULL, of->damping);
-            Rounding part = {n, q.group, m / PANEL, q.levels, q.e + b * n, q.f + b * n, q.codes + b * n, q.scales + b * n / q.group * 2};
+            Rounding part = {n, q.group, m / PANEL, q.levels, q.e + b * n, q.f + b * n,
+                             q.codes + b * n, q.scales + b * n / q.group * 2};
             gptq(&part, u, v);
             free(v);
         }
@@ -695,8 +703,8 @@ static void round_matrix(Matrix *out, const Matrix *w, float *h, float *g, const
             const float *scale = q.scales + (p * n + b) / q.group * 2 * PANEL;
             for (size_t k = b; k < b + q.group; k++)
                 if (order[k] < out->cols) memcpy(codes + order[k] % q.group * PANEL, q.codes + (p * n + k) * PANEL, PANEL);
-            pack_group((unsigned char *)out->data + p * out->panel_bytes + order[b] / q.group * out->block_bytes, out->type, codes, scale,
-                       scale + PANEL, q.group);
+            pack_group((unsigned char *)out->data + p * out->panel_bytes + order[b] / q.group * out->block_bytes, out->type,
+                       codes, scale, scale + PANEL, q.group);
         }
     FREE(u, room, h, g, q.e, q.scales, q.codes, order);
 }
@@ -770,13 +778,15 @@ static float *search_scales(Calibration *o, const Tensor *to, const Matrix *w, i
 /* Multiplies the columns of a layer's four matrices, all FP32, by s[0] to s[3] and divides what brings them their inputs: the
  * layer computes what it did. s[1] must be the same in all query heads of a key head, whose values they share. */
 static void fold_scales(Layer *w, const Header *c, float *const s[4]) {
-    size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim, group = c->n_heads / c->n_kv_heads;
+    size_t q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim;
+    size_t group = c->n_heads / c->n_kv_heads;
     scale_columns(&w->wqkv, s[0]);
     scale_columns(&w->wo, s[1]);
     scale_columns(&w->w13, s[2]);
     scale_columns(&w->w2, s[3]);
     divide_rows(&w->rms_att_weight, 0, c->dim, s[0]);
-    for (size_t h = 0; h < c->n_kv_heads; h++) divide_rows(&w->wqkv, q_dim + kv_dim + h * c->head_dim, c->head_dim, s[1] + h * group * c->head_dim);
+    for (size_t h = 0; h < c->n_kv_heads; h++)
+        divide_rows(&w->wqkv, q_dim + kv_dim + h * c->head_dim, c->head_dim, s[1] + h * group * c->head_dim);
     divide_rows(&w->rms_ffn_weight, 0, c->dim, s[2]);
     divide_rows(&w->w13, c->hidden_dim, c->hidden_dim, s[3]);
 }
@@ -812,8 +822,9 @@ static void choose_types(const Calibration *o, Header *out, Tensor *to, const Gr
     double (*cost)[N] = (double (*)[N])allocate(out->n_tensors, sizeof *cost, "calibration");
     for (uint64_t i = 0; i < out->n_tensors; i++)
         for (size_t k = 0; k < N && to[i].cols > 1; k++)
-            cost[i][k] = 0.5 / n / n * rounding_error(model_tensor(o->m, i), tensor_group(CHOICES[k].type, CHOICES[k].group, to[i].cols),
-                                                      levels_of((int)CHOICES[k].type), all[i].in, all[i].out, NULL);
+            cost[i][k] = 0.5 / n / n *
+                         rounding_error(model_tensor(o->m, i), tensor_group(CHOICES[k].type, CHOICES[k].group, to[i].cols),
+                                        levels_of((int)CHOICES[k].type), all[i].in, all[i].out, NULL);
     for (;;) {
         double best = 0;
         Tensor *best_from = NULL, best_to;
@@ -914,7 +925,8 @@ static void calibrate(Calibration *o, const char *path, const char *out_path, ui
         all[i].out = floats(w->rows);
     }
     double bits = 8.0 * (double)out.file_size / count_weights(&out, to);
-    if (o->bits > 0 && o->bits < bits) die("--bits %g: with %s in groups of %u the file has %.2f already", o->bits, TYPE_NAMES[type], group, bits);
+    if (o->bits > 0 && o->bits < bits)
+        die("--bits %g: with %s in groups of %u the file has %.2f already", o->bits, TYPE_NAMES[type], group, bits);
     encode_text(o);
     o->out = open_output(out_path);
     start_stream(&o->original, &m, &m.token_embedding, o->ids, o->n_tokens);

@@ -314,7 +314,8 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
     const unsigned char *at = data + sizeof head, *end = data + c->tokenizer_size;
     memcpy(head, data, sizeof head);
     if (head[0] != 1) die("%s: tokenizer of kind %u; this program knows 1, SentencePiece BPE", path, head[0]);
-    if (head[1] == 0 || head[1] > c->vocab_size) die("%s: tokenizer: %u pieces for a vocabulary of %u", path, head[1], c->vocab_size);
+    if (head[1] == 0 || head[1] > c->vocab_size)
+        die("%s: tokenizer: %u pieces for a vocabulary of %u", path, head[1], c->vocab_size);
     t->n_pieces = head[1];
     t->dummy_prefix = head[2] & 1;
     t->byte_fallback = head[2] & 2;
@@ -347,7 +348,7 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         p->type = type;
         at += length;
         if (type < NORMAL || type > BYTE || type == UNUSED) die("%s: tokenizer: piece %zu is of type %u", path, i, type);
-        for (size_t j = 0, step; type == USER_DEFINED && j < length; j += step)        /* encode() goes from character to character */
+        for (size_t j = 0, step; type == USER_DEFINED && j < length; j += step)    /* encode() goes from character to character */
             if (!(step = utf8_length(p->text + j, length - j))) die("%s: tokenizer: piece %zu is no UTF-8", path, i);
         if (type == USER_DEFINED && length) {
             t->user_defined[t->n_user_defined++] = (int)i;
@@ -405,7 +406,8 @@ static Merge heap_pop(Merge *heap, size_t *n) {
     return top;
 }
 
-static void push_merge(const Tokenizer *t, const char *text, const Symbol *s, uint32_t left, uint32_t right, Merge *heap, size_t *n) {
+static void push_merge(const Tokenizer *t, const char *text, const Symbol *s, uint32_t left, uint32_t right, Merge *heap,
+                       size_t *n) {
     if (left == NONE || right == NONE || s[left].frozen || s[right].frozen) return;
     uint32_t length = s[left].length + s[right].length;
     int id = find_piece(t, text + s[left].start, length);

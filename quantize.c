@@ -33,8 +33,8 @@ static const float ONES[MAX_GROUP] = {EIGHT(EIGHT(1)), EIGHT(EIGHT(1))};     /* 
 
 /* Codes that round to nearest: code = clamp(w / scale + zero, 0, levels), rounded by adding 1.5 * 2^23. w: [n][32];
  * importance: [n]; codes: [n][32] or NULL. */
-static void fit_codes(Fit *fit, uint8_t *codes, const float *w, const float *importance, size_t n, const float *scale, const float *zero,
-                      float levels) {
+static void fit_codes(Fit *fit, uint8_t *codes, const float *w, const float *importance, size_t n, const float *scale,
+                      const float *zero, float levels) {
     float inverse[PANEL];
     memset(fit, 0, sizeof *fit);
     for (size_t r = 0; r < PANEL; r++) inverse[r] = scale[r] != 0 ? 1.0f / scale[r] : 0;
@@ -205,9 +205,12 @@ static void check_weights(const Matrix *m, const char *path, const char *name) {
 static float *floats(size_t n) { return (float *)allocate(n, sizeof(float), "calibration"); }
 
 /* A matrix of n rows in panels: element (i, j) stands in panel j / 32, at [i][j % 32]. */
-static inline float *element(const float *m, size_t n, size_t i, size_t j) { return (float *)m + (j / PANEL * n + i) * PANEL + j % PANEL; }
+static inline float *element(const float *m, size_t n, size_t i, size_t j) {
+    return (float *)m + (j / PANEL * n + i) * PANEL + j % PANEL;
+}
 
-#define FREE(...) do { void *all_[] = {__VA_ARGS__}; for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; i_++) free(all_[i_]); } while (0)
+#define FREE(...) do { void *all_[] = {__VA_ARGS__}; \
+    for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; i_++) free(all_[i_]); } while (0)
 
 /* Panels of a matrix in FP32, out [n_panels][n][32], columns in the order given, or as they are, zeros where there are none. An
  * order that keeps groups together lets what is unpacked serve for many. */
@@ -221,7 +224,8 @@ static void load_panels(float *out, const Matrix *m, size_t n, const size_t *ord
             float *column = out + (p * n + i) * PANEL;
             if (k / MAX_GROUP != group && k < m->cols) {
                 group = k / MAX_GROUP;
-                unpack_group(w, m->type, m->data + p * m->panel_bytes + group * m->block_bytes, min_size(MAX_GROUP, m->cols - group * MAX_GROUP));
+                unpack_group(w, m->type, m->data + p * m->panel_bytes + group * m->block_bytes,
+                             min_size(MAX_GROUP, m->cols - group * MAX_GROUP));
             }
             if (k < m->cols) memcpy(column, w + k % MAX_GROUP * PANEL, PANEL * sizeof(float));
             else memset(column, 0, PANEL * sizeof(float));
@@ -261,7 +265,8 @@ static void divide_rows(Matrix *w, size_t first, size_t n, const float *s) {
 
 /* What rounding w to nearest costs: the sum of importance [cols] times row_importance [rows] (NULL: 1) times squared error, w's
  * columns times s [cols] and what comes in divided by it (NULL: 1); from at most 16 of its panels. */
-static double rounding_error(const Matrix *w, size_t group, float levels, const float *importance, const float *row_importance, const float *s) {
+static double rounding_error(const Matrix *w, size_t group, float levels, const float *importance, const float *row_importance,
+                             const float *s) {
     enum { SAMPLE = 16 };
     size_t n_panels = min_size(w->n_panels, SAMPLE);
     double errors[SAMPLE] = {0}, sum = 0;
@@ -320,13 +325,15 @@ static bool cholesky(float *h, size_t n) {
                 good = good && (j > k || s > 0);
                 d[k][j] = j == k ? sqrt(s > 0 ? s : 1) : s / d[k][k];
             }
-        for (size_t k = 0; k < nb; k++) for (size_t j = k; j < nb; j++) *element(h, n, b + k, b + j) = *element(h, n, b + j, b + k) = (float)d[k][j];
+        for (size_t k = 0; k < nb; k++)
+            for (size_t j = k; j < nb; j++) *element(h, n, b + k, b + j) = *element(h, n, b + j, b + k) = (float)d[k][j];
         #pragma omp parallel for schedule(static)
         for (size_t p = (b + nb) / PANEL; p < n / PANEL; p++) { /* and right of it */
             float *rows = h + (p * n + b) * PANEL;
             for (size_t k = 0; k < nb; k++) {
                 for (size_t i = 0; i < k; i++)
-                    for (size_t r = 0; r < PANEL; r++) rows[k * PANEL + r] = fmaf(-(float)d[i][k], rows[i * PANEL + r], rows[k * PANEL + r]);
+                    for (size_t r = 0; r < PANEL; r++)
+                        rows[k * PANEL + r] = fmaf(-(float)d[i][k], rows[i * PANEL + r], rows[k * PANEL + r]);
                 for (size_t r = 0; r < PANEL; r++) {
                     rows[k * PANEL + r] /= (float)d[k][k];
                     *element(h, n, p * PANEL + r, b + k) = rows[k * PANEL + r];
@@ -361,7 +368,8 @@ static void solve(float *g, size_t n_panels, const float *u, size_t n) {
 
 /* sum += a^T x for n tokens. sum: panels of n_cols columns, [rows, n_cols]; a: [n, stride]; xt: [n_cols][CHUNK]. upper: only
  * what is on and above the diagonal of a symmetric sum. */
-static void accumulate(float *sum, const float *a, size_t rows, size_t stride, const float *xt, size_t n_cols, size_t n, bool upper) {
+static void accumulate(float *sum, const float *a, size_t rows, size_t stride, const float *xt, size_t n_cols, size_t n,
+                       bool upper) {
     #pragma omp parallel for schedule(dynamic)
     for (size_t p = 0; p < (rows + PANEL - 1) / PANEL; p++) {
         float panel[CHUNK * PANEL], part[BLOCK * PANEL];
@@ -457,7 +465,8 @@ static void write_tensor(FILE *f, const Tensor *to, const Matrix *m, uint64_t *e
 /* The model's i-th tensor, in the order of the file. */
 static const Matrix *model_tensor(const Model *m, uint64_t i) {
     uint64_t norm = 6 * (uint64_t)m->c.n_layers + 1;
-    return i == 0 ? &m->token_embedding : i < norm ? (const Matrix *)m->layers + (i - 1) : i == norm ? &m->rms_final_weight : &m->wcls;
+    return i == 0 ? &m->token_embedding : i < norm ? (const Matrix *)m->layers + (i - 1)
+         : i == norm ? &m->rms_final_weight : &m->wcls;
 }
 
 static double count_weights(const Header *c, const Tensor *t) {
@@ -516,7 +525,10 @@ static Text random_tokenizer(uint32_t vocab_size) {
     return t;
 }
 
-static const struct { const char *name; uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, window; } SHAPES[] = {
+static const struct {
+    const char *name;
+    uint32_t dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, window;
+} SHAPES[] = {
     {"mistral-7b", 4096, 14336, 32, 32, 8, 128, 32000, 4096},
     {"mistral-7b-layer", 4096, 14336, 1, 32, 8, 128, 32000, 4096},       /* one of its 32 layers: what calibration costs */
     {"mistral-nemo", 5120, 14336, 40, 32, 8, 128, 131072, 0},
@@ -577,7 +589,8 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
     } else {
         read_exactly(source, from, table_bytes, "the table of tensors");
         skip_to(source, in.tokenizer_offset, "the table of tensors");
-        if (in.tokenizer_size > (1u << 30)) die("%s: a tokenizer of %llu bytes", source->path, (unsigned long long)in.tokenizer_size);
+        if (in.tokenizer_size > (1u << 30))
+            die("%s: a tokenizer of %llu bytes", source->path, (unsigned long long)in.tokenizer_size);
         char *bytes = (char *)allocate(in.tokenizer_size, 1, source->path);
         read_exactly(source, bytes, in.tokenizer_size, "the tokenizer");
         append(&tokenizer, bytes, in.tokenizer_size);
@@ -615,7 +628,8 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
             for (size_t p = 0; p < n; p++) {
                 size_t row = (first + p) * PANEL;
                 if (!source->file)
-                    random_panel((float *)(input + p * a.panel_bytes), a.cols, min_size(PANEL, a.rows - row), (uint32_t)i, first + p);
+                    random_panel((float *)(input + p * a.panel_bytes), a.cols, min_size(PANEL, a.rows - row),
+                                 (uint32_t)i, first + p);
                 bad += !convert_panel(output + p * b.panel_bytes, &b, input + p * a.panel_bytes, &a);
             }
             if (bad) die(BAD_WEIGHT, source->path, from[i].name);
@@ -665,7 +679,8 @@ static const char QUANTIZE_HELP[] =
 int main(int argc, char **argv) {
     enum { GPTQ = 256, AWQ, CALIB, CALIB_TOKENS, BITS };
     static const struct option table[] = {{"group", 1, 0, 'g'}, {"threads", 1, 0, 'j'}, {"random", 1, 0, 'r'}, {"help", 0, 0, 'h'},
-                                          {"gptq", 0, 0, GPTQ}, {"awq", 0, 0, AWQ}, {"calib", 1, 0, CALIB}, {"calib-tokens", 1, 0, CALIB_TOKENS}, {"bits", 1, 0, BITS}, {0, 0, 0, 0}};
+                                          {"gptq", 0, 0, GPTQ}, {"awq", 0, 0, AWQ}, {"calib", 1, 0, CALIB},
+                                          {"calib-tokens", 1, 0, CALIB_TOKENS}, {"bits", 1, 0, BITS}, {0, 0, 0, 0}};
     const char *shape = NULL;
     uint32_t group = 0, type = 0;
     int option;
@@ -714,7 +729,8 @@ int main(int argc, char **argv) {
     if (!group) group = type == Q4 ? 128 : 64;      /* 8 bits are asked for where quality comes first; bitsandbytes' nf4 has 64 */
     if (!calibration.tokens) calibration.tokens = 32768;
 
-    if (calibrated && same_file(calibration.text, argv[argc - 2])) die("%s: is the text as well, which would be lost: give OUT.bin another name", argv[argc - 2]);
+    if (calibrated && same_file(calibration.text, argv[argc - 2]))
+        die("%s: is the text as well, which would be lost: give OUT.bin another name", argv[argc - 2]);
 
     interrupted = 1;                    /* there is no half a checkpoint: the first Ctrl-C ends it */
     catch_signals();

@@ -163,7 +163,8 @@ static void json_number(FILE *f, const char *name, double value) {
 
 /* `"text_name": "text", "ids_name": [ids]` of ids[from .. to): the text that they add to that of the ids before them, so that
  * prompt and answer put together are the text of all. */
-static void json_ids(FILE *f, const Tokenizer *t, const char *text_name, const char *ids_name, const int *ids, size_t from, size_t to) {
+static void json_ids(FILE *f, const Tokenizer *t, const char *text_name, const char *ids_name, const int *ids, size_t from,
+                     size_t to) {
     Decoder d;
     memset(&d, 0, sizeof d);
     append(&d.text, "", 0);
@@ -213,14 +214,16 @@ static bool report(const State *s, const Sequence *sequences, size_t n_sequences
     double decode_tok_s = decoding > 0 ? (double)p->decode_tokens / decoding : 0;
     double total_tok_s = total > 0 ? (double)(p->prompt_tokens + p->generated_tokens) / total : 0;
     double bandwidth = p->decode_seconds > 0 ? p->decode_bytes / p->decode_seconds / 1e9 : 0;
-    double ttft = 1e3 * quantile(&st->ttft, 0.5), ttft_95 = 1e3 * quantile(&st->ttft, 0.95), itl_50 = 1e3 * quantile(&st->itl, 0.5), itl_95 = 1e3 * quantile(&st->itl, 0.95);
+    double ttft = 1e3 * quantile(&st->ttft, 0.5), ttft_95 = 1e3 * quantile(&st->ttft, 0.95);
+    double itl_50 = 1e3 * quantile(&st->itl, 0.5), itl_95 = 1e3 * quantile(&st->itl, 0.95);
     bool met = o->target < 0 || total_tok_s >= o->target;
 
     if (!o->quiet) {
         const Matrix *w = &m->layers[0].wqkv;
         fprintf(stderr, "\nmodel    %s, %s", m->c.name, TYPE_NAMES[w->type]);
         if (w->type >= Q8) fprintf(stderr, " in groups of %zu", w->group);
-        fprintf(stderr, "; %s, %zu thread%s; batch %zu, seed %zu\n", m->backend->name, o->threads, o->threads == 1 ? "" : "s", s->n_slots, o->seed);
+        fprintf(stderr, "; %s, %zu thread%s; batch %zu, seed %zu\n",
+                m->backend->name, o->threads, o->threads == 1 ? "" : "s", s->n_slots, o->seed);
         fprintf(stderr, "prefill  %zu tokens in %.3f s: %.1f tok/s, the first token of a sequence after %.1f ms\n",
                 p->prompt_tokens, prefill, prefill_tok_s, ttft);
         fprintf(stderr, "decode   %zu tokens in %.3f s: %.1f tok/s, %.1f ms between tokens (95%% under %.1f), reading %.1f GB/s\n",
@@ -228,7 +231,8 @@ static bool report(const State *s, const Sequence *sequences, size_t n_sequences
         fprintf(stderr, "total    %zu tokens in %.3f s: %.1f tok/s in and out",
                 p->prompt_tokens + p->generated_tokens, total, total_tok_s);
         if (st->total.n > 1)
-            fprintf(stderr, " (median of %zu passes, %.3f to %.3f s)", st->total.n, quantile(&st->total, 0), quantile(&st->total, 1));
+            fprintf(stderr, " (median of %zu passes, %.3f to %.3f s)",
+                    st->total.n, quantile(&st->total, 0), quantile(&st->total, 1));
         fprintf(stderr, "\nmemory   weights %.1f MB, KV cache %.1f MB, peak %.1f MB\n",
                 (double)m->c.file_size / 1e6, (double)s->kv_bytes / 1e6, peak / 1e6);
     }
@@ -241,13 +245,14 @@ static bool report(const State *s, const Sequence *sequences, size_t n_sequences
         {"batch", (double)s->n_slots}, {"prompt_tokens", (double)p->prompt_tokens},
         {"generated_tokens", (double)p->generated_tokens}, {"prefill_seconds", prefill}, {"decode_seconds", decoding},
         {"total_seconds", total}, {"total_seconds_min", quantile(&st->total, 0)}, {"total_seconds_max", quantile(&st->total, 1)},
-        {"prefill_tok_s", prefill_tok_s}, {"decode_tok_s", decode_tok_s}, {"total_tok_s", total_tok_s}, {"ttft_ms", ttft}, {"ttft_ms_p95", ttft_95},
-        {"itl_ms_p50", itl_50}, {"itl_ms_p95", itl_95}, {"weights_bytes", (double)m->c.file_size},
+        {"prefill_tok_s", prefill_tok_s}, {"decode_tok_s", decode_tok_s}, {"total_tok_s", total_tok_s}, {"ttft_ms", ttft},
+        {"ttft_ms_p95", ttft_95}, {"itl_ms_p50", itl_50}, {"itl_ms_p95", itl_95}, {"weights_bytes", (double)m->c.file_size},
         {"kv_bytes", (double)s->kv_bytes}, {"peak_bytes", peak}, {"bandwidth_gb_s", bandwidth},
         {"target_tok_s", o->target >= 0 ? o->target : NAN}};
     json_head(f, s, o);
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) json_number(f, numbers[i].name, numbers[i].value);
-    fprintf(f, ",\n  \"seed\": %zu,\n  \"pass\": %s,\n  \"sequences\": [", o->seed, o->target < 0 ? "null" : met ? "true" : "false");
+    fprintf(f, ",\n  \"seed\": %zu,\n  \"pass\": %s,\n  \"sequences\": [",
+            o->seed, o->target < 0 ? "null" : met ? "true" : "false");
     for (size_t i = 0; i < n_sequences; i++) {
         const Sequence *q = &sequences[i];
         fprintf(f, "%s\n    {", i ? "," : "");
@@ -428,7 +433,9 @@ static bool score_mode(const Model *m, const Options *o) {
         if (!*line) continue;
         fields[0] = line;
         for (char *c = line; *c && n <= 34; c++) if (*c == '\t') { *c = 0; if (n < 34) fields[n] = c + 1; n++; }
-        if (n < 4 || n > 34) die("%s: line %zu: a context, 2 to 32 choices and the answer's index are wanted, with tabs between them", o->file, line_number);
+        if (n < 4 || n > 34)
+            die("%s: line %zu: a context, 2 to 32 choices and the answer's index are wanted, with tabs between them",
+                o->file, line_number);
         char *rest;
         unsigned long answer = strtoul(fields[n - 1], &rest, 10);
         if (rest == fields[n - 1] || *rest || answer >= n - 2)
@@ -445,7 +452,8 @@ static bool score_mode(const Model *m, const Options *o) {
             push_id(&q, t->bos);
             push_text(&q, t, whole.text, whole.length);
             while (from < n_context && from + 2 < q.n_ids && q.ids[from + 1] == context[from]) from++;
-            if (q.n_ids > longest) die("%s: line %zu: %zu tokens do not fit in a context of %zu: raise -c", o->file, line_number, q.n_ids, longest);
+            if (q.n_ids > longest)
+                die("%s: line %zu: %zu tokens do not fit in a context of %zu: raise -c", o->file, line_number, q.n_ids, longest);
             scores[0][k] = log_likelihood(&s, q.ids, from + 1, q.n_ids, logits);
             scores[1][k] = scores[0][k] / (double)(strlen(fields[k + 1]) + 1);
             for (int way = 0; way < 2; way++) if (scores[way][k] > scores[way][best[way]]) best[way] = k;
@@ -464,7 +472,8 @@ static bool score_mode(const Model *m, const Options *o) {
         share[way] = (double)n_right[way] / (double)n_items;
         error[way] = n_items > 1 ? sqrt(share[way] * (1 - share[way]) / (double)(n_items - 1)) : 0;
     }
-    printf("accuracy %.1f%% +- %.1f%%  normalised %.1f%% +- %.1f%%  items %zu\n", 100 * share[0], 100 * error[0], 100 * share[1], 100 * error[1], n_items);
+    printf("accuracy %.1f%% +- %.1f%%  normalised %.1f%% +- %.1f%%  items %zu\n",
+           100 * share[0], 100 * error[0], 100 * share[1], 100 * error[1], n_items);
     if (o->profile) report_profile(&s);
     if (o->json) {
         json_head(o->json, &s, o);

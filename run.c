@@ -69,7 +69,8 @@ struct Backend {
     size_t chunk;                       /* most tokens in a forward that pay */
     void (*load)(Model *m);             /* takes the weights of a model that was just mapped, where they must go elsewhere */
     void (*unload)(Model *m);
-    void (*open)(State *s);             /* makes room for caches and activations, the State's first fields being filled in (which it may change) */
+    void (*open)(State *s);             /* makes room for caches and activations, the State's first fields being filled in
+                                           (which it may change) */
     void (*close)(State *s);
     void (*forward)(State *s, const Token *tokens, size_t n, float *logits);
     void (*step)(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p);
@@ -202,7 +203,8 @@ static void quantize_activations(int8_t *q, float *scale, float *sum, const floa
 
 /* The sixteen codes of nf4 as codes of q8: quantiles of a normal distribution v (Dettmers et al. 2023, appendix E), as the whole
  * numbers nearest to 128 + 127 v. A weight is then scale * (code - 128), the largest of a group being 127 * scale. */
-static const uint8_t NF4_CODES[16] __attribute__((aligned(16))) = {1, 40, 61, 78, 92, 105, 116, 128, 138, 148, 159, 171, 184, 199, 220, 255};
+static const uint8_t NF4_CODES[16] __attribute__((aligned(16))) = {
+    1, 40, 61, 78, 92, 105, 116, 128, 138, 148, 159, 171, 184, 199, 220, 255};
 
 /* The codes of one group of one panel as bytes, [n / 4][32 rows][4 columns]: q8 has them so, q4 and nf4 two in a byte, of row r
  * in the low half and of row r + 16 in the high one. Returns where they are, which may be `room`. */
@@ -249,7 +251,8 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
     UNROLL                              /* or gcc -O3 exchanges the loops, and the sums go through memory */
     for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) sum[t][r] = 0;
     for (size_t k = 0; k < n; k++, fetch += ahead.bytes) {
-        const float *row = type == F16 ? halves_to_floats(room, (const uint16_t *)w + k * PANEL, PANEL) : (const float *)w + k * PANEL;
+        const float *row = type == F16 ? halves_to_floats(room, (const uint16_t *)w + k * PANEL, PANEL)
+                                       : (const float *)w + k * PANEL;
         __builtin_prefetch(fetch, 0, 2);
         UNROLL
         for (size_t t = 0; t < T; t++)
@@ -281,7 +284,8 @@ static void tiles(size_t T, float *out, const float *w, const float *x, size_t s
 static void number_tiles(size_t T, int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     float floats[MAX_HEAD_DIM * PANEL];
     if (type == F16 && T <= 8) tiles_of(F16, T, out, w, x, stride, n, ahead);
-    else tiles(T, out, type == F16 ? halves_to_floats(floats, (const uint16_t *)w, n * PANEL) : (const float *)w, x, stride, n, ahead);
+    else tiles(T, out, type == F16 ? halves_to_floats(floats, (const uint16_t *)w, n * PANEL) : (const float *)w,
+               x, stride, n, ahead);
 }
 
 /* Activations on their way into a product, as they are or, for quantized weights, rounded. A group's tokens lie side by
@@ -297,7 +301,8 @@ typedef struct {
  * a.sum[t]). The sum over k is of whole numbers, and exact. total: [T][32], T <= 64; codes: as in the file, or of
  * unpack_codes() and then of type Q8; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple of 32. */
 __attribute__((unused))
-static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n, Ahead ahead) {
+static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
+                                size_t n, Ahead ahead) {
     float w[MAX_GROUP * PANEL], x[BLOCK * MAX_GROUP], sum[BLOCK * PANEL];
     uint8_t room[MAX_GROUP * PANEL];
     codes_to_floats(w, unpack_codes(room, type, codes, n), n);
@@ -334,7 +339,9 @@ typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alia
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-static inline Lanes of_nf4(Lanes codes) { return (Lanes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(*(const __m128i *)NF4_CODES), (__m512i)codes); }
+static inline Lanes of_nf4(Lanes codes) {
+    return (Lanes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(*(const __m128i *)NF4_CODES), (__m512i)codes);
+}
 static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
     /* _mm512_dpbusd_epi32, but with that gcc 12 moves every sum to another register and back: a quarter of the speed */
     (void)type;
@@ -343,7 +350,9 @@ static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
 }
 #elif defined(__AVX2__)
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-static inline Lanes of_nf4(Lanes codes) { return (Lanes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i *)NF4_CODES), (__m256i)codes); }
+static inline Lanes of_nf4(Lanes codes) {
+    return (Lanes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i *)NF4_CODES), (__m256i)codes);
+}
 static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
     __m256i c = (__m256i)codes, a = (__m256i)x;
 #if defined(__AVXVNNI__)
@@ -355,12 +364,15 @@ static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
 #else
     if (type == Q4) return sum + (Lanes)_mm256_madd_epi16(_mm256_maddubs_epi16(c, a), _mm256_set1_epi16(1));
     /* two products of larger codes may exceed the 16 bits that maddubs has for their sum: even and odd columns as 16 bits */
-    return sum + (Lanes)_mm256_madd_epi16(_mm256_and_si256(c, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8)) +
+    return sum + (Lanes)_mm256_madd_epi16(_mm256_and_si256(c, _mm256_set1_epi16(255)),
+                                          _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8)) +
            (Lanes)_mm256_madd_epi16(_mm256_srli_epi16(c, 8), _mm256_srai_epi16(a, 8));
 #endif
 }
 #else
-static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 static inline Lanes of_nf4(Lanes codes) { return (Lanes)vqtbl1q_u8(vld1q_u8(NF4_CODES), (uint8x16_t)codes); }
 static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
     (void)type;
@@ -377,7 +389,8 @@ INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t r
 
 /* A tile of T tokens and REGISTERS of rows at a time. So that TOKENS sums are in flight also with fewer tokens, each is made
  * in TOKENS / T parts. */
-INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n, Ahead ahead) {
+INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
+                      size_t n, Ahead ahead) {
     for (size_t row = 0; row < PANEL; row += WIDTH * REGISTERS) {
         Lanes sum[TOKENS][REGISTERS];
         UNROLL
@@ -419,16 +432,20 @@ static inline Activations skip(Activations a, size_t T, size_t n) {
     return a;
 }
 
-INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n, Ahead ahead) {
+INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
+                       size_t n, Ahead ahead) {
     ahead.bytes /= T;
     for (; T >= TOKENS; T -= TOKENS, total += TOKENS * PANEL, a = skip(a, TOKENS, n))
         code_tile(TOKENS, type, total, codes, scale, a, n, share(&ahead, TOKENS, n));
-    if (TOKENS > 4 && T & 4) { code_tile(4, type, total, codes, scale, a, n, share(&ahead, 4, n)); total += 4 * PANEL; a = skip(a, 4, n); }
+    if (TOKENS > 4 && T & 4) {
+        code_tile(4, type, total, codes, scale, a, n, share(&ahead, 4, n)); total += 4 * PANEL; a = skip(a, 4, n);
+    }
     if (T & 2) { code_tile(2, type, total, codes, scale, a, n, share(&ahead, 2, n)); total += 2 * PANEL; a = skip(a, 2, n); }
     if (T & 1) code_tile(1, type, total, codes, scale, a, n, share(&ahead, 1, n));
 }
 
-static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a, size_t n, Ahead ahead) {
+static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
+                          size_t n, Ahead ahead) {
     if (type == Q4) code_tiles(T, Q4, total, codes, scale, a, n, ahead);
     else if (type == NF4) code_tiles(T, NF4, total, codes, scale, a, n, ahead);
     else code_tiles(T, Q8, total, codes, scale, a, n, ahead);
@@ -454,7 +471,8 @@ static void panel_product(float *out, const Matrix *w, size_t panel, const Activ
         const uint8_t *codes = block + 4 * PANEL;
         Activations part = {NULL, a->q + at * w->group, a->scale + at, a->sum + at};
         halves_to_floats(scale, (const uint16_t *)block, 2 * PANEL);
-        if (w->type == Q4 && T >= UNPACK) group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
+        if (w->type == Q4 && T >= UNPACK)
+            group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
         else group_product(T, total, w->type, codes, scale, part, w->group, next);
     }
     for (size_t t = 0; t < T; t++)
@@ -507,7 +525,9 @@ typedef struct {
 } Cache;
 
 /* Bytes of a position's key or value. */
-static size_t cache_row(int type, size_t width) { return type == Q8 ? width + sizeof(uint16_t) : type == F16 ? width * sizeof(uint16_t) : width * sizeof(float); }
+static size_t cache_row(int type, size_t width) {
+    return type == Q8 ? width + sizeof(uint16_t) : type == F16 ? width * sizeof(uint16_t) : width * sizeof(float);
+}
 
 /* x as int8 and its scale, an FP16 number, which is returned, rounded up so that the largest fits: x[i] is about scale * q[i].
  * [n] each. */
@@ -531,13 +551,14 @@ static inline size_t code_at(size_t row, size_t column) { return (column / 4 * P
 static void cache_store(Cache c, size_t pos, const float *key, const float *value) {
     size_t place = pos % c.ring, j = place % KEYS;
     int8_t q[MAX_HEAD_DIM];
-    for (int i = 0; i < 2; i++) {               /* the position is a row of the keys and a column of each 32 elements of the values */
+    for (int i = 0; i < 2; i++) {           /* the position is a row of the keys and a column of each 32 elements of the values */
         unsigned char *block = (i ? c.values : c.keys) + (place - j) * c.row;
         const float *x = i ? value : key;
         uint16_t scale = c.type == Q8 ? quantize_kv(q, x, c.head_dim) : 0;
         if (c.type == Q8) ((uint16_t *)block)[j] = scale;
         for (size_t d = 0; d < c.head_dim; d++) {
-            size_t panel = i ? d / PANEL * KEYS * PANEL : j / PANEL * c.width * PANEL, row = (i ? d : j) % PANEL, column = i ? j : d;
+            size_t panel = i ? d / PANEL * KEYS * PANEL : j / PANEL * c.width * PANEL;
+            size_t row = (i ? d : j) % PANEL, column = i ? j : d;
             if (c.type == Q8) block[KEYS * sizeof scale + panel + code_at(row, column)] = (unsigned char)(q[d] + 128);
             else if (c.type == F16) ((uint16_t *)block)[panel + number_at(row, column)] = float_to_half(x[d]);
             else ((float *)block)[panel + number_at(row, column)] = x[d];
@@ -604,7 +625,8 @@ enum { ROWS = BLOCK, SPAN = 512 };      /* queries in one call of attention(); p
 
 /* A block of a cache, [n][32], by T <= 64 rows: out[t][j] += sum over k of block[k][j] * x[t][k]. Of FP32 and FP16 x is a->x,
  * rows `stride` apart; of codes what quantize_query() made of it, and `scale` has the columns' scales and zeros. out: [T][32]. */
-static void cache_product(size_t T, float *out, int type, const unsigned char *block, const float *scale, const Activations *a, size_t stride, size_t n, Ahead ahead) {
+static void cache_product(size_t T, float *out, int type, const unsigned char *block, const float *scale, const Activations *a,
+                          size_t stride, size_t n, Ahead ahead) {
     float part[ROWS * PANEL];
     if (type != Q8) {
         number_tiles(T, type, part, block, a->x, stride, n, ahead);
@@ -665,7 +687,8 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
     size_t n_rows = n_tokens * n_heads;
     for (size_t r = 0; r < n_rows; r++) {
         size_t at = r / n_heads * stride + r % n_heads;
-        for (size_t d = 0; d < c.head_dim; d++) query[r * c.head_dim + d] = factor * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
+        for (size_t d = 0; d < c.head_dim; d++)
+            query[r * c.head_dim + d] = factor * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
         if (c.type == Q8) quantize_query(&queries, r, n_rows, query + r * c.head_dim, c.head_dim);
         memset(out + at * c.head_dim, 0, c.head_dim * sizeof(float));
         softmax[at].max = -INFINITY;
@@ -739,7 +762,8 @@ struct State {
     double  bytes;                      /* of weights and caches, read so far */
     float  *logits;                     /* of step(), [logits_room] */
     size_t  logits_room;
-    void   (*watch)(void *watcher, int operation, const float *out, const float *x, size_t n);    /* NULL, or sees each product: for calibrate.h */
+    /* NULL, or sees each product: for calibrate.h */
+    void   (*watch)(void *watcher, int operation, const float *out, const float *x, size_t n);
     void    *watcher;
 };
 
@@ -854,8 +878,8 @@ static void add_and_norm(State *s, const Matrix *weight, size_t n) {
 /* Finds the runs among the n tokens of a forward, of `most` tokens at most, and returns their number. n_keys: how many keys the
  * tokens see; n_reads: how many are read from memory, for a run once; n_spans: over how many spans of positions a run's keys go
  * at most. */
-static size_t find_runs(Run *runs, const Token *tokens, size_t n, size_t most, size_t window, size_t span, double *n_keys, double *n_reads,
-                        size_t *n_spans) {
+static size_t find_runs(Run *runs, const Token *tokens, size_t n, size_t most, size_t window, size_t span, double *n_keys,
+                        double *n_reads, size_t *n_spans) {
     size_t n_runs = 0;
     *n_keys = *n_reads = 0;
     *n_spans = 1;
@@ -884,10 +908,12 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     const Header *c = &m->c;
     size_t dim = c->dim, head_dim = c->head_dim, q_dim = c->n_heads * head_dim, kv_dim = c->n_kv_heads * head_dim;
     size_t qkv_dim = q_dim + 2 * kv_dim, q_per_kv = c->n_heads / c->n_kv_heads, n_spans;
-    size_t heads = min_size(q_per_kv, ROWS), parts = (q_per_kv + heads - 1) / heads;        /* of a key head's query heads, `heads` go at once */
+    size_t heads = min_size(q_per_kv, ROWS);            /* of a key head's query heads, `heads` go at once */
+    size_t parts = (q_per_kv + heads - 1) / heads;
     double n_keys, n_reads;
     s->clock = now();
-    size_t n_runs = find_runs(s->runs, tokens, n, ROWS / heads, c->window, SPAN, &n_keys, &n_reads, &n_spans), units = n_runs * c->n_kv_heads * parts;
+    size_t n_runs = find_runs(s->runs, tokens, n, ROWS / heads, c->window, SPAN, &n_keys, &n_reads, &n_spans);
+    size_t units = n_runs * c->n_kv_heads * parts;
     if (units >= UNITS) n_spans = 1;
 
     #pragma omp parallel for schedule(static)
@@ -1001,7 +1027,8 @@ static int sample(float *logits, size_t n, float temperature, float top_p, doubl
     double end = top_p < 1 ? fmin(fma(equal, each, above), total) : total, r = random * end, passed = 0;
     for (size_t i = 0; i < n && passed <= r; i++) {
         uint32_t bits = as_bits(p[i]);
-        if (bits < smallest || (bits == smallest && equal-- < 1)) continue;     /* not in the set, or one of this probability too many */
+        if (bits < smallest || (bits == smallest && equal-- < 1))
+            continue;                   /* not in the set, or one of this probability too many */
         passed += p[i];
         best = i;                       /* the last of the set, should rounding leave r beyond it */
     }
@@ -1543,14 +1570,17 @@ static int run(int argc, char **argv) {
     Options o = read_options(argc, argv);
     catch_signals();
     if (o.lookup && backend != &CPU)
-        die("--lookup: a GPU adds in another order for several tokens than for one, so that the output would not stay the same; run has it");
+        die("--lookup: a GPU adds in another order for several tokens than for one, so that the output would not stay the same; "
+            "run has it");
     Model m = load_model(o.path);
     if (o.kv) m.kv_type = o.kv[0] == 'q' ? Q8 : F16;
     const char *inputs[] = {o.path, o.file, o.against};
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
-        if (o.output && inputs[i] && same_file(inputs[i], o.output)) die("%s: is read as well, and would be lost: give -o another name", o.output);
+        if (o.output && inputs[i] && same_file(inputs[i], o.output))
+            die("%s: is read as well, and would be lost: give -o another name", o.output);
     if (o.output) o.json = open_output(o.output);
-    bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o) : o.mode[0] == 's' ? score_mode(&m, &o) : generate_mode(&m, &o);
+    bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o)
+             : o.mode[0] == 's' ? score_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);
     flush_stdout();
     return met && (!interrupted || interrupted == SIGINT) ? 0 : 1;      /* Ctrl-C is the user's wish, SIGTERM is not */

@@ -57,8 +57,9 @@ __device__ inline void wait_for_inputs() {
  * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it to the
  * tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 a quarter of each group, the columns from q * group / 4 on: 32
  * columns a row, which are 16 bytes in q4 and nf4 and 32 in q8, read in one piece.
- *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread] of 16 bytes. In q4 a word has eight columns,
- *           the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on in their order.
+ *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread] of 16 bytes. In q4 a word has eight
+ *           columns, the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on in
+ *           their order.
  *   scales  [8 row tiles][column tile][row tile][group][16 rows] of (scale, zero)
  * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it. All are padded to multiples of 128 rows and columns. The
  * rows of w13 change places: after each of the gate comes that of up which it is multiplied with. So both stand in the same
@@ -117,7 +118,8 @@ __global__ void tile_codes(Weights w, Raw m) {      /* a thread makes 16 bytes *
         if (m.type == Q8) bytes[b] = file_code(m, row, col + tile_column(q, piece % 2 * 16 + b, m.group));
         else {                          /* the column in the low half, and that in the high one */
             int low = m.type == NF4 ? 2 * b : b / 4 * 8 + b % 4, high = m.type == NF4 ? low + 1 : low + 4;
-            bytes[b] = file_code(m, row, col + tile_column(q, low, m.group)) | file_code(m, row, col + tile_column(q, high, m.group)) << 4;
+            bytes[b] = file_code(m, row, col + tile_column(q, low, m.group)) |
+                       file_code(m, row, col + tile_column(q, high, m.group)) << 4;
         }
     memcpy(&w.codes[i], bytes, 16);
 }
@@ -198,8 +200,10 @@ static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, c
     w.row_tiles = (int)ceil_div((size_t)w.rows, 128) * 8;
     w.column_tiles = (int)ceil_div(m->cols, COLUMNS);
     w.bytes = (double)m->bytes;
-    size_t tiles = (size_t)w.row_tiles * w.column_tiles, codes = tiles * (m->type == Q8 ? 128 : 64), scales = tiles * 16 * COLUMNS / m->group;
-    Raw raw = {m->type, (int)m->group, (int)m->rows, (int)m->cols, gate, m->block_bytes, m->panel_bytes, (const unsigned char *)staging};
+    size_t tiles = (size_t)w.row_tiles * w.column_tiles, codes = tiles * (m->type == Q8 ? 128 : 64);
+    size_t scales = tiles * 16 * COLUMNS / m->group;
+    Raw raw = {m->type, (int)m->group, (int)m->rows, (int)m->cols, gate, m->block_bytes, m->panel_bytes,
+               (const unsigned char *)staging};
     CUDA(cudaMemcpy(staging, m->data, m->bytes, cudaMemcpyHostToDevice));
     if (w.type == F16) {
         size_t n = tiles * 16 * COLUMNS;
@@ -232,8 +236,8 @@ static void cuda_load(Model *m) {
     need = largest + (size_t)c->file_size / (m->layers[0].wqkv.type == F32 ? 2 : 1);        /* f32 becomes FP16 */
     CUDA(cudaMemGetInfo(&free_bytes, &all));
     if (need > free_bytes)
-        die("%s: its weights need %.1f GB of GPU memory and %.1f of %.1f GB are free: quantize it further (q8, q4)", m->path, (double)need / 1e9,
-            (double)free_bytes / 1e9, (double)all / 1e9);
+        die("%s: its weights need %.1f GB of GPU memory and %.1f of %.1f GB are free: quantize it further (q8, q4)", m->path,
+            (double)need / 1e9, (double)free_bytes / 1e9, (double)all / 1e9);
     DeviceModel *d = (DeviceModel *)allocate(1, sizeof *d, m->path);
     Weights *weights = (Weights *)allocate(4 * n, sizeof *weights, m->path);
     float **norms = (float **)allocate(2 * n, sizeof *norms, m->path);
@@ -277,17 +281,20 @@ static void cuda_unload(Model *m) {
 
 /* Activations on their way into a product, as `write_inputs` below leaves them. */
 typedef struct {
-    int8_t *q;                          /* [column tile][stride tokens][128], a tile's columns in the order of its threads (input_place) */
+    int8_t *q;                          /* [column tile][stride tokens][128], a tile's columns in the order of its threads
+                                           (input_place) */
     float2 *scale;                      /* [group][stride tokens] of (scale, sum of q) */
     __half *halves;                     /* [stride tokens][128 * column tiles], for FP16 weights */
     int     stride;                     /* room for so many tokens, a multiple of 128 */
-    bool    swizzled;                   /* for product_wide: the columns that the threads of a quarter give to one instruction lie together, and
-                                           pieces of 16 bytes change places by token, so that 8 tokens' lie in different banks */
+    bool    swizzled;                   /* for product_wide: the columns that the threads of a quarter give to one instruction
+                                           lie together, and pieces of 16 bytes change places by token, so that 8 tokens' lie
+                                           in different banks */
 } Inputs;
 
 /* Where column `column` of a tile stands among the 128 bytes of a token; 4 neighbours stand together. */
 __device__ inline int input_place(const Inputs &in, const Weights &w, int token, int column) {
-    int c = column & (w.group - 1), quarter = w.shift - 2, q = c >> quarter, j = ((column >> w.shift) << quarter) + (c & ((1 << quarter) - 1));
+    int c = column & (w.group - 1), quarter = w.shift - 2, q = c >> quarter;
+    int j = ((column >> w.shift) << quarter) + (c & ((1 << quarter) - 1));
     return in.swizzled ? ((j / 4) ^ (token % 8)) * 16 + q * 4 + j % 4 : q * 32 + j;
 }
 
@@ -382,13 +389,15 @@ template <int TYPE, int GROUPS> struct Place {
     __device__ Place(const Weights &w, int row_tile) {
         int lane = threadIdx.x % 32;
         uint32_t tile = (uint32_t)tile_index(w, row_tile, 0);
-        codes = TYPE == F16 ? (uint32_t)(row_tile * 16 + lane / 4 * 2) * w.column_tiles * 16 + lane % 4 : tile * Stage<TYPE, GROUPS>::PIECES * 32 + lane;
+        codes = TYPE == F16 ? (uint32_t)(row_tile * 16 + lane / 4 * 2) * w.column_tiles * 16 + lane % 4
+                            : tile * Stage<TYPE, GROUPS>::PIECES * 32 + lane;
         scales = tile * GROUPS * 8 + lane / 4;
     }
 };
 
 /* k: of tiles of 128 columns, or of 64 for FP16. */
-template <int TYPE, int GROUPS> __device__ inline void load_stage(Stage<TYPE, GROUPS> &s, const Weights &w, const Place<TYPE, GROUPS> &at, int k) {
+template <int TYPE, int GROUPS>
+__device__ inline void load_stage(Stage<TYPE, GROUPS> &s, const Weights &w, const Place<TYPE, GROUPS> &at, int k) {
     const uint4 *codes = TYPE == F16 ? (const uint4 *)w.halves : w.codes;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
@@ -446,8 +455,9 @@ __device__ inline void add_sums(float to[2], float2 row, float4 tokens, const in
 /* Adds a stage's columns to total[tokens][two tiles of 16 rows][row 2 g, 2 g + 1; token 2 q, 2 q + 1], of N times 8 tokens. x: 16
  * bytes twice of the activations of token g; scale: (scale, sum) of the tokens 2 q and 2 q + 1. The instructions of a sum wait
  * for one another, and for long; those of 2 N sums stand side by side, so that there is something to do. */
-template <int TYPE, int GROUPS, int N> __device__ inline void add_tiles(float total[N][2][4], const uint32_t a[2][4][4], const uint2 scales[2][GROUPS],
-                                                                        const uint4 x[N][2], const float4 scale[N][GROUPS]) {
+template <int TYPE, int GROUPS, int N>
+__device__ inline void add_tiles(float total[N][2][4], const uint32_t a[2][4][4], const uint2 scales[2][GROUPS],
+                                 const uint4 x[N][2], const float4 scale[N][GROUPS]) {
     const int start[4] = {SUM_START, SUM_START, SUM_START, SUM_START}, COUNT = 4 / GROUPS;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
@@ -490,8 +500,9 @@ __device__ inline void store(float *out, const Weights &w, const float total[4],
 }
 
 /* Adds to the sums of the first of the warps that share rows those of the others, in order. room: [warps - 1][row warps]. */
-template <int TOKEN_TILES> __device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES * 2][32], int warp, int n_warps, int row_warp,
-                                                            int row_warps) {
+template <int TOKEN_TILES>
+__device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES * 2][32], int warp, int n_warps, int row_warp,
+                                 int row_warps) {
     int lane = threadIdx.x % 32;
     __syncthreads();
     if (warp)
@@ -513,7 +524,8 @@ template <int TOKEN_TILES> __device__ inline void add_warps(float total[][2][4],
  * gridDim.y: parts of the columns (split-K), each with an out of its own, which whoever reads it adds up. */
 enum { FEW_BLOCKS = 6 };                /* of a multiprocessor */
 template <int TYPE, int GROUPS>
-__global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4) product_few(float *out, Weights w, Inputs in, int n, int units) {
+__global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4)
+product_few(float *out, Weights w, Inputs in, int n, int units) {
     __shared__ float4 room[3][2][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_tile = blockIdx.x * 2, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
     int k = (int)((long long)all * blockIdx.y / gridDim.y) + warp, end = (int)((long long)all * (blockIdx.y + 1) / gridDim.y);
@@ -544,7 +556,8 @@ __global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4) product_few(
         if (k + 4 < end) { load_stage(s, w, place, k + 4); load_inputs(k + 4); }
     }
     add_warps<1>(total, room, warp, 4, 0, 1);
-    for (int m = 0; m < 2 && warp == 0; m++) store(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0][m], row_tile + m, 0, n, units);
+    for (int m = 0; m < 2 && warp == 0; m++)
+        store(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0][m], row_tile + m, 0, n, units);
 }
 
 /* Copies of 16 bytes into shared memory that go on while the thread computes (from 8.0 on); before, the bytes wait in a register,
@@ -565,7 +578,8 @@ __device__ inline void land(Copy *copies, int n) {
     for (int i = 0; i < n; i++)
         if (copies[i].wanted) {
             const uint4 &v = copies[i].value;
-            asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(copies[i].to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+            asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};"
+                         ::"r"(copies[i].to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
         }
 #endif
 }
@@ -586,13 +600,16 @@ template <int LATEST> __device__ inline void wait_for_copies() {        /* for a
  * that the threads of a quarter warp meet eight different banks. ABREAST: how many token tiles a warp computes side by side.
  * gridDim.x: blocks of tokens; y: of 128 rows; z: parts of the columns, as above. */
 template <int TYPE, int GROUPS, int TOKEN_WARPS, int TOKEN_TILES, int COLUMN_WARPS, int BLOCKS, int ABREAST>
-__global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, MIN_BLOCKS(BLOCKS)) product_many(float *out, Weights w, Inputs in, int n, int units) {
-    const int TOKENS = 8 * TOKEN_TILES * TOKEN_WARPS, THREADS = 128 * TOKEN_WARPS * COLUMN_WARPS, DEPTH = COLUMN_WARPS * TOKENS > 64 ? 1 : 3;
+__global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, MIN_BLOCKS(BLOCKS))
+product_many(float *out, Weights w, Inputs in, int n, int units) {
+    const int TOKENS = 8 * TOKEN_TILES * TOKEN_WARPS, THREADS = 128 * TOKEN_WARPS * COLUMN_WARPS;
+    const int DEPTH = COLUMN_WARPS * TOKENS > 64 ? 1 : 3;
     const int COPIES = COLUMN_WARPS * TOKENS * 8 / THREADS, SCALES = COLUMN_WARPS * GROUPS * TOKENS / 2, ODD = TYPE == F16 ? 4 : 1;
     const int X = COLUMN_WARPS * TOKENS * 8;                    /* pieces of 16 bytes of a step's activations */
     __shared__ uint4 x[(DEPTH + 1) * X];                        /* [DEPTH + 1][COLUMN_WARPS][TOKENS][8] */
     __shared__ float4 scales[(DEPTH + 1) * SCALES];             /* [DEPTH + 1][COLUMN_WARPS][GROUPS][TOKENS / 2] */
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_warp = warp % 4, token_warp = warp / 4 % TOKEN_WARPS, column_warp = warp / 4 / TOKEN_WARPS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int row_warp = warp % 4, token_warp = warp / 4 % TOKEN_WARPS, column_warp = warp / 4 / TOKEN_WARPS;
     int row_tile = (blockIdx.y * 4 + row_warp) * 2, token = blockIdx.x * TOKENS, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
     int first = (int)((long long)all * blockIdx.z / gridDim.z), end = (int)((long long)all * (blockIdx.z + 1) / gridDim.z);
     int steps = (end - first + COLUMN_WARPS - 1) / COLUMN_WARPS, k = first + column_warp;
@@ -603,9 +620,11 @@ __global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, MIN_BLOCKS(B
 
     /* what this thread copies: COPIES pieces, `apart` from one another, and of the scales, if it is one of the first, one */
     Copy copies[COPIES + 1];
-    int piece = threadIdx.x % 8, t0 = threadIdx.x / 8 % TOKENS, tile0 = threadIdx.x / 8 / TOKENS, scale_row = threadIdx.x / (TOKENS / 2);
-    const uint4 *from = TYPE == F16 ? (const uint4 *)in.halves + (size_t)(token + t0) * w.column_tiles * 16 + (first + tile0) * 8 + piece
-                                    : (const uint4 *)in.q + ((size_t)(first + tile0) * in.stride + token + t0) * 8 + piece;
+    int piece = threadIdx.x % 8, t0 = threadIdx.x / 8 % TOKENS, tile0 = threadIdx.x / 8 / TOKENS;
+    int scale_row = threadIdx.x / (TOKENS / 2);
+    const uint4 *from = TYPE == F16
+                      ? (const uint4 *)in.halves + (size_t)(token + t0) * w.column_tiles * 16 + (first + tile0) * 8 + piece
+                      : (const uint4 *)in.q + ((size_t)(first + tile0) * in.stride + token + t0) * 8 + piece;
     const float2 *scale_from = in.scale + (size_t)(first * GROUPS + scale_row) * in.stride + token + threadIdx.x % (TOKENS / 2) * 2;
     uint32_t to = (uint32_t)__cvta_generic_to_shared(x + (tile0 * TOKENS + t0) * 8 + (piece ^ (t0 % 2 * ODD)));
     uint32_t scale_to = (uint32_t)__cvta_generic_to_shared(scales + threadIdx.x);
@@ -626,7 +645,8 @@ __global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, MIN_BLOCKS(B
         end_group();
     };
     int b_at = (column_warp * TOKENS + token_warp * TOKEN_TILES * 8 + lane / 4) * 8, odd = lane / 4 % 2 * ODD;
-    int b_piece[2] = {b_at + ((TYPE == F16 ? lane % 4 : lane % 4 * 2) ^ odd), b_at + ((TYPE == F16 ? lane % 4 + 4 : lane % 4 * 2 + 1) ^ odd)};
+    int b_piece[2] = {b_at + ((TYPE == F16 ? lane % 4 : lane % 4 * 2) ^ odd),
+                      b_at + ((TYPE == F16 ? lane % 4 + 4 : lane % 4 * 2 + 1) ^ odd)};
     int scale_at = column_warp * GROUPS * (TOKENS / 2) + token_warp * TOKEN_TILES * 4 + lane % 4;
     for (int step = 0; step < DEPTH; step++) { fetch(step); land(copies, COPIES + 1); }
     for (int step = 0; step < steps; step++, k += COLUMN_WARPS) {
@@ -650,7 +670,8 @@ __global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, MIN_BLOCKS(B
 #pragma unroll
                     for (int h = 0; h < 2; h++) b[i][h] = x[buffer * X + b_piece[h] + (t + i) * 64];
 #pragma unroll
-                    for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[i][g] = scales[buffer * SCALES + scale_at + g * (TOKENS / 2) + (t + i) * 4];
+                    for (int g = 0; g < GROUPS && TYPE != F16; g++)
+                        scale[i][g] = scales[buffer * SCALES + scale_at + g * (TOKENS / 2) + (t + i) * 4];
                 }
                 add_tiles<TYPE, GROUPS, ABREAST>(total + t, a, scales_now, b, scale);
             }
@@ -661,15 +682,16 @@ __global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, MIN_BLOCKS(B
     if (column_warp) return;
     out += (size_t)blockIdx.z * n * w.row_tiles * 16;
 #pragma unroll
-    for (int t = 0; t < 2 * TOKEN_TILES; t++) store(out, w, total[t / 2][t % 2], row_tile + t % 2, token + (token_warp * TOKEN_TILES + t / 2) * 8, n, units);
+    for (int t = 0; t < 2 * TOKEN_TILES; t++)
+        store(out, w, total[t / 2][t % 2], row_tile + t % 2, token + (token_warp * TOKEN_TILES + t / 2) * 8, n, units);
 }
 
-/* ---- For 65 tokens and more on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores do twice the
- * work if a group of four warps gives it to them at once (wgmma, PTX ISA). A block makes 128 rows by 128 tokens: two such groups of 64
- * rows each, and a thread of a third that fetches, WIDE_STAGES steps of 128 columns ahead, all that they read, with copies that need no
- * thread once they are begun, and report to a barrier in shared memory. Activations lie in memory as this instruction wants them,
- * Inputs.swizzled. As many blocks as there are multiprocessors go over all of the output, so that the next tiles arrive while the last
- * are stored. On other GPUs this kernel is empty. */
+/* ---- For 65 tokens and more on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores
+ * do twice the work if a group of four warps gives it to them at once (wgmma, PTX ISA). A block makes 128 rows by 128 tokens: two
+ * such groups of 64 rows each, and a thread of a third that fetches, WIDE_STAGES steps of 128 columns ahead, all that they read,
+ * with copies that need no thread once they are begun, and report to a barrier in shared memory. Activations lie in memory as
+ * this instruction wants them, Inputs.swizzled. As many blocks as there are multiprocessors go over all of the output, so that
+ * the next tiles arrive while the last are stored. On other GPUs this kernel is empty. */
 enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block, and so many warps that compute */
 template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
     static const int PIECES = TYPE == Q8 ? 4 : 2;
@@ -688,11 +710,13 @@ __device__ inline void await(uint64_t *barrier, int phase) {       /* until the 
                      : "=r"(done) : "r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(phase) : "memory");
 }
 __device__ inline void arrive(uint64_t *barrier, int bytes) {       /* and announce so many bytes */
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 ::"r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
 }
 __device__ inline void bulk_copy(void *to, const void *from, int bytes, uint64_t *barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-                 "l"(from), "r"(bytes), "r"((uint32_t)__cvta_generic_to_shared(barrier)) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes),
+                 "r"((uint32_t)__cvta_generic_to_shared(barrier)) : "memory");
 }
 
 /* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, 16 of each warp as for mma_codes, and b of 32 columns by
@@ -702,8 +726,10 @@ __device__ inline void start_wgmma(int sum[16][4], const uint32_t a[4], uint64_t
     asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
                  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
-                 "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, p;}"
-                 : SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7), SUM(8), SUM(9), SUM(10), SUM(11), SUM(12), SUM(13), SUM(14), SUM(15)
+                 "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, p;}"
+                 : SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7),
+                   SUM(8), SUM(9), SUM(10), SUM(11), SUM(12), SUM(13), SUM(14), SUM(15)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
 #undef SUM
 }
@@ -722,13 +748,15 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
 #if HAS_WGMMA
     typedef Wide<TYPE, GROUPS> OneStage;
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];         /* barriers: all bytes have come; all threads have read them */
+    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];      /* barriers: all bytes have come; all threads have read them */
     OneStage *stages = (OneStage *)shared;
     const int COUNT = 4 / GROUPS;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS, step = 0;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = 0;
+    int token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS;
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], %2;" ::"r"((uint32_t)__cvta_generic_to_shared(full + i)),
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], %2;"
+                         ::"r"((uint32_t)__cvta_generic_to_shared(full + i)),
                          "r"((uint32_t)__cvta_generic_to_shared(empty + i)), "r"(32 * WIDE_ROWS));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -736,7 +764,8 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
     if (warp >= WIDE_ROWS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");    /* for the others */
         wait_for_inputs();              /* the others need not: what they read comes from here, and then they store */
-        for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)       /* the thread that fetches */
+        /* the thread that fetches */
+        for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)
             for (int k = 0; k < w.column_tiles; k++, step++) {
                 OneStage *s = stages + step % WIDE_STAGES;
                 uint64_t *barrier = full + step % WIDE_STAGES;
@@ -746,7 +775,9 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
                 bulk_copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS, sizeof s->x, barrier);
                 bulk_copy(s->codes, w.codes + tile * (OneStage::PIECES * 32), sizeof s->codes, barrier);
                 bulk_copy(s->w_scales, w.scales + tile * (GROUPS * 16), sizeof s->w_scales, barrier);
-                for (int g = 0; g < GROUPS; g++) bulk_copy(s->x_scales[g], in.scale + ((size_t)k * GROUPS + g) * in.stride + token, sizeof s->x_scales[g], barrier);
+                for (int g = 0; g < GROUPS; g++)
+                    bulk_copy(s->x_scales[g], in.scale + ((size_t)k * GROUPS + g) * in.stride + token, sizeof s->x_scales[g],
+                              barrier);
             }
         return;
     }
@@ -782,7 +813,8 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
                     for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[h], tokens, sum[t] + 2 * h);
                 }
             }
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((uint32_t)__cvta_generic_to_shared(empty + step % WIDE_STAGES)) : "memory");
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
+                         ::"r"((uint32_t)__cvta_generic_to_shared(empty + step % WIDE_STAGES)) : "memory");
         }
 #pragma unroll
         for (int t = 0; t < 16; t++)
@@ -797,8 +829,9 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
  * be linked. */
 static struct {
     cublasHandle_t handle;
-    cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *, const void *, cudaDataType,
-                           int, const void *, cudaDataType, int, const void *, void *, cudaDataType, int, cublasComputeType_t, cublasGemmAlgo_t);
+    cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *, const void *,
+                           cudaDataType, int, const void *, cudaDataType, int, const void *, void *, cudaDataType, int,
+                           cublasComputeType_t, cublasGemmAlgo_t);
 } cublas;
 
 static bool open_cublas(cudaStream_t stream) {
@@ -837,7 +870,8 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
     float v[4] = {x.x, x.y, x.z, x.w}, max = 0;
     if (w.type == F16) {
         __half2 low = __halves2half2(to_half(v[0]), to_half(v[1])), high = __halves2half2(to_half(v[2]), to_half(v[3]));
-        *(uint2 *)(in.halves + ((size_t)token * w.column_tiles + tile) * COLUMNS + lane * 4) = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
+        *(uint2 *)(in.halves + ((size_t)token * w.column_tiles + tile) * COLUMNS + lane * 4) =
+            make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
         return;
     }
     for (int i = 0; i < 4; i++) max = fmaxf(max, fabsf(v[i]));
@@ -852,7 +886,8 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
     }
     *(uint32_t *)(in.q + ((size_t)tile * in.stride + token) * COLUMNS + input_place(in, w, token, lane * 4)) = bytes;
     for (int other = group / 8; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
-    if (lane * 4 % group == 0) in.scale[(size_t)((tile * COLUMNS + lane * 4) >> w.shift) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
+    if (lane * 4 % group == 0)
+        in.scale[(size_t)((tile * COLUMNS + lane * 4) >> w.shift) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
 }
 
 /* The sum of x over a block, to all its threads; always in the same order. */
@@ -881,11 +916,14 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
  * wanted one, 16 warps that take every 16th tile of columns each. It is the time until an answer comes that counts here, not how
  * much comes: all that is read is asked for before any of it is used. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
-enum { MAX_PARTS = 8, MAX_TILES = 8, NORM_WARPS = 16, NORM_STEP = NORM_WARPS * COLUMNS };  /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
-__global__ void __launch_bounds__(32 * NORM_WARPS, 1) norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, int dim, float eps, Inputs in,
-                                                  Weights w, const Row *rows, bool wanted) {
+enum { MAX_PARTS = 8, MAX_TILES = 8,    /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
+       NORM_WARPS = 16, NORM_STEP = NORM_WARPS * COLUMNS };
+__global__ void __launch_bounds__(32 * NORM_WARPS, 1)
+norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, int dim, float eps, Inputs in, Weights w,
+           const Row *rows, bool wanted) {
     wait_for_inputs();
-    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, warp = threadIdx.x / 32, n_tiles = (w.column_tiles - warp + NORM_WARPS - 1) / NORM_WARPS;
+    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, warp = threadIdx.x / 32;
+    int n_tiles = (w.column_tiles - warp + NORM_WARPS - 1) / NORM_WARPS;
     size_t width = (size_t)w.column_tiles * COLUMNS, first = token * width + threadIdx.x * 4;
     float squares = 0;
     float4 v[MAX_TILES], weights[MAX_TILES];
@@ -895,7 +933,8 @@ __global__ void __launch_bounds__(32 * NORM_WARPS, 1) norm_input(float *x, const
         if (i >= n_tiles) break;
         v[i] = *(float4 *)(x + first + i * NORM_STEP);
 #pragma unroll
-        for (int p = 0; p < MAX_PARTS; p++) part[p] = p < n_parts ? *(const float4 *)(parts + p * n * width + first + i * NORM_STEP) : make_float4(0, 0, 0, 0);
+        for (int p = 0; p < MAX_PARTS; p++)
+            part[p] = p < n_parts ? *(const float4 *)(parts + p * n * width + first + i * NORM_STEP) : make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int p = 0; p < MAX_PARTS; p++) { v[i].x += part[p].x; v[i].y += part[p].y; v[i].z += part[p].z; v[i].w += part[p].w; }
         squares += (v[i].x * v[i].x + v[i].y * v[i].y) + (v[i].z * v[i].z + v[i].w * v[i].w);
@@ -907,24 +946,29 @@ __global__ void __launch_bounds__(32 * NORM_WARPS, 1) norm_input(float *x, const
     for (int i = 0; i < MAX_TILES; i++) {
         if (i >= n_tiles) break;
         *(float4 *)(x + first + i * NORM_STEP) = v[i];
-        write_inputs(in, w, blockIdx.x, warp + NORM_WARPS * i, make_float4(weights[i].x * (v[i].x * scale), weights[i].y * (v[i].y * scale),
-                                                                           weights[i].z * (v[i].z * scale), weights[i].w * (v[i].w * scale)));
+        write_inputs(in, w, blockIdx.x, warp + NORM_WARPS * i,
+                     make_float4(weights[i].x * (v[i].x * scale), weights[i].y * (v[i].y * scale),
+                                 weights[i].z * (v[i].z * scale), weights[i].w * (v[i].w * scale)));
     }
 }
 
 /* wqkv's product becomes what attention reads: its parts are added up, queries and keys turned.
- *   queries: FP16, [n][n_heads][width], times query_scale = log2(e) / sqrt(head_dim), because attention's softmax is in powers of two
- *   keys and values: [slot][n_kv_heads][ring / 32] blocks of 32 positions; keys [32][width], values [width][32]. E, the type of an element,
- *   is FP16, or with --kv q8 bytes, behind which come 32 FP16 scales, one of each position: x is about scale * (byte - 128)
- * width: head_dim rounded up to a power of two. */
-typedef struct { int n_heads, n_kv_heads, head_dim, width, ring, window; float query_scale; size_t cache; } Heads;     /* cache: bytes of a ring */
-template <class E> __device__ constexpr size_t block_bytes(int width) { return 32 * (width * sizeof(E) + (sizeof(E) == 1 ? sizeof(__half) : 0)); }
+ *   queries: FP16, [n][n_heads][width], times query_scale = log2(e) / sqrt(head_dim), because attention's softmax is in powers
+ *   of two
+ *   keys and values: [slot][n_kv_heads][ring / 32] blocks of 32 positions; keys [32][width], values [width][32]. E, the type of
+ *   an element, is FP16, or with --kv q8 bytes, behind which come 32 FP16 scales, one of each position: x is about
+ *   scale * (byte - 128)
+ * width: head_dim rounded up to a power of two; cache: bytes of a ring. */
+typedef struct { int n_heads, n_kv_heads, head_dim, width, ring, window; float query_scale; size_t cache; } Heads;
+template <class E>
+__device__ constexpr size_t block_bytes(int width) { return 32 * (width * sizeof(E) + (sizeof(E) == 1 ? sizeof(__half) : 0)); }
 
 /* The parts of a product, [n][tokens][width], which are still to be added up. */
 typedef struct { const float *parts; int n, width; } Product;
 
 /* Elements i and i + head_dim / 2 of head `head` of a token: the parts of its product added up, and turned if it is no value. */
-__device__ inline float2 turned_pair(const float *parts, int n_parts, int part_width, int n, const float2 *rotations, int token, int head, int i, const Heads &c) {
+__device__ inline float2 turned_pair(const float *parts, int n_parts, int part_width, int n, const float2 *rotations, int token,
+                                     int head, int i, const Heads &c) {
     int half = c.head_dim / 2;
     float2 x = make_float2(0, 0);
     const float *part = parts + (size_t)token * part_width + head * c.head_dim + i;
@@ -945,7 +989,8 @@ struct HeadPairs {
     __device__ HeadPairs(Product qkv, int n, const float2 *rotations, int token, int head, const Heads &c) {
         for (int j = 0; j < 2; j++) {
             int i = threadIdx.x % 32 + 32 * j;
-            x[j] = i < c.head_dim / 2 ? turned_pair(qkv.parts, qkv.n, qkv.width, n, rotations, token, head, i, c) : make_float2(0, 0);
+            x[j] = i < c.head_dim / 2 ? turned_pair(qkv.parts, qkv.n, qkv.width, n, rotations, token, head, i, c)
+                                      : make_float2(0, 0);
         }
     }
     __device__ inline void store_query(__half *to, const Heads &c) const {
@@ -957,10 +1002,12 @@ struct HeadPairs {
         }
     }
     /* Puts a key or value (head: from n_heads on) where attention reads it; keys, values: the slot's. */
-    template <class E> __device__ inline void store(unsigned char *keys, unsigned char *values, int pos, int head, const Heads &c) const {
+    template <class E>
+    __device__ inline void store(unsigned char *keys, unsigned char *values, int pos, int head, const Heads &c) const {
         bool key = head < c.n_heads + c.n_kv_heads;
         int at = pos % 32;
-        unsigned char *block = (key ? keys : values) + (head - c.n_heads) % c.n_kv_heads * c.cache + pos % c.ring / 32 * block_bytes<E>(c.width);
+        unsigned char *block = (key ? keys : values) + (head - c.n_heads) % c.n_kv_heads * c.cache +
+                               pos % c.ring / 32 * block_bytes<E>(c.width);
         float max = fmaxf(fmaxf(fabsf(x[0].x), fabsf(x[0].y)), fmaxf(fabsf(x[1].x), fabsf(x[1].y))), inverse = 0;
         if (sizeof(E) == 1) {
             for (int other = 16; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
@@ -982,7 +1029,8 @@ struct HeadPairs {
 
 /* What attention starts from, in a prefill. A warp for each head, 8 in a block; blockIdx.y: the token. */
 template <class E>
-__global__ void rope_and_cache(__half *queries, unsigned char *keys, unsigned char *values, Product qkv, int n, const float2 *rotations, const Row *rows, Heads c) {
+__global__ void rope_and_cache(__half *queries, unsigned char *keys, unsigned char *values, Product qkv, int n,
+                               const float2 *rotations, const Row *rows, Heads c) {
     wait_for_inputs();
     int head = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
     if (head >= c.n_heads + 2 * c.n_kv_heads) return;
@@ -997,7 +1045,9 @@ __global__ void rope_and_cache(__half *queries, unsigned char *keys, unsigned ch
 __global__ void quantize_input(const float *x, Inputs in, Weights w) {
     wait_for_inputs();
     int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
-    if (tile < w.column_tiles) write_inputs(in, w, token, tile, *(const float4 *)(x + ((size_t)token * w.column_tiles + tile) * COLUMNS + threadIdx.x % 32 * 4));
+    if (tile < w.column_tiles)
+        write_inputs(in, w, token, tile,
+                     *(const float4 *)(x + ((size_t)token * w.column_tiles + tile) * COLUMNS + threadIdx.x % 32 * 4));
 }
 
 /* The same, of what cuBLAS made of w13: [n][part_width], after each gate what it is multiplied with. */
@@ -1050,15 +1100,16 @@ __device__ inline int first_position(int pos, int window) { return window && pos
 /* The plain one, to be read, and for test_all.c to compare with: a thread for each query head of each token, two passes over the
  * keys. */
 template <class E>
-__global__ void attention_plain(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values, const Row *rows,
-                                int n, Heads c) {
+__global__ void attention_plain(float *out, float2 *softmax, const __half *queries, const unsigned char *keys,
+                                const unsigned char *values, const Row *rows, int n, Heads c) {
     int at = blockIdx.x * blockDim.x + threadIdx.x, token = at / c.n_heads, head = at % c.n_heads;
     if (token >= n) return;
     const __half *q = queries + (size_t)at * c.width;
     size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + head / (c.n_heads / c.n_kv_heads)) * c.cache;
     auto element = [&](const unsigned char *of, int p, int i) {
         const unsigned char *block = of + cache + p % c.ring / 32 * block_bytes<E>(c.width);
-        return sizeof(E) == 1 ? __half2float(((const __half *)(block + 32 * c.width))[p % 32]) * (block[i] - 128) : __half2float(((const __half *)block)[i]);
+        return sizeof(E) == 1 ? __half2float(((const __half *)(block + 32 * c.width))[p % 32]) * (block[i] - 128)
+                              : __half2float(((const __half *)block)[i]);
     };
     float max = -INFINITY, sum = 0;
     for (int d = 0; d < c.head_dim; d++) out[(size_t)at * c.width + d] = 0;
@@ -1078,7 +1129,8 @@ __global__ void attention_plain(float *out, float2 *softmax, const __half *queri
 __device__ inline uint4 eight_halves(uint4 x) { return x; }
 __device__ inline uint4 eight_halves(uint2 x) {
     const __half2 zero = __floats2half2_rn(1152, 1152);
-    uint32_t words[4] = {__byte_perm(x.x, 0x64646464, 0x4140), __byte_perm(x.x, 0x64646464, 0x4342), __byte_perm(x.y, 0x64646464, 0x4140), __byte_perm(x.y, 0x64646464, 0x4342)};
+    uint32_t words[4] = {__byte_perm(x.x, 0x64646464, 0x4140), __byte_perm(x.x, 0x64646464, 0x4342),
+                         __byte_perm(x.y, 0x64646464, 0x4140), __byte_perm(x.y, 0x64646464, 0x4342)};
     for (int i = 0; i < 4; i++) *(__half2 *)&words[i] = __hsub2(*(__half2 *)&words[i], zero);
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -1109,8 +1161,10 @@ template <int WIDTH, class E> struct Attention {
         }
     }
 
-    /* The 32 positions from `start` on, of which row g sees those from first[0] to pos[0], row g + 8 those from first[1] to pos[1]. */
-    __device__ inline void add(const unsigned char *keys, const unsigned char *values, int ring, int start, const int first[2], const int pos[2]) {
+    /* The 32 positions from `start` on, of which row g sees those from first[0] to pos[0], row g + 8 those from first[1] to
+     * pos[1]. */
+    __device__ inline void add(const unsigned char *keys, const unsigned char *values, int ring, int start, const int first[2],
+                               const int pos[2]) {
         typedef typename Eight<E>::Type Eights;
         int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
         size_t block = start % ring / 32 * block_bytes<E>(WIDTH);
@@ -1133,7 +1187,8 @@ template <int WIDTH, class E> struct Attention {
                 mma_halves(score[t], a[j][1], &x.z);
             }
 #pragma unroll
-        for (int i = 0; i < 16 && sizeof(E) == 1; i++) score[i / 4][i % 4] *= __half2float(((const __half *)&scales[0])[i / 4 * 2 + i % 2]);
+        for (int i = 0; i < 16 && sizeof(E) == 1; i++)
+            score[i / 4][i % 4] *= __half2float(((const __half *)&scales[0])[i / 4 * 2 + i % 2]);
         uint32_t p[4][2];               /* 2^(score - max) as FP16: [t][row g, row g + 8] */
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -1190,10 +1245,12 @@ template <int WIDTH, class E> struct Attention {
  * part i % parts, 16 at most. out: [n][n_heads][WIDTH]; softmax: [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y:
  * key heads. */
 template <int WIDTH, class E>
-__global__ void __launch_bounds__(128, 1) attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
-                                                         const Row *rows, int n_tiles, int parts, Heads c) {
+__global__ void __launch_bounds__(128, 1)
+attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
+                  const Row *rows, int n_tiles, int parts, Heads c) {
     wait_for_inputs();
-    int lane = threadIdx.x % 32, index = blockIdx.x * 4 + threadIdx.x / 32, group = c.n_heads / c.n_kv_heads, heads = min(group, 16), kv_head = blockIdx.y;
+    int lane = threadIdx.x % 32, index = blockIdx.x * 4 + threadIdx.x / 32;
+    int group = c.n_heads / c.n_kv_heads, heads = min(group, 16), kv_head = blockIdx.y;
     if (index >= n_tiles * parts) return;
     Row run = rows[index / parts], at_first = rows[run.first];
     size_t cache = ((size_t)at_first.slot * c.n_kv_heads + kv_head) * c.cache;
@@ -1218,7 +1275,8 @@ __global__ void __launch_bounds__(128, 1) attention_prefill(float *out, float2 *
         if (lane % 4 == 0) softmax[head[h]] = make_float2(sums.max[h], sums.total[h]);
 #pragma unroll
         for (int d = 0; d < WIDTH / 8; d++)
-            *(float2 *)(out + (size_t)head[h] * WIDTH + 8 * d + 2 * (lane % 4)) = make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
+            *(float2 *)(out + (size_t)head[h] * WIDTH + 8 * d + 2 * (lane % 4)) =
+                make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
     }
 }
 
@@ -1227,14 +1285,17 @@ __global__ void __launch_bounds__(128, 1) attention_prefill(float *out, float2 *
  * key and value. With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to
  * out, [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
 template <int WIDTH, class E>
-__global__ void __launch_bounds__(128) attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, unsigned char *keys, unsigned char *values,
-                                                        const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
+__global__ void __launch_bounds__(128)
+attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, unsigned char *keys, unsigned char *values,
+                 const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
     __shared__ __align__(16) __half query[16][WIDTH];
     __shared__ float shared_out[4][16][WIDTH + 4];
     __shared__ float2 shared_softmax[4][16];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / parts, kv_head = blockIdx.y;
-    int group = c.n_heads / c.n_kv_heads, first_head = kv_head * group + (int)blockIdx.x % parts * 16, n_heads = min(16, (kv_head + 1) * group - first_head);
-    int pos = rows[token].pos, from = first_position(pos, c.window), to = pos + 1, start = (from / span + (int)blockIdx.z) * span;     /* no kernel writes rows */
+    int group = c.n_heads / c.n_kv_heads, first_head = kv_head * group + (int)blockIdx.x % parts * 16;
+    int n_heads = min(16, (kv_head + 1) * group - first_head);
+    int pos = rows[token].pos, from = first_position(pos, c.window), to = pos + 1;      /* no kernel writes rows */
+    int start = (from / span + (int)blockIdx.z) * span;
     from = max(from, start);
     to = min(to, start + span);
     size_t slot = rows[token].slot * c.n_kv_heads * c.cache, of_head = slot + kv_head * c.cache;
@@ -1247,22 +1308,25 @@ __global__ void __launch_bounds__(128) attention_decode(float *out, float2 *soft
         if (row < n_heads) pairs.store_query(query[row], c);
         else pairs.store<E>(keys + slot, values + slot, pos, head, c);
     }
-    for (int at = threadIdx.x; at < n_heads * (WIDTH - c.head_dim); at += 128) query[at / (WIDTH - c.head_dim)][c.head_dim + at % (WIDTH - c.head_dim)] = 0;
+    for (int at = threadIdx.x; at < n_heads * (WIDTH - c.head_dim); at += 128)
+        query[at / (WIDTH - c.head_dim)][c.head_dim + at % (WIDTH - c.head_dim)] = 0;
     __syncthreads();
     const __half *rows_of[2] = {lane / 4 < n_heads ? query[lane / 4] : NULL, lane / 4 + 8 < n_heads ? query[lane / 4 + 8] : NULL};
     int first[2] = {from, from}, until[2] = {to - 1, to - 1};
     Attention<WIDTH, E> sums(rows_of);
-    for (int at = from / 32 * 32 + warp * 32; at < to; at += 128) sums.add(keys + of_head, values + of_head, c.ring, at, first, until);
+    for (int at = from / 32 * 32 + warp * 32; at < to; at += 128)
+        sums.add(keys + of_head, values + of_head, c.ring, at, first, until);
     sums.finish();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         if (lane % 4 == 0) shared_softmax[warp][lane / 4 + 8 * h] = make_float2(sums.max[h], sums.total[h]);
 #pragma unroll
         for (int d = 0; d < WIDTH / 8; d++)
-            *(float2 *)&shared_out[warp][lane / 4 + 8 * h][8 * d + 2 * (lane % 4)] = make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
+            *(float2 *)&shared_out[warp][lane / 4 + 8 * h][8 * d + 2 * (lane % 4)] =
+                make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
     }
     __syncthreads();
-    auto merged = [&](int row, int d, float *l) {       /* the four warps' sums, put together: element d, and the sum of exponentials */
+    auto merged = [&](int row, int d, float *l) {   /* the four warps' sums, put together: element d, and the sum of exponentials */
         float largest = -INFINITY, x = 0;
         *l = 0;
         for (int w = 0; w < 4; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
@@ -1320,14 +1384,15 @@ __device__ inline Mass scan(Mass x, Mass *all) {
 }
 
 /* The next id, as sample() in run.c finds it; a block of 1,024 threads for each wanted token. logits: [n][width], overwritten. */
-__global__ void __launch_bounds__(1024) sample_kernel(float *logits, int width, int vocab, float temperature, float top_p, const Row *rows, int *ids) {
+__global__ void __launch_bounds__(1024)
+sample_kernel(float *logits, int width, int vocab, float temperature, float top_p, const Row *rows, int *ids) {
     __shared__ Mass mass[1024], best_of[32], above_shared;
     __shared__ int digit_shared;
     wait_for_inputs();
     float *p = logits + (size_t)blockIdx.x * width;
     int thread = threadIdx.x;
     Mass best = 0, all;
-    for (int i = thread; i < vocab; i += 1024) {        /* floats order as their bits do, once those of negative ones are inverted */
+    for (int i = thread; i < vocab; i += 1024) {    /* floats order as their bits do, once those of negative ones are inverted */
         uint32_t bits = __float_as_uint(p[i]), ordered = bits >> 31 ? ~bits : bits | 0x80000000;
         Mass candidate = (Mass)ordered << 32 | (0xffffffffu - (uint32_t)i);             /* of equal ones the first */
         best = candidate > best ? candidate : best;
@@ -1367,7 +1432,8 @@ __global__ void __launch_bounds__(1024) sample_kernel(float *logits, int width, 
         __syncthreads();
     }
     /* in the order of ids: all with a larger probability, and as many of just this one as are needed */
-    Mass each = (Mass)(__uint_as_float(smallest) * 0x1p40f), wanted = top_p < 1 && each ? (limit - above + each - 1) / each : (Mass)vocab;
+    Mass each = (Mass)(__uint_as_float(smallest) * 0x1p40f);
+    Mass wanted = top_p < 1 && each ? (limit - above + each - 1) / each : (Mass)vocab;
     int chunk = (vocab + 1023) / 1024, from = min(thread * chunk, vocab), to = min(from + chunk, vocab);
     Mass equal = 0;
     for (int i = from; i < to; i++) equal += __float_as_uint(p[i]) == smallest;
@@ -1397,7 +1463,8 @@ typedef struct {
     int      multiprocessors;
     bool     overlap;                   /* kernels may start before the one before has ended */
     int      wgmma;                     /* built for, and on, a GPU that has it */
-    size_t   bytes, room;               /* device memory that is taken, the model's included; tokens there is room for, a multiple of 128 */
+    size_t   bytes, room;               /* device memory that is taken, the model's included; tokens there is room for, a
+                                           multiple of 128 */
     Heads    heads;
     float   *x, *h;                     /* [room, dim]; [room, hidden_dim]; widths rounded up to 128, the rest 0 */
     float   *parts, *logits;            /* of products: [parts, n, rows]; [n_want, vocab_size], rows rounded up to 128 */
@@ -1411,7 +1478,8 @@ typedef struct {
     int     *ids, *ids_host;
     size_t   logits_room;               /* tokens */
     int      span, max_spans;           /* positions that a block of decoding attention takes; most of them in a ring */
-    struct { cudaGraphExec_t exec; int n_spans; float temperature, top_p; } *graphs;    /* [n_slots + 1]: decoding steps of so many tokens */
+    struct { cudaGraphExec_t exec; int n_spans; float temperature, top_p; } *graphs;    /* [n_slots + 1]: decoding steps of
+                                                                                           so many tokens */
     cudaEvent_t *events;                /* of -P: after each launch */
     int     *event_operation;
     size_t   n_events, events_room;
@@ -1454,10 +1522,14 @@ static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, di
     launch_shared(d, operation, kernel, grid, block, 0, arguments...);
 }
 
-template <int TYPE, int GROUPS> static void launch_type(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
+template <int TYPE, int GROUPS>
+static void launch_type(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
     unsigned rows = (unsigned)w.row_tiles / 8, z = (unsigned)parts;
-    auto many = [&](auto kernel, int tokens, int threads) { launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units); };
-    if (tiles == 1) launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
+    auto many = [&](auto kernel, int tokens, int threads) {
+        launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units);
+    };
+    if (tiles == 1)
+        launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
     else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, GROUPS == 4 ? 1 : 2, 2>, 16, 256);
     else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 4 ? 1 : 2, 4>, 32, 256);
     else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
@@ -1466,13 +1538,16 @@ template <int TYPE, int GROUPS> static void launch_type(Device *d, int operation
         const int WIDE = TYPE == F16 ? Q8 : TYPE;       /* never F16 */
         static bool allowed;                            /* more shared memory than kernels have unasked */
         size_t shared = WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>);
-        if (!allowed) CUDA(cudaFuncSetAttribute(product_wide<WIDE, GROUPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+        if (!allowed)
+            CUDA(cudaFuncSetAttribute(product_wide<WIDE, GROUPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
         allowed = true;
-        launch_shared(d, operation, product_wide<WIDE, GROUPS>, min(d->multiprocessors, (n + 127) / 128 * w.row_tiles / 8), WIDE_ROWS * 32 + 128, shared, out, w, d->in, n, units);
+        launch_shared(d, operation, product_wide<WIDE, GROUPS>, min(d->multiprocessors, (n + 127) / 128 * w.row_tiles / 8),
+                      WIDE_ROWS * 32 + 128, shared, out, w, d->in, n, units);
     }
 }
 
-template <int TYPE> static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
+template <int TYPE>
+static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
     if (w.group == 128) launch_type<TYPE, 1>(d, operation, out, w, tiles, parts, n, units);
     else if (w.group == 64) launch_type<TYPE, 2>(d, operation, out, w, tiles, parts, n, units);
     else launch_type<TYPE, 4>(d, operation, out, w, tiles, parts, n, units);
@@ -1490,7 +1565,8 @@ static int token_tiles(const State *s) {
 static int product_parts(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
     int tiles = token_tiles(s), blocks = w.row_tiles / (tiles == 1 ? 2 : 8);
-    int parts = (tiles > 1 ? 2 : w.type == Q8 || w.type == NF4 ? 4 : FEW_BLOCKS) * d->multiprocessors / blocks, most = w.column_tiles / 8;
+    int parts = (tiles > 1 ? 2 : w.type == Q8 || w.type == NF4 ? 4 : FEW_BLOCKS) * d->multiprocessors / blocks;
+    int most = w.column_tiles / 8;
     parts = parts < most ? parts : most;
     return tiles == 16 || parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : parts;
 }
@@ -1514,8 +1590,9 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
             float one = 1, none = 0;
             float *to = units ? d->parts : out;
             int width = w.column_tiles * COLUMNS;
-            if (cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, w.row_tiles * 16, n, width, &one, w.halves, CUDA_R_16F, width, d->in.halves,
-                            CUDA_R_16F, width, &none, to, CUDA_R_32F, w.row_tiles * 16, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
+            if (cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, w.row_tiles * 16, n, width, &one, w.halves, CUDA_R_16F,
+                            width, d->in.halves, CUDA_R_16F, width, &none, to, CUDA_R_32F, w.row_tiles * 16,
+                            CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
                 die("cuBLAS: a product of [%d, %d] with %d tokens failed", w.rows, w.cols, n);
             mark(d, operation);
             return 1;
@@ -1528,26 +1605,31 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
 }
 
 /* From wqkv's product to the input of the one with wo. */
-template <int WIDTH, class E> static void launch_width(State *s, Product qkv, unsigned char *keys, unsigned char *values, int n, int n_tiles, int n_spans, const Weights &wo) {
+template <int WIDTH, class E>
+static void launch_width(State *s, Product qkv, unsigned char *keys, unsigned char *values, int n, int n_tiles, int n_spans,
+                         const Weights &wo) {
     Device *d = (Device *)s->device;
     const Heads &c = d->heads;
     int group = c.n_heads / c.n_kv_heads;
     unsigned parts = (unsigned)(group + 15) / 16, kv_heads = (unsigned)c.n_kv_heads, tokens = (unsigned)n;
     bool fused = s->decoding && n_spans == 1 && parts == 1 && group * c.head_dim % COLUMNS == 0;
     if (s->decoding)
-        launch(d, ATTENTION, attention_decode<WIDTH, E>, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 128, d->spans, d->softmax, qkv, d->rotations, keys, values,
-               d->rows, n, (int)parts, d->span, c, d->in, wo, fused);
+        launch(d, ATTENTION, attention_decode<WIDTH, E>, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 128, d->spans,
+               d->softmax, qkv, d->rotations, keys, values, d->rows, n, (int)parts, d->span, c, d->in, wo, fused);
     else {
-        launch(d, ROPE, rope_and_cache<E>, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + 7) / 8, tokens), 256, d->queries, keys, values,
-               qkv, n, d->rotations, d->rows, c);
-        launch(d, ATTENTION, attention_prefill<WIDTH, E>, dim3((n_tiles * parts + 3) / 4, kv_heads), 128, d->spans, d->softmax, d->queries, keys, values, d->rows,
-               n_tiles, (int)parts, c);
+        launch(d, ROPE, rope_and_cache<E>, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + 7) / 8, tokens), 256, d->queries,
+               keys, values, qkv, n, d->rotations, d->rows, c);
+        launch(d, ATTENTION, attention_prefill<WIDTH, E>, dim3((n_tiles * parts + 3) / 4, kv_heads), 128, d->spans, d->softmax,
+               d->queries, keys, values, d->rows, n_tiles, (int)parts, c);
     }
     if (!fused)
-        launch(d, ATTENTION, attention_input, dim3((unsigned)(wo.column_tiles + 7) / 8, tokens), 256, d->spans, d->softmax, s->decoding ? n_spans : 1, n, c, d->in, wo);
+        launch(d, ATTENTION, attention_input, dim3((unsigned)(wo.column_tiles + 7) / 8, tokens), 256, d->spans, d->softmax,
+               s->decoding ? n_spans : 1, n, c, d->in, wo);
 }
 
-template <class E> static void launch_attention(State *s, Product qkv, unsigned char *keys, unsigned char *values, int n, int n_tiles, int n_spans, const Weights &wo) {
+template <class E>
+static void launch_attention(State *s, Product qkv, unsigned char *keys, unsigned char *values, int n, int n_tiles, int n_spans,
+                             const Weights &wo) {
     if (s->head_width == 32) launch_width<32, E>(s, qkv, keys, values, n, n_tiles, n_spans, wo);
     else if (s->head_width == 64) launch_width<64, E>(s, qkv, keys, values, n, n_tiles, n_spans, wo);
     else launch_width<128, E>(s, qkv, keys, values, n, n_tiles, n_spans, wo);
@@ -1564,8 +1646,8 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     size_t layer_cache = s->n_slots * c->n_kv_heads * d->heads.cache;
 
     auto norm = [&](const float *weight, const Weights &next, bool wanted) {        /* of x and the parts of the last product */
-        launch(d, NORM, norm_input, dim3(wanted ? (unsigned)n_want : tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, n, weight, (int)c->dim, c->norm_eps, d->in,
-               next, d->rows, wanted);
+        launch(d, NORM, norm_input, dim3(wanted ? (unsigned)n_want : tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, n,
+               weight, (int)c->dim, c->norm_eps, d->in, next, d->rows, wanted);
     };
 
     mark(d, EMBEDDING);                 /* where the first begins */
@@ -1580,8 +1662,11 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
         n_parts = device_product(s, WO, d->parts, m->wo[l], n, 0, false);
         norm(m->rms_ffn[l], m->w13[l], false);
         device_product(s, W13, d->h, m->w13[l], n, m->w2[l].column_tiles * COLUMNS, false);
-        if (!uses_cublas(s, m->w13[l])) launch(d, SWIGLU, quantize_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->h, d->in, m->w2[l]);
-        else launch(d, SWIGLU, swiglu_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->parts, m->w13[l].row_tiles * 16, d->in, m->w2[l]);
+        if (!uses_cublas(s, m->w13[l]))
+            launch(d, SWIGLU, quantize_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->h, d->in, m->w2[l]);
+        else
+            launch(d, SWIGLU, swiglu_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->parts,
+                   m->w13[l].row_tiles * 16, d->in, m->w2[l]);
         n_parts = device_product(s, W2, d->parts, m->w2[l], n, 0, false);
     }
     if (!n_want) return;
@@ -1618,7 +1703,8 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, 
     if ((size_t)*n_want <= d->logits_room) return;
     size_t row = round_up(c->vocab_size, 128) * sizeof(float);
     cudaFree(d->logits);                /* graphs that hold it are recorded anew */
-    for (size_t i = 0; i <= s->n_slots; i++) if (d->graphs[i].exec) { CUDA(cudaGraphExecDestroy(d->graphs[i].exec)); d->graphs[i].exec = NULL; }
+    for (size_t i = 0; i <= s->n_slots; i++)
+        if (d->graphs[i].exec) { CUDA(cudaGraphExecDestroy(d->graphs[i].exec)); d->graphs[i].exec = NULL; }
     d->bytes -= d->logits_room ? d->logits_room * row + 256 : 0;
     d->logits_room = (size_t)*n_want;
     d->logits = (float *)device_allocate(d->logits_room * row, &d->bytes, s->model->path);
@@ -1643,7 +1729,8 @@ static void cuda_forward(State *s, const Token *tokens, size_t n, float *logits)
     prepare(s, tokens, n, NULL, &n_want, &n_tiles, &n_spans);
     CUDA(cudaMemcpyAsync(d->rows, d->rows_host, n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
     launch_forward(s, (int)n, n_want, n_tiles, n_spans);
-    size_t vocab = s->model->c.vocab_size * sizeof(float), pitch = (size_t)((const DeviceModel *)s->model->device)->wcls.row_tiles * 16 * sizeof(float);
+    size_t vocab = s->model->c.vocab_size * sizeof(float);
+    size_t pitch = (size_t)((const DeviceModel *)s->model->device)->wcls.row_tiles * 16 * sizeof(float);
     if (n_want) CUDA(cudaMemcpy2DAsync(logits, vocab, d->logits, pitch, vocab, (size_t)n_want, cudaMemcpyDeviceToHost, d->stream));
     CUDA(cudaStreamSynchronize(d->stream));
     read_events(s);
@@ -1654,7 +1741,9 @@ static void launch_step(State *s, int n, int n_want, int n_tiles, int n_spans, f
     CUDA(cudaMemcpyAsync(d->rows, d->rows_host, (size_t)n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
     launch_forward(s, n, n_want, n_tiles, n_spans);
     if (!n_want) return;
-    launch(d, SAMPLING, sample_kernel, dim3((unsigned)n_want), 1024, d->logits, ((const DeviceModel *)s->model->device)->wcls.row_tiles * 16, (int)s->model->c.vocab_size, temperature, top_p, d->rows, d->ids);
+    launch(d, SAMPLING, sample_kernel, dim3((unsigned)n_want), 1024, d->logits,
+           ((const DeviceModel *)s->model->device)->wcls.row_tiles * 16, (int)s->model->c.vocab_size, temperature, top_p,
+           d->rows, d->ids);
     CUDA(cudaMemcpyAsync(d->ids_host, d->ids, (size_t)n_want * sizeof(int), cudaMemcpyDeviceToHost, d->stream));
 }
 
@@ -1708,7 +1797,9 @@ static void cuda_open(State *s) {
     CUDA(cudaGetDeviceProperties(&properties, 0));
     CUDA(cudaFuncGetAttributes(&attributes, norm_input));
     int built_for = attributes.ptxVersion;
-    if (built_for < 75) fprintf(stderr, "%s: built for old GPUs, without tensor cores: nvcc -O3 -arch=native run_cuda.cu -o run_cuda makes it many times as fast\n", program);
+    if (built_for < 75)
+        fprintf(stderr, "%s: built for old GPUs, without tensor cores: "
+                "nvcc -O3 -arch=native run_cuda.cu -o run_cuda makes it many times as fast\n", program);
     d->overlap = properties.major >= 9 && built_for >= 90;
     CUDA(cudaMemcpyFromSymbol(&d->wgmma, has_wgmma, sizeof d->wgmma));
     d->multiprocessors = properties.multiProcessorCount;
@@ -1716,7 +1807,8 @@ static void cuda_open(State *s) {
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
     s->kv_row = cache_row(m->kv_type, s->head_width);
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
-    if (c->dim > NORM_WARPS * MAX_TILES * COLUMNS) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, NORM_WARPS * MAX_TILES * COLUMNS);
+    if (c->dim > NORM_WARPS * MAX_TILES * COLUMNS)
+        die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, NORM_WARPS * MAX_TILES * COLUMNS);
     if (s->n_slots > 65535) die("-b %zu: run_cuda takes up to 65535", s->n_slots);
     Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window,
                    1.44269504f / sqrtf((float)c->head_dim), s->ring * s->kv_row};
@@ -1726,7 +1818,8 @@ static void cuda_open(State *s) {
     d->max_spans = (int)(s->ring / (size_t)d->span + 2);
 
     /* sizes of all that a step needs, and whether it fits */
-    size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv_dim = q_dim + 2ull * c->n_kv_heads * c->head_dim, slots = min_size(s->n_slots, d->room);
+    size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv_dim = q_dim + 2ull * c->n_kv_heads * c->head_dim;
+    size_t slots = min_size(s->n_slots, d->room);
     size_t widest_out = round_up(max_size(qkv_dim, c->dim), 128), part_rows = max_size(d->room, MAX_PARTS * 64);
     size_t widest_in = round_up(max_size(max_size(c->dim, q_dim), c->hidden_dim), COLUMNS);
     bool half_weights = m->wcls.type < Q8;      /* each tensor has a type of its own */
@@ -1740,8 +1833,10 @@ static void cuda_open(State *s) {
     s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * heads.cache;
     const struct { void **to; size_t bytes; } all[] = {
         {(void **)&d->x, d->room * round_up(c->dim, COLUMNS) * sizeof(float)}, {(void **)&d->parts, parts * sizeof(float)},
-        {(void **)&d->h, d->room * round_up(c->hidden_dim, COLUMNS) * sizeof(float)}, {(void **)&d->spans, span_rows * c->n_heads * s->head_width * sizeof(float)},
-        {(void **)&d->softmax, span_rows * c->n_heads * sizeof(float2)}, {(void **)&d->rotations, d->room * (c->head_dim / 2) * sizeof(float2)},
+        {(void **)&d->h, d->room * round_up(c->hidden_dim, COLUMNS) * sizeof(float)},
+        {(void **)&d->spans, span_rows * c->n_heads * s->head_width * sizeof(float)},
+        {(void **)&d->softmax, span_rows * c->n_heads * sizeof(float2)},
+        {(void **)&d->rotations, d->room * (c->head_dim / 2) * sizeof(float2)},
         {(void **)&d->queries, d->room * c->n_heads * s->head_width * sizeof(__half)}, {(void **)&d->keys, s->kv_bytes / 2},
         {(void **)&d->values, s->kv_bytes / 2}, {(void **)&d->frequencies, c->head_dim / 2 * sizeof(double)},
         {(void **)&d->in.q, d->room * widest_in}, {(void **)&d->in.scale, d->room * widest_in / 32 * sizeof(float2)},
@@ -1753,8 +1848,9 @@ static void cuda_open(State *s) {
     CUDA(cudaMemGetInfo(&free_bytes, &total));
     if (need > (double)free_bytes) {
         double left = (double)free_bytes - (need - (double)s->kv_bytes);
-        die("%s: %zu sequences of %zu positions need %.1f GB beside the weights and %.1f of %s's %.1f GB are free: %s%.0f would fit", m->path, s->n_slots,
-            s->ring, need / 1e9, (double)free_bytes / 1e9, properties.name, (double)total / 1e9, left >= per_slot ? "-b " : "-b 1 -c ",
+        die("%s: %zu sequences of %zu positions need %.1f GB beside the weights and %.1f of %s's %.1f GB are free: "
+            "%s%.0f would fit", m->path, s->n_slots, s->ring, need / 1e9, (double)free_bytes / 1e9, properties.name,
+            (double)total / 1e9, left >= per_slot ? "-b " : "-b 1 -c ",
             left >= per_slot ? floor(left / per_slot) : left > 0 ? floor(left / per_slot * (double)s->ring / KEYS) * KEYS : 0);
     }
     d->bytes = ((const DeviceModel *)m->device)->bytes;
@@ -1773,8 +1869,8 @@ static void cuda_open(State *s) {
 
 static void cuda_close(State *s) {
     Device *d = (Device *)s->device;
-    void *all[] = {d->x, d->parts, d->h, d->spans, d->softmax, d->rotations, d->queries, d->keys, d->values, d->frequencies, d->in.q, d->in.scale,
-                   d->in.halves, d->rows, d->ids, d->logits};
+    void *all[] = {d->x, d->parts, d->h, d->spans, d->softmax, d->rotations, d->queries, d->keys, d->values, d->frequencies,
+                   d->in.q, d->in.scale, d->in.halves, d->rows, d->ids, d->logits};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) cudaFree(all[i]);
     for (size_t i = 0; i <= s->n_slots; i++) if (d->graphs[i].exec) cudaGraphExecDestroy(d->graphs[i].exec);
     for (size_t i = 0; i < d->events_room; i++) cudaEventDestroy(d->events[i]);

@@ -153,7 +153,8 @@ static void test_group_product(void) {
                 long sum = 0;
                 for (size_t k = 0; k < n; k++) {
                     const uint8_t *four = codes + k / 4 * (type == Q8 ? 128 : 64);
-                    int code = type == Q8 ? four[4 * r + k % 4] : r < 16 ? four[4 * r + k % 4] & 15 : four[4 * (r - 16) + k % 4] >> 4;
+                    int code = type == Q8 ? four[4 * r + k % 4]
+                             : r < 16 ? four[4 * r + k % 4] & 15 : four[4 * (r - 16) + k % 4] >> 4;
                     sum += (type == NF4 ? NF4_CODES[code] : code) * q[t * n + k];
                 }
                 size_t i = t * PANEL + r;
@@ -195,14 +196,18 @@ static void test_matrices(void) {
             for (size_t i = 0; i < n * cols; i++) x[i] = random_float();
             Matrix m = make_matrix(KINDS[kind].type, KINDS[kind].group, w, rows, cols);
             size_t padded = m.n_groups * m.group;
-            Activations a = {(float *)allocate(n * padded, 4, "test"), NULL, (float *)allocate(n * m.n_groups, 4, "test"), (float *)allocate(n * m.n_groups, 4, "test")};
+            Activations a = {(float *)allocate(n * padded, 4, "test"), NULL,
+                             (float *)allocate(n * m.n_groups, 4, "test"), (float *)allocate(n * m.n_groups, 4, "test")};
             a.q = (int8_t *)a.x;
-            double tolerance = m.type == F32 ? 0 : m.type == F16 ? 1e-4 : m.type == Q8 ? 0.12 / 255 : m.type == Q4 ? 0.12 / 15 : 0.013;    /* half a step of the range, nearly 0.24; nf4's is 0.24, its steps unequal */
+            /* half a step of the range, nearly 0.24; nf4's is 0.24, its steps unequal */
+            double tolerance = m.type == F32 ? 0 : m.type == F16 ? 1e-4
+                             : m.type == Q8 ? 0.12 / 255 : m.type == Q4 ? 0.12 / 15 : 0.013;
             for (size_t r = 0; r < rows; r++) {
                 matrix_row(row + r * cols, &m, r);
                 double error = 0;
                 for (size_t k = 0; k < cols; k++) error += pow(row[r * cols + k] - w[r * cols + k], 2);
-                CHECK(sqrt(error / (double)cols) <= tolerance, "%s %zu: row %zu is off by %g", KINDS[kind].type, m.group, r, sqrt(error / (double)cols));
+                CHECK(sqrt(error / (double)cols) <= tolerance, "%s %zu: row %zu is off by %g",
+                      KINDS[kind].type, m.group, r, sqrt(error / (double)cols));
             }
             memset(out, 0xff, n * rows * 4);
             matmul(out, x, &m, &a, n);
@@ -210,11 +215,13 @@ static void test_matrices(void) {
                 for (size_t r = 0; r < rows; r++) {
                     double expect = 0, size = 0;
                     for (size_t k = 0; k < cols; k++) {
-                        double xk = m.type < Q8 ? x[t * cols + k] : (double)a.scale[k / m.group * n + t] * a.q[(k / m.group * n + t) * m.group + k % m.group];
+                        double xk = m.type < Q8 ? x[t * cols + k]
+                                  : (double)a.scale[k / m.group * n + t] * a.q[(k / m.group * n + t) * m.group + k % m.group];
                         expect += xk * row[r * cols + k];
                         size += fabs(xk * row[r * cols + k]);
                     }
-                    CHECK(fabs(out[t * rows + r] - expect) <= 2e-6 * size + 1e-9, "%s %zu [%zu, %zu]: %g, not %g", KINDS[kind].type, m.group, rows, cols, out[t * rows + r], expect);
+                    CHECK(fabs(out[t * rows + r] - expect) <= 2e-6 * size + 1e-9, "%s %zu [%zu, %zu]: %g, not %g",
+                          KINDS[kind].type, m.group, rows, cols, out[t * rows + r], expect);
                 }
             void *all[] = {w, row, x, out, a.x, a.scale, a.sum, (void *)m.data};
             for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
@@ -246,7 +253,11 @@ static void test_scales(void) {
         else if (r < 3) CHECK(fit.error[r] <= 128 * pow(0.0005 * w[r], 2), "constant: %g", fit.error[r]);
         else if (r == 3) CHECK(fit.error[r] <= 128 * 1e-13, "tiny: %g", fit.error[r]);
         else if (r == 4) CHECK(fit.error[r] <= 128 * pow(0.003, 2), "far from 0: %g", fit.error[r]);
-        else { CHECK(fit.error[r] <= plain * 1.0001, "row %zu: %g, plainly %g", r, fit.error[r], plain); plain_sum += plain; best_sum += fit.error[r]; }
+        else {
+            CHECK(fit.error[r] <= plain * 1.0001, "row %zu: %g, plainly %g", r, fit.error[r], plain);
+            plain_sum += plain;
+            best_sum += fit.error[r];
+        }
     }
     CHECK(best_sum < 0.9 * plain_sum, "%g of the plain error", best_sum / plain_sum);
 }
@@ -306,7 +317,8 @@ static void reference_forward(const Model *m, const int *ids, size_t n, double *
                 }
                 for (size_t i = 0; i < hd; i++) {
                     att[head * hd + i] = 0;
-                    for (size_t s = first; s <= t; s++) att[head * hd + i] += weight[s] / sum * qkv[s][q_dim + kv_dim + kv * hd + i];
+                    for (size_t s = first; s <= t; s++)
+                        att[head * hd + i] += weight[s] / sum * qkv[s][q_dim + kv_dim + kv * hd + i];
                 }
             }
             product64(xb, &w->wo, att);
@@ -369,7 +381,8 @@ static void test_forward(void) {
          * a group's largest */
         int type = m.layers[0].wqkv.type;
         double tolerance = type >= Q8 || m.kv_type == Q8 ? 2e-2 : type == F32 ? 2e-6 : 4e-4;
-        CHECK(sqrt(error / size) < tolerance, "%s, cache %s: logits off by %g of their size", m.path, TYPE_NAMES[m.kv_type], sqrt(error / size));
+        CHECK(sqrt(error / size) < tolerance, "%s, cache %s: logits off by %g of their size",
+              m.path, TYPE_NAMES[m.kv_type], sqrt(error / size));
         free(expect);
         free(logits);
         free_model(&m);
@@ -394,7 +407,8 @@ static void test_determinism(void) {
                 omp_set_num_threads(threads);
 #endif
                 chunked_forward(&m, ids, LENGTH, chunks[run % 4], slot, n_slots, logits);
-                CHECK(!memcmp(alone, logits, bytes), "%s, cache %s: %d threads, chunks of %zu, slot %zu of %zu", m.path, TYPE_NAMES[m.kv_type], threads, chunks[run % 4], slot, n_slots);
+                CHECK(!memcmp(alone, logits, bytes), "%s, cache %s: %d threads, chunks of %zu, slot %zu of %zu",
+                      m.path, TYPE_NAMES[m.kv_type], threads, chunks[run % 4], slot, n_slots);
             }
         free(alone);
         free(logits);
@@ -413,7 +427,8 @@ static void test_determinism(void) {
         float *alone = (float *)allocate(bytes, 1, "test"), *logits = (float *)allocate(bytes, 1, "test");
         chunked_forward(&m, long_ids, LONG, 1, 0, 1, alone);
         chunked_forward(&m, long_ids, LONG, 40, 20, 50, logits);
-        CHECK(!memcmp(alone, logits, bytes), "window %u, cache %s: 40 tokens among those of 49 other slots", windows[k / 2], TYPE_NAMES[m.kv_type]);
+        CHECK(!memcmp(alone, logits, bytes), "window %u, cache %s: 40 tokens among those of 49 other slots",
+              windows[k / 2], TYPE_NAMES[m.kv_type]);
         chunked_forward(&m, long_ids, LONG, 150, 0, 1, logits);
         CHECK(!memcmp(alone, logits, bytes), "window %u, cache %s: chunks of 150", windows[k / 2], TYPE_NAMES[m.kv_type]);
         free(alone);
@@ -434,7 +449,8 @@ static int write_logits(const char *path) {
         if (step == 7) { free_state(&s); m.kv_type = Q8; }
         if (step % 7 == 0) s = new_state(&m, 3, 120, 96);
         for (n = 0; n < (step % 7 ? 3u : 96u); n++) {       /* first 80, 10 and 6 tokens of the three */
-            size_t slot = step % 7 ? n : n < 80 ? 0 : n < 90 ? 1 : 2, start = slot == 0 ? 0 : slot == 1 ? 80 : 90, length = slot == 0 ? 80 : slot == 1 ? 10 : 6;
+            size_t slot = step % 7 ? n : n < 80 ? 0 : n < 90 ? 1 : 2;
+            size_t start = slot == 0 ? 0 : slot == 1 ? 80 : 90, length = slot == 0 ? 80 : slot == 1 ? 10 : 6;
             Token token = {(int)random_below(vocab), step % 7 ? length + step % 7 - 1 : n - start, slot, true};
             tokens[n] = token;
         }
@@ -469,16 +485,23 @@ static void test_sampler(void) {
         total = 0;
         for (size_t i = 0; i < N; i++) { p[i] = exp((logits[i] - logits[best]) / 0.7); total += p[i]; order[i] = i; }
         for (size_t i = 1; i < N; i++)
-            for (size_t j = i; j && p[order[j]] > p[order[j - 1]]; j--) { size_t t = order[j]; order[j] = order[j - 1]; order[j - 1] = t; }
+            for (size_t j = i; j && p[order[j]] > p[order[j - 1]]; j--) {
+                size_t t = order[j]; order[j] = order[j - 1]; order[j - 1] = t;
+            }
         while (kept < N && mass < tops[k] * total - 1e-6) mass += p[order[kept++]];
         for (int d = 0; d < DRAWS; d++) {
             memcpy(copy, logits, sizeof copy);
             count[sample(copy, N, 0.7f, tops[k], uniform(&state))]++;
         }
-        for (size_t i = kept; i < N; i++) CHECK(count[order[i]] == 0, "top_p %g: id %zu is outside the set of %zu", tops[k], order[i], kept);
-        for (size_t i = 0; i < kept; i++) { double e = DRAWS * p[order[i]] / mass; chi += (count[order[i]] - e) * (count[order[i]] - e) / e; }
+        for (size_t i = kept; i < N; i++)
+            CHECK(count[order[i]] == 0, "top_p %g: id %zu is outside the set of %zu", tops[k], order[i], kept);
+        for (size_t i = 0; i < kept; i++) {
+            double e = DRAWS * p[order[i]] / mass;
+            chi += (count[order[i]] - e) * (count[order[i]] - e) / e;
+        }
         /* chi-square with kept - 1 degrees of freedom: mean kept - 1, deviation sqrt(2 (kept - 1)); 5 of them */
-        CHECK(fabs(chi - (double)(kept - 1)) < 5 * sqrt(2.0 * (double)kept), "top_p %g: chi-square %g for %zu ids", tops[k], chi, kept);
+        CHECK(fabs(chi - (double)(kept - 1)) < 5 * sqrt(2.0 * (double)kept), "top_p %g: chi-square %g for %zu ids",
+              tops[k], chi, kept);
     }
     for (int i = 0; i < N; i++) copy[i] = NAN;
     int id = sample(copy, N, 1, 0.9f, uniform(&state));
@@ -548,16 +571,19 @@ static void test_batch(void) {
     static const size_t slot_counts[] = {1, 2, 5, 31};
     for (size_t k = 0; k < 4; k++) {    /* continuous batching: sequences take slots that others left */
         Sequence *fewer = run_batch(&m, 32, 0, slot_counts[k], 40, 110, 90);
-        for (size_t i = 0; i < 32; i++) CHECK(same_sequence(&all[i], &fewer[i]), "sequence %zu differs in %zu slots", i, slot_counts[k]);
+        for (size_t i = 0; i < 32; i++)
+            CHECK(same_sequence(&all[i], &fewer[i]), "sequence %zu differs in %zu slots", i, slot_counts[k]);
         free_sequences(fewer, 32);
     }
     free_sequences(all, 32);
     Sequence *none = run_batch(&m, 3, 0, 2, 0, 4000, 90);
-    for (size_t i = 0; i < 3; i++) CHECK(none[i].n_ids == none[i].n_prompt && none[i].n_fed == none[i].n_prompt, "no tokens asked for");
+    for (size_t i = 0; i < 3; i++)
+        CHECK(none[i].n_ids == none[i].n_prompt && none[i].n_fed == none[i].n_prompt, "no tokens asked for");
     free_sequences(none, 3);
     for (size_t batch = 1; batch <= 64; batch *= 4) {
         Sequence *many = run_batch(&m, batch + 3, 0, batch, 3, 4000, batch > 4 ? 300 : 3000);
-        for (size_t i = 0; i < batch + 3; i++) CHECK(many[i].finish && many[i].n_ids > many[i].n_prompt, "batch %zu, prompt of %zu", batch, many[i].n_prompt);
+        for (size_t i = 0; i < batch + 3; i++)
+            CHECK(many[i].finish && many[i].n_ids > many[i].n_prompt, "batch %zu, prompt of %zu", batch, many[i].n_prompt);
         free_sequences(many, batch + 3);
     }
     free_model(&m);
@@ -569,8 +595,8 @@ static void counting_step(State *s, const Token *tokens, size_t n, Draw *draws, 
     cpu_step(s, tokens, n, draws, temperature, top_p);
 }
 
-/* --lookup: whatever is guessed, the sequences are what they are without it, alone and in a batch, greedy and drawn; and where the text
- * repeats itself, as greedy text of such a model soon does, it takes fewer steps. */
+/* --lookup: whatever is guessed, the sequences are what they are without it, alone and in a batch, greedy and drawn; and where
+ * the text repeats itself, as greedy text of such a model soon does, it takes fewer steps. */
 static void test_lookup(void) {
     enum { TOKENS = 300, SLOTS = 3 };
     Backend counting = CPU;
@@ -601,13 +627,15 @@ static void test_lookup(void) {
             generate(&s, sequences[k], SLOTS, &o, &statistics, NULL);
             steps[k] = n_steps;
             size_t expect = SLOTS * TOKENS - 11 * (SLOTS - 1) * SLOTS / 2;
-            CHECK(statistics.pass.generated_tokens == expect && statistics.itl.n + statistics.ttft.n == expect, "%zu tokens, not %zu", statistics.pass.generated_tokens, expect);
+            CHECK(statistics.pass.generated_tokens == expect && statistics.itl.n + statistics.ttft.n == expect,
+                  "%zu tokens, not %zu", statistics.pass.generated_tokens, expect);
             free_statistics(&statistics);
             free_state(&s);
         }
         for (size_t k = 1; k < 4; k++)
             for (size_t i = 0; i < SLOTS; i++)
-                CHECK(same_sequence(&sequences[0][i], &sequences[k][i]), "sequence %zu differs with --lookup %zu, greedy %d", i, lookups[k], greedy);
+                CHECK(same_sequence(&sequences[0][i], &sequences[k][i]), "sequence %zu differs with --lookup %zu, greedy %d",
+                      i, lookups[k], greedy);
         if (greedy) CHECK(steps[2] < steps[0] * 4 / 5, "%zu steps with --lookup 7, %zu without", steps[2], steps[0]);
         for (size_t k = 0; k < 4; k++) for (size_t i = 0; i < SLOTS; i++) free(sequences[k][i].ids);
     }
@@ -663,7 +691,7 @@ static void test_cholesky(void) {
         free(u);
         free(plain);
     }
-    float *bad = (float *)allocate(64 * 64, sizeof(float), "test");             /* two columns that are the same: singular, then worse */
+    float *bad = (float *)allocate(64 * 64, sizeof(float), "test");     /* two columns that are the same: singular, then worse */
     for (size_t k = 0; k < 64; k++) *element(bad, 64, k, k) = 1;
     *element(bad, 64, 10, 50) = 1.001f;
     CHECK(!cholesky(bad, 64), "not positive definite, and not noticed");
@@ -671,7 +699,8 @@ static void test_cholesky(void) {
 }
 
 /* Rounds random weights, w, with gptq() or to nearest; the loss tr(A E H E^T) in FP64, for A (NULL: 1) and H, in plain form. */
-static double round_and_lose(Rounding *q, const float *w, const float *u, const float *v, bool nearest, const double *h, const double *a) {
+static double round_and_lose(Rounding *q, const float *w, const float *u, const float *v, bool nearest, const double *h,
+                             const double *a) {
     size_t n = q->n, m = q->n_panels * PANEL, count = m * n;
     float ones[512];
     double *eh = (double *)allocate(count, sizeof(double), "test"), loss = 0;
@@ -703,15 +732,19 @@ static void test_gptq(void) {
     enum { PANELS = 3, M = PANELS * PANEL };
     for (size_t turn = 0; turn < 3; turn++) {
         size_t n = turn == 2 ? 160 : 256, group = turn == 2 ? 32 : (size_t)128 >> turn, count = M * n, different = 0;
-        double *plain = (double *)allocate(n * n, sizeof(double), "test"), *inverse = (double *)allocate(n * n, sizeof(double), "test");
+        double *plain = (double *)allocate(n * n, sizeof(double), "test");
+        double *inverse = (double *)allocate(n * n, sizeof(double), "test");
         double *outputs = (double *)allocate(M * M, sizeof(double), "test");
         float *u = random_hessian(plain, n, 4 * n), *v = random_hessian(outputs, M, 4 * M), *w = floats(count);
-        Rounding q = {n, group, PANELS, 15, floats(count), floats(count), (uint8_t *)allocate(count, 1, "test"), floats(count / group * 2)};
+        Rounding q = {n, group, PANELS, 15, floats(count), floats(count),
+                      (uint8_t *)allocate(count, 1, "test"), floats(count / group * 2)};
         for (size_t i = 0; i < count; i++) w[i] = 0.02f * (random_float() + random_float() + random_float());
         CHECK(cholesky(u, n) && cholesky(v, M), "turn %zu", turn);
-        double nearest = round_and_lose(&q, w, u, NULL, true, plain, outputs), alone = round_and_lose(&q, w, u, NULL, false, plain, outputs);
+        double nearest = round_and_lose(&q, w, u, NULL, true, plain, outputs);
+        double alone = round_and_lose(&q, w, u, NULL, false, plain, outputs);
         double both = round_and_lose(&q, w, u, v, false, plain, outputs);
-        CHECK(both < 0.7 * alone && alone < 0.7 * nearest && both > 0.01 * nearest, "to nearest %g, with H %g, with A too %g", nearest, alone, both);
+        CHECK(both < 0.7 * alone && alone < 0.7 * nearest && both > 0.01 * nearest,
+              "to nearest %g, with H %g, with A too %g", nearest, alone, both);
         nearest = round_and_lose(&q, w, u, NULL, true, plain, NULL);
         alone = round_and_lose(&q, w, u, NULL, false, plain, NULL);
         CHECK(alone < 0.5 * nearest && alone > 0.01 * nearest, "to nearest %g, GPTQ %g", nearest, alone);
@@ -725,7 +758,10 @@ static void test_gptq(void) {
             for (size_t j = 0; j < n; j++) { left[k * n + j] /= pivot; inverse[k * n + j] /= pivot; }
             for (size_t i = 0; i < n; i++) {
                 double f = left[i * n + k];
-                for (size_t j = 0; j < n && i != k; j++) { left[i * n + j] -= f * left[k * n + j]; inverse[i * n + j] -= f * inverse[k * n + j]; }
+                for (size_t j = 0; j < n && i != k; j++) {
+                    left[i * n + j] -= f * left[k * n + j];
+                    inverse[i * n + j] -= f * inverse[k * n + j];
+                }
             }
         }
         for (size_t i = 0; i < count; i++) rest[i] = w[i];
@@ -749,8 +785,8 @@ static void test_gptq(void) {
     }
 }
 
-/* What layer_backward() gives, against the difference that a small step of the layer's input makes: of all tokens' inputs at once, in
- * several directions. And the two sums of squares of gradients that it leaves are the same. */
+/* What layer_backward() gives, against the difference that a small step of the layer's input makes: of all tokens' inputs at
+ * once, in several directions. And the two sums of squares of gradients that it leaves are the same. */
 static void test_backward(void) {
     enum { N = 2 * SEQUENCE };
     Model m = load_model(odd_model("f32", 32));
@@ -765,7 +801,8 @@ static void test_backward(void) {
     s.layer = copy_layer(&m.layers[1]);
     for (size_t k = 0; k < 6; k++) {            /* random weights are so small that a layer hardly does anything */
         Matrix *w = (Matrix *)&s.layer + k;
-        for (size_t i = 0; i < w->bytes / sizeof(float); i++) ((float *)w->data)[i] *= w->cols == 1 ? 1 + 0.5f * random_float() : 10;
+        for (size_t i = 0; i < w->bytes / sizeof(float); i++)
+            ((float *)w->data)[i] *= w->cols == 1 ? 1 + 0.5f * random_float() : 10;
         of[k].rows = w->rows;
         of[k].a = floats(round_up(w->rows, PANEL) * round_up(w->rows, PANEL));
         of[k].weights = floats(N);
@@ -788,14 +825,19 @@ static void test_backward(void) {
                     *element(s.x, dim, d, i) = *element(x, dim, d, i) + (float)(by * (side ? step : -step));
                 }
             advance(&s, N);
-            for (size_t i = 0; i < N; i++) for (size_t d = 0; d < dim; d++) loss[side] += (double)g[i * dim + d] * *element(s.x, dim, d, i);
+            for (size_t i = 0; i < N; i++)
+                for (size_t d = 0; d < dim; d++) loss[side] += (double)g[i * dim + d] * *element(s.x, dim, d, i);
         }
         double got = (loss[1] - loss[0]) / (2 * step), scale = 0.3 * sqrt((double)count);       /* what such a sum is like */
-        CHECK(fabs(got - expect) < 2e-3 * scale + 1e-3 * fabs(expect), "direction %d: %g, not %g", direction, got, expect);   /* the step's square, and FP32 */
+        CHECK(fabs(got - expect) < 2e-3 * scale + 1e-3 * fabs(expect),      /* the step's square, and FP32 */
+              "direction %d: %g, not %g", direction, got, expect);
     }
     for (size_t k = 0; k < 6; k++) {
         double trace = 0, sum = 0;
-        for (size_t i = 0; i < of[k].rows && OPERATIONS[k] != NORM; i++) { trace += *element(of[k].a, round_up(of[k].rows, PANEL), i, i); sum += of[k].out[i]; }
+        for (size_t i = 0; i < of[k].rows && OPERATIONS[k] != NORM; i++) {
+            trace += *element(of[k].a, round_up(of[k].rows, PANEL), i, i);
+            sum += of[k].out[i];
+        }
         CHECK(fabs(trace - sum) <= 1e-4 * sum && (sum > 0) == (OPERATIONS[k] != NORM), "tensor %zu: %g, %g", k, trace, sum);
         free(of[k].a);
         free(of[k].weights);
@@ -873,14 +915,18 @@ static void test_channel_scales(void) {
     for (size_t i = 0; i < ROWS_ * COLS; i++) data[i] = random_float() + random_float() + random_float();
     for (size_t k = 0; k < COLS; k++) importance[k] = k % 16 == 3 ? 100 : 1;
     choose_scales(s, &w, importance, 128, 15);
-    for (size_t k = 0; k < COLS; k++) { logs += log(s[k]); CHECK(k % 16 == 3 ? s[k] > 1.2f : s[k] < 1, "channel %zu: %g", k, s[k]); }
+    for (size_t k = 0; k < COLS; k++) {
+        logs += log(s[k]);
+        CHECK(k % 16 == 3 ? s[k] > 1.2f : s[k] < 1, "channel %zu: %g", k, s[k]);
+    }
     CHECK(fabs(logs) < 1e-3, "their geometric mean is e^%g", logs / COLS);
     for (int turn = 0; turn < 2; turn++)
         for (size_t p = 0; p < w.n_panels; p++)
             for (size_t k = 0; k < COLS; k += 128) {
                 float block[128 * PANEL], left[128], scale[PANEL], zero[PANEL];
                 Fit fit;
-                for (size_t i = 0; i < 128 * PANEL; i++) block[i] = data[(p * COLS + k) * PANEL + i] * (turn ? s[k + i / PANEL] : 1);
+                for (size_t i = 0; i < 128 * PANEL; i++)
+                    block[i] = data[(p * COLS + k) * PANEL + i] * (turn ? s[k + i / PANEL] : 1);
                 for (size_t i = 0; i < 128; i++) left[i] = importance[k + i] / (turn ? s[k + i] * s[k + i] : 1);
                 best_scales(scale, zero, block, left, 128, 15);
                 fit_codes(&fit, NULL, block, left, 128, scale, zero, 15);
@@ -1007,7 +1053,8 @@ static void test_decode(void) {
         append(&d.text, "", 0);
         for (size_t j = 0; j < CASES[i].n; j++) decode(&d, &m.tokenizer, CASES[i].ids[j]);
         decode_pending(&d, true);
-        CHECK(d.text.length == CASES[i].length && !memcmp(d.text.text, CASES[i].text, d.text.length), "case %zu: '%s', not '%s'", i, d.text.text, CASES[i].text);
+        CHECK(d.text.length == CASES[i].length && !memcmp(d.text.text, CASES[i].text, d.text.length),
+              "case %zu: '%s', not '%s'", i, d.text.text, CASES[i].text);
         free(d.text.text);
     }
     size_t n;
@@ -1052,18 +1099,23 @@ static int tokenize(const char *path) {
 /* Every product kernel, in shapes that fill no tile, with from 1 to 130 tokens. Integers within a group are exact on both sides:
  * what differs is the order of the groups' FP32 sums, and with FP16 weights that activations are rounded to FP16. */
 static void test_cuda_products(void) {
-    static const size_t SHAPES[][2] = {{5, 7}, {33, 130}, {64, 128}, {100, 300}, {257, 1000}, {300, 4100}}, COUNTS[] = {1, 3, 8, 9, 17, 33, 64, 65, 130};
+    static const size_t SHAPES[][2] = {{5, 7}, {33, 130}, {64, 128}, {100, 300}, {257, 1000}, {300, 4100}};
+    static const size_t COUNTS[] = {1, 3, 8, 9, 17, 33, 64, 65, 130};
     enum { ROOM = 256 };
     for (size_t kind = 0; kind < N_KINDS; kind++)
         for (size_t shape = 0; shape < sizeof SHAPES / sizeof *SHAPES; shape++) {
-            size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1], none = 0, width = round_up(cols, COLUMNS), out_width = round_up(rows, 128);
+            size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1], none = 0;
+            size_t width = round_up(cols, COLUMNS), out_width = round_up(rows, 128);
             float *w = (float *)allocate(rows * cols, 4, "test"), *x = (float *)allocate(ROOM * width, 4, "test");
-            float *expect = (float *)allocate(ROOM * rows, 4, "test"), *got = (float *)allocate(MAX_PARTS * ROOM * out_width, 4, "test");
+            float *expect = (float *)allocate(ROOM * rows, 4, "test");
+            float *got = (float *)allocate(MAX_PARTS * ROOM * out_width, 4, "test");
             float *packed = (float *)allocate(ROOM * cols, 4, "test");
             for (size_t i = 0; i < rows * cols; i++) w[i] = random_float();
-            for (size_t t = 0; t < ROOM; t++) for (size_t k = 0; k < cols; k++) packed[t * cols + k] = x[t * width + k] = random_float();
+            for (size_t t = 0; t < ROOM; t++)
+                for (size_t k = 0; k < cols; k++) packed[t * cols + k] = x[t * width + k] = random_float();
             Matrix m = make_matrix(KINDS[kind].type, KINDS[kind].group, w, rows, cols);
-            Activations a = {(float *)allocate(ROOM * width, 4, "test"), NULL, (float *)allocate(ROOM * width / 32, 4, "test"), (float *)allocate(ROOM * width / 32, 4, "test")};
+            Activations a = {(float *)allocate(ROOM * width, 4, "test"), NULL,
+                             (float *)allocate(ROOM * width / 32, 4, "test"), (float *)allocate(ROOM * width / 32, 4, "test")};
             a.q = (int8_t *)a.x;
             Model model;
             State s;
@@ -1078,7 +1130,8 @@ static void test_cuda_products(void) {
             CUDA(cudaMemcpyFromSymbol(&d.wgmma, has_wgmma, sizeof d.wgmma));
             void *staging = device_allocate(m.bytes, &none, "test");
             Weights weights = upload(&m, 0, staging, &none, "test");
-            float *device_x = (float *)device_allocate(ROOM * width * 4, &none, "test"), *device_out = (float *)device_allocate(MAX_PARTS * ROOM * out_width * 4, &none, "test");
+            float *device_x = (float *)device_allocate(ROOM * width * 4, &none, "test");
+            float *device_out = (float *)device_allocate(MAX_PARTS * ROOM * out_width * 4, &none, "test");
             d.parts = device_out;
             d.in.q = (int8_t *)device_allocate(ROOM * width, &none, "test");
             d.in.scale = (float2 *)device_allocate(ROOM * width / 32 * 8, &none, "test");
@@ -1091,15 +1144,17 @@ static void test_cuda_products(void) {
                 matmul(expect, packed, &m, &a, n);
                 double largest = 0;
                 for (size_t i = 0; i < n * rows; i++) largest = fmax(largest, fabs(expect[i]));
-                for (int way = 0; way < 3 + d.wgmma; way++) {       /* plainly; as decoding does; as prefill does, and on a Hopper */
+                for (int way = 0; way < 3 + d.wgmma; way++) {   /* plainly; as decoding does; as prefill does, and on a Hopper */
                     d.in.swizzled = way == 3;
                     quantize_input<<<dim3((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n), 256>>>(device_x, d.in, weights);
                     s.decoding = way == 1;
                     s.n_slots = n;
                     CUDA(cudaMemset(device_out, 0xff, MAX_PARTS * ROOM * out_width * 4));       /* NaN */
                     int parts = 1, stride = weights.row_tiles * 16;
-                    if (way == 0) { product_plain<<<dim3((unsigned)(rows + 127) / 128, (unsigned)n), 128>>>(device_out, weights, d.in, (int)n); stride = (int)rows; }
-                    else parts = device_product(&s, WQKV, device_out, weights, (int)n, 0, false);
+                    if (way == 0) {
+                        product_plain<<<dim3((unsigned)(rows + 127) / 128, (unsigned)n), 128>>>(device_out, weights, d.in, (int)n);
+                        stride = (int)rows;
+                    } else parts = device_product(&s, WQKV, device_out, weights, (int)n, 0, false);
                     CUDA(cudaMemcpy(got, device_out, MAX_PARTS * ROOM * out_width * 4, cudaMemcpyDeviceToHost));
                     double worst = 0;
                     for (size_t t = 0; t < n; t++)
@@ -1109,8 +1164,8 @@ static void test_cuda_products(void) {
                             double off = fabs(sum - expect[t * rows + r]);
                             if (!(off <= worst)) worst = off;
                         }
-                    CHECK(worst <= tolerance * largest, "%s groups of %u [%zu, %zu], %zu tokens, way %d: off by %g of %g", KINDS[kind].type,
-                          KINDS[kind].group, rows, cols, n, way, worst, largest);
+                    CHECK(worst <= tolerance * largest, "%s groups of %u [%zu, %zu], %zu tokens, way %d: off by %g of %g",
+                          KINDS[kind].type, KINDS[kind].group, rows, cols, n, way, worst, largest);
                 }
             }
             void *on_device[] = {staging, device_x, device_out, d.in.q, d.in.scale, d.in.halves};
@@ -1128,9 +1183,9 @@ static Model load_on(const Backend *where, const char *path) {
     return m;
 }
 
-/* Where weights are codes an activation may round to the other of two neighbours when its last bits differ, which moves single logits by
- * up to 2% of the largest, and their root mean square by a tenth of that. Where keys and values are codes the CPU also rounds queries
- * and probabilities, the GPU does not. */
+/* Where weights are codes an activation may round to the other of two neighbours when its last bits differ, which moves single
+ * logits by up to 2% of the largest, and their root mean square by a tenth of that. Where keys and values are codes the CPU also
+ * rounds queries and probabilities, the GPU does not. */
 static double cuda_tolerance(const Model *m) { return m->kv_type == Q8 ? 4e-2 : m->layers[0].w2.type < Q8 ? 2e-3 : 2e-2; }
 
 /* The GPU's logits beside the CPU's, in prefill of all sizes and in decoding, beside other sequences and alone. */
@@ -1142,7 +1197,8 @@ static void compare_logits(const Model *cpu, const Model *gpu, const int *ids) {
     if (vocab > VOCAB) die("%s: a vocabulary of %zu", cpu->path, vocab);
     chunked_forward(cpu, ids, LENGTH, 1, 0, 1, expect);
     for (size_t i = 0; i < LENGTH * vocab; i++) largest = fmax(largest, fabs(expect[i]));
-    static const size_t WAYS[][3] = {{1, 0, 1}, {1, 3, 7}, {1, 11, 12}, {1, 20, 30}, {1, 5, 50}, {LENGTH, 0, 1}, {7, 1, 3}, {33, 0, 2}};
+    static const size_t WAYS[][3] = {{1, 0, 1}, {1, 3, 7}, {1, 11, 12}, {1, 20, 30}, {1, 5, 50}, {LENGTH, 0, 1}, {7, 1, 3},
+                                     {33, 0, 2}};
     for (size_t way = 0; way < sizeof WAYS / sizeof *WAYS; way++) {
         chunked_forward(gpu, ids, LENGTH, WAYS[way][0], WAYS[way][1], WAYS[way][2], got);
         double worst = 0, squares = 0;
@@ -1152,9 +1208,12 @@ static void compare_logits(const Model *cpu, const Model *gpu, const int *ids) {
             squares += off * off;
         }
         double rms = sqrt(squares / (double)(LENGTH * vocab));
-        if (getenv("SHOW")) printf("%s cache %s %zu: worst %.5f rms %.5f of largest\n", cpu->path, TYPE_NAMES[cpu->kv_type], way, worst / largest, rms / largest);
-        CHECK(worst <= tolerance * largest && rms <= tolerance / 5 * largest, "%s, cache %s, chunks of %zu in %zu slots: off by %g, rms %g, of %g", cpu->path,
-              TYPE_NAMES[cpu->kv_type], WAYS[way][0], WAYS[way][2], worst, rms, largest);
+        if (getenv("SHOW"))
+            printf("%s cache %s %zu: worst %.5f rms %.5f of largest\n",
+                   cpu->path, TYPE_NAMES[cpu->kv_type], way, worst / largest, rms / largest);
+        CHECK(worst <= tolerance * largest && rms <= tolerance / 5 * largest,
+              "%s, cache %s, chunks of %zu in %zu slots: off by %g, rms %g, of %g",
+              cpu->path, TYPE_NAMES[cpu->kv_type], WAYS[way][0], WAYS[way][2], worst, rms, largest);
     }
 }
 
@@ -1184,13 +1243,15 @@ static void compare_greedy(const Model *cpu, const Model *gpu, const int *prompt
     greedy(cpu, expect, PROMPT, N);
     greedy(gpu, got, PROMPT, N);
     while (same < N && got[same] == expect[same]) same++;
-    if (getenv("SHOW")) printf("%s cache %s: greedy equal for %zu of %d\n", cpu->path, TYPE_NAMES[cpu->kv_type], same - PROMPT, N - PROMPT);
+    if (getenv("SHOW"))
+        printf("%s cache %s: greedy equal for %zu of %d\n", cpu->path, TYPE_NAMES[cpu->kv_type], same - PROMPT, N - PROMPT);
     if (same == N) return;
     float *logits = (float *)allocate(same * vocab, sizeof(float), "test"), *last = logits + (same - 1) * vocab, largest = 0;
     chunked_forward(cpu, expect, same, 50, 0, 1, logits);
     for (size_t i = 0; i < vocab; i++) largest = fmaxf(largest, fabsf(last[i]));
-    CHECK(last[expect[same]] - last[got[same]] <= 2 * cuda_tolerance(cpu) * largest, "%s, cache %s: greedy differs after %zu ids, where %g and %g are no tie", cpu->path,
-          TYPE_NAMES[cpu->kv_type], same - PROMPT, last[expect[same]], last[got[same]]);
+    CHECK(last[expect[same]] - last[got[same]] <= 2 * cuda_tolerance(cpu) * largest,
+          "%s, cache %s: greedy differs after %zu ids, where %g and %g are no tie",
+          cpu->path, TYPE_NAMES[cpu->kv_type], same - PROMPT, last[expect[same]], last[got[same]]);
     free(logits);
 }
 
@@ -1199,13 +1260,15 @@ static void test_cuda_forward(void) {
     int ids[LENGTH];
     for (size_t k = 0; k < 2 * N_KINDS + 4; k++) {
         size_t kind = k / 2;
-        const char *path = kind < N_KINDS ? odd_model(KINDS[kind].type, KINDS[kind].group) : kind == N_KINDS ? odd_model("q4", 64) : "demo/tiny-mistral-q8.bin";
+        const char *path = kind < N_KINDS ? odd_model(KINDS[kind].type, KINDS[kind].group)
+                         : kind == N_KINDS ? odd_model("q4", 64) : "demo/tiny-mistral-q8.bin";
         Model cpu = load_on(&CPU, path), gpu = load_on(&CPU, path), half = load_on(&CPU, odd_model("f16", 0));
         for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(cpu.c.vocab_size);
         if (kind == N_KINDS) {                  /* each layer has another matrix in FP16 */
             Matrix *mine = (Matrix *)cpu.layers, *theirs = (Matrix *)gpu.layers, *other = (Matrix *)half.layers;
             static const size_t WHICH[] = {1, 2, 4, 5};
-            for (size_t l = 0; l < cpu.c.n_layers; l++) mine[6 * l + WHICH[l % 4]] = theirs[6 * l + WHICH[l % 4]] = other[6 * l + WHICH[l % 4]];
+            for (size_t l = 0; l < cpu.c.n_layers; l++)
+                mine[6 * l + WHICH[l % 4]] = theirs[6 * l + WHICH[l % 4]] = other[6 * l + WHICH[l % 4]];
         }
         if (kind > N_KINDS) {
             Text text = read_file("tests/text/treasure-eval.txt");
@@ -1238,12 +1301,17 @@ static void test_cuda_attention(void) {
         Token tokens[N];
         for (size_t i = 0; i < N; i++) { Token token = {(int)random_below(m.c.vocab_size), i, 1, false}; tokens[i] = token; }
         m.backend->forward(&s, tokens, N, NULL);
-        size_t rows = N * m.c.n_heads, n = rows * s.head_width, layer = (m.c.n_layers - 1) * s.n_slots * m.c.n_kv_heads * d->heads.cache, none = 0;
-        float *fast = (float *)allocate(n, 4, "test"), *plain = (float *)allocate(n, 4, "test"), *to = (float *)device_allocate(n * 4, &none, "test"), worst = 0, largest = 0;
-        float2 *sums = (float2 *)device_allocate(rows * 8, &none, "test"), *fast_sums = (float2 *)allocate(rows, 8, "test"), *plain_sums = (float2 *)allocate(rows, 8, "test");
+        size_t rows = N * m.c.n_heads, n = rows * s.head_width, none = 0;
+        size_t layer = (m.c.n_layers - 1) * s.n_slots * m.c.n_kv_heads * d->heads.cache;
+        float *fast = (float *)allocate(n, 4, "test"), *plain = (float *)allocate(n, 4, "test");
+        float *to = (float *)device_allocate(n * 4, &none, "test"), worst = 0, largest = 0;
+        float2 *sums = (float2 *)device_allocate(rows * 8, &none, "test");
+        float2 *fast_sums = (float2 *)allocate(rows, 8, "test"), *plain_sums = (float2 *)allocate(rows, 8, "test");
         unsigned blocks = (unsigned)(rows + 63) / 64;
-        if (kv) attention_plain<uint8_t><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer, d->rows, N, d->heads);
-        else attention_plain<__half><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer, d->rows, N, d->heads);
+        if (kv) attention_plain<uint8_t><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer,
+                                                         d->rows, N, d->heads);
+        else attention_plain<__half><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer,
+                                                     d->rows, N, d->heads);
         CUDA(cudaMemcpy(plain, to, n * 4, cudaMemcpyDeviceToHost));
         CUDA(cudaMemcpy(fast, d->spans, n * 4, cudaMemcpyDeviceToHost));
         CUDA(cudaMemcpy(plain_sums, sums, rows * 8, cudaMemcpyDeviceToHost));
@@ -1254,7 +1322,8 @@ static void test_cuda_attention(void) {
             if (!(off <= worst)) worst = off;
             largest = fmaxf(largest, fabsf(a));
         }
-        CHECK(worst <= 2e-3f * largest && largest > 0, "cache %s: off by %g of %g", TYPE_NAMES[m.kv_type], worst, largest);     /* the exponentials are FP16 */
+        CHECK(worst <= 2e-3f * largest && largest > 0,      /* the exponentials are FP16 */
+              "cache %s: off by %g of %g", TYPE_NAMES[m.kv_type], worst, largest);
         cudaFree(to);
         cudaFree(sums);
         void *all[] = {fast, plain, fast_sums, plain_sums};
@@ -1282,7 +1351,8 @@ static void test_cuda_batch(void) {
         free_sequences(again, 32);
     }
     Sequence *none = run_batch(&m, 3, 0, 2, 0, 4000, 90);
-    for (size_t i = 0; i < 3; i++) CHECK(none[i].n_ids == none[i].n_prompt && none[i].n_fed == none[i].n_prompt, "no tokens asked for");
+    for (size_t i = 0; i < 3; i++)
+        CHECK(none[i].n_ids == none[i].n_prompt && none[i].n_fed == none[i].n_prompt, "no tokens asked for");
     free_sequences(none, 3);
     free_model(&m);
 }
@@ -1328,11 +1398,13 @@ static void test_cuda_sampler(void) {
 int main(int argc, char **argv) {
     static const struct { const char *name; void (*run)(void); } TESTS[] = {
         {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations},
-        {"group_product", test_group_product}, {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism},
-        {"sampler", test_sampler}, {"batch", test_batch}, {"lookup", test_lookup}, {"decode", test_decode}, {"damaged_files", test_damaged_files},
-        {"cholesky", test_cholesky}, {"gptq", test_gptq}, {"backward", test_backward}, {"fold", test_fold}, {"channel_scales", test_channel_scales},
+        {"group_product", test_group_product}, {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward},
+        {"determinism", test_determinism}, {"sampler", test_sampler}, {"batch", test_batch}, {"lookup", test_lookup},
+        {"decode", test_decode}, {"damaged_files", test_damaged_files}, {"cholesky", test_cholesky}, {"gptq", test_gptq},
+        {"backward", test_backward}, {"fold", test_fold}, {"channel_scales", test_channel_scales},
 #ifdef __CUDACC__
-        {"cuda_products", test_cuda_products}, {"cuda_forward", test_cuda_forward}, {"cuda_attention", test_cuda_attention}, {"cuda_batch", test_cuda_batch}, {"cuda_sampler", test_cuda_sampler},
+        {"cuda_products", test_cuda_products}, {"cuda_forward", test_cuda_forward}, {"cuda_attention", test_cuda_attention},
+        {"cuda_batch", test_cuda_batch}, {"cuda_sampler", test_cuda_sampler},
 #endif
     };
     int passed = 0, failed = 0;
