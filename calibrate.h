@@ -929,6 +929,7 @@ static void calibrate(Calibration *o, const char *path, const char *out_path, ui
         die("--bits %g: with %s in groups of %u the file has %.2f already", o->bits, TYPE_NAMES[type], group, bits);
     encode_text(o);
     o->out = open_output(out_path);
+    fprintf(stderr, "%s: %zu tokens to calibrate with, in sequences of %d\n", o->text, o->n_tokens, SEQUENCE);
     start_stream(&o->original, &m, &m.token_embedding, o->ids, o->n_tokens);
     float *h = find_gradients(o, all);
     if (o->bits > 0) choose_types(o, &out, to, all);

@@ -326,6 +326,7 @@ def random_directory(shape, path):
         num_key_value_heads=shape["n_kv_heads"], max_position_embeddings=shape["max_positions"],
         sliding_window=shape["window"] or None, rms_norm_eps=shape["norm_eps"], rope_theta=shape["rope_theta"])
     torch.set_default_dtype(torch.float16)
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")       # a 7B's numbers take a CPU minutes
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path + ".tmp")
     os.replace(path + ".tmp", path)
 

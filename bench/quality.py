@@ -1,28 +1,59 @@
 """The README's table of what types of weights cost in quality: python3 bench/quality.py --calib text.txt [--model f32.bin]
 
 Makes a checkpoint of each kind with ./quantize, measures perplexity and divergence (KL) from FP32 with ./run on the texts in
-tests/text, and prints a table in Markdown; sizes are of whole files. Text that is judged must not be calibrated on. Needs `make`, and
-for the demo model what export.py needs."""
+tests/text, and prints a table in Markdown; sizes are of whole files. Text that is judged must not be calibrated on. "q4, plain" is what
+the papers on GPTQ and AWQ compare with, rounding to nearest between a group's least and largest weight, where ./quantize searches for
+the best scale and zero. Needs `make`, and what export.py needs."""
 import argparse
 import os
 import struct
 import sys
 import tempfile
 
+import numpy as np
+
 from measure import ROOT, execute, outcome, run_json
+
+sys.path.insert(0, ROOT)
+from formats import pack_panels  # noqa: E402
 
 FAIRY, TREASURE = (os.path.join(ROOT, "tests", "text", name) for name in ("heldout-fairy.txt", "treasure-eval.txt"))
 SIZE = 3338560                              # bytes of the demo model as llama.cpp's Q4_K_S, which --bits may take too
-KINDS = ["f16", "q8 -g 32", "q8 -g 64", "q8 -g 128", "q4 -g 32", "q4 -g 64", "q4 -g 128", "nf4 -g 64", "nf4 -g 128",
+PLAIN = "q4 -g 128, plain"
+KINDS = ["f16", "q8 -g 32", "q8 -g 64", "q8 -g 128", "q4 -g 32", "q4 -g 64", "q4 -g 128", PLAIN, "nf4 -g 64", "nf4 -g 128",
          "q4 --awq", "q4 --gptq", "q4 --gptq --awq", "q4 --gptq --bits %.2f"]
 
 
+def table(file):
+    """The table of an open checkpoint (FORMAT.md): [(type, group, rows, cols, offset, size)]."""
+    header = file.read(256)
+    return list(struct.iter_unpack("<48xIIQQQQ8x", file.read(96 * struct.unpack_from("<I", header, 12)[0])))
+
+
 def count_weights(path):
-    """The weights of a checkpoint, by its table (FORMAT.md)."""
-    with open(path, "rb") as f:
-        header = f.read(256)
-        table = f.read(96 * struct.unpack_from("<I", header, 12)[0])
-    return sum(rows * cols for rows, cols in struct.iter_unpack("<56xQQ24x", table))
+    """The weights of a checkpoint."""
+    with open(path, "rb") as file:
+        return sum(rows * cols for _, _, rows, cols, _, _ in table(file))
+
+
+def make_plain(reference, path):
+    """Gives the q4 checkpoint at `path` the codes of plain rounding to nearest: in each group of a row the least weight of the FP32
+    checkpoint `reference` is code 0 and the largest is code 15. Columns must be whole groups."""
+    with open(reference, "rb") as source, open(path, "r+b") as made:
+        for (_, _, rows, cols, at, size), (kind, group, _, _, to, to_size) in zip(table(source), table(made)):
+            if kind != 4:
+                continue
+            source.seek(at)
+            w = np.frombuffer(source.read(size), "<f4").reshape(-1, cols, 32).transpose(0, 2, 1).reshape(-1, cols // group, group)
+            least, largest = w.min(2), w.max(2)
+            scales = ((largest - least) / 15).astype(np.float16)
+            step = np.where(scales > 0, scales, 1).astype(np.float32)
+            zeros = (-least / step).astype(np.float16)
+            codes = np.clip(np.rint(w / step[..., None] + zeros.astype(np.float32)[..., None]), 0, 15).astype(np.uint8)
+            packed = pack_panels(codes.reshape(-1, cols), scales, zeros, "q4", group)
+            assert len(packed) == to_size
+            made.seek(to)
+            made.write(packed)
 
 
 def main():
@@ -49,7 +80,9 @@ def main():
         for kind in KINDS:
             kind = kind % (int(800 * SIZE / weights) / 100) if "%" in kind else kind
             calibration = ["--calib", o.calib, "--calib-tokens", o.calib_tokens] if "tq" in kind or "awq" in kind else []
-            execute([os.path.join(ROOT, "quantize"), reference, made, *kind.split(), *calibration])
+            execute([os.path.join(ROOT, "quantize"), reference, made, *kind.split(",")[0].split(), *calibration])
+            if kind == PLAIN:
+                make_plain(reference, made)
             size = os.path.getsize(made)
             cells = ["`%s`" % kind, f"{size:,}", "%.2f" % (8 * size / weights)]
             for case, was in zip(cases, base):
