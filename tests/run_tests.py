@@ -53,14 +53,14 @@ def make_venv():
     return True
 
 
-def python_tests():
-    """(passed, failed, skipped) of pytest in build/venv."""
+def python_tests(path, **programs):
+    """(passed, failed, skipped) of pytest in build/venv; programs: RUN and QUANTIZE for builds other than the usual."""
     report = os.path.join(ROOT, "build", "pytest.xml")
     if os.path.exists(report):
         os.remove(report)
     # threads that wait asleep: the tests run beside whatever else this machine does
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "--junitxml", report, os.path.join(ROOT, "tests")],
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1", **programs}
+    subprocess.run([PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", "--junitxml", report, os.path.join(ROOT, path)],
                    cwd=ROOT, env=environment)
     if not os.path.exists(report):
         return 0, 1, 0
@@ -69,18 +69,22 @@ def python_tests():
     return total - bad - skipped, bad, skipped
 
 
+def has_gpu():
+    return bool(shutil.which("nvidia-smi")) and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.startswith("GPU")
+
+
 def cuda_tests():
     """(passed, failed, skipped) of the CUDA sources: compiled where nvcc is, run where a GPU is."""
     if not shutil.which("nvcc"):
         print("no nvcc: the CUDA sources were neither compiled nor run")
         return 0, 0, 1
-    gpu = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.startswith("GPU")
-    if subprocess.run(["make", "-s", "build/run_cuda", "build/test_cuda", *([] if gpu else ["ARCH=75"])], cwd=ROOT).returncode:
+    if subprocess.run(["make", "-s", "build/run_cuda", "build/test_cuda", *([] if has_gpu() else ["ARCH=75"])], cwd=ROOT).returncode:
         return 0, 1, 0
-    if not gpu:
+    if not has_gpu():
         print("compiled for a T4, and not run: there is no GPU here")
         return 1, 0, 0
-    passed, failed = c_tests(os.path.join(ROOT, "build", "test_cuda"), ["cuda_products", "cuda_forward", "cuda_batch", "cuda_sampler"], {})
+    names = ["cuda_products", "cuda_attention", "cuda_forward", "cuda_batch", "cuda_sampler"]
+    passed, failed = c_tests(os.path.join(ROOT, "build", "test_cuda"), names, {})
     return passed + 1, failed, 0
 
 
@@ -95,8 +99,10 @@ def main():
     passed, failed = passed + p, failed + f
     print("\nPython tests", flush=True)
     if make_venv():
-        p, f, s = python_tests()
-        passed, failed, skipped = passed + p, failed + f, skipped + s
+        of_gpu = {"RUN": os.path.join(ROOT, "build", "run_cuda"), "QUANTIZE": os.path.join(ROOT, "quantize")}
+        for path, programs in [("tests", {})] + [(os.path.join("tests", "test_cli.py"), of_gpu)] * (has_gpu() and os.path.exists(of_gpu["RUN"])):
+            p, f, s = python_tests(path, **programs)
+            passed, failed, skipped = passed + p, failed + f, skipped + s
     else:
         print("SKIPPED: the Python tests need python3-venv and the packages of requirements.txt")
         failed += "--need-python" in sys.argv

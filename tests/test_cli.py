@@ -24,6 +24,8 @@ DEMO = os.path.join(ROOT, "demo", "tiny-mistral-q8.bin")        # trained; windo
 RUN = os.path.abspath(os.environ.get("RUN", os.path.join(ROOT, "run")))
 QUANTIZE = os.path.abspath(os.environ.get("QUANTIZE", os.path.join(ROOT, "quantize")))
 NAME = "run_cuda" if os.path.basename(RUN).startswith("run_cuda") else "run"       # stands before every message
+cpu = pytest.mark.skipif(NAME != "run", reason="run_cuda makes other promises: the same tokens for the same slots, FP16 for FP32, no --lookup, no -j")
+gpu = pytest.mark.skipif(NAME == "run", reason="RUN is not run_cuda")
 BOS, EOS = 1, 2
 TIMEOUT = 120                                                   # of one program, against hanging: no test needs 10 s
 
@@ -210,6 +212,7 @@ def test_score(tmp):
     assert run(DEMO, "-m", "score", "-f", tmp / "empty.tsv", "-q")[0] == 0
 
 
+@cpu
 def test_lookup_is_the_same(tmp):
     plain = sequences(tmp, DEMO, "-i", "One two three. One two three.", "-b", "3", "-n", "90", "-t", "0", "-E")
     assert plain == sequences(tmp, DEMO, "-i", "One two three. One two three.", "-b", "3", "-n", "90", "-t", "0", "-E", "--lookup", "7")
@@ -543,6 +546,7 @@ def test_context(tmp):
     assert not (tmp / "a.json").exists()
 
 
+@cpu
 def test_context_may_be_huge(tmp, no_window):
     """Memory is taken for what is needed, not for what -c allows; and what cannot be had is refused in one line."""
     for model in (DEMO, no_window):
@@ -567,6 +571,7 @@ def test_ends_with_eos(tmp, odd):
 # ---------------------------------------------------------------------------------------------------------------------
 # Determinism
 
+@cpu
 @pytest.mark.parametrize("sampling", [[], ["-t", 0.8, "-p", 1], ["-t", 1.5, "-p", 0.5], ["-t", 0.8, "-p", 0.01]], ids=str)
 def test_sequence_of_a_batch_is_the_single_run_with_its_seed(tmp, sampling):
     batch = sequences(tmp, DEMO, "-i", "Once upon a time", "-b", 32, "-n", 24, "-s", 100, *sampling)
@@ -585,6 +590,7 @@ def test_seeds_wrap(tmp):
     assert done(tmp, DEMO, "-i", "Once", "-n", 1, "-s", (1 << 64) - 1)[0]["seed"] == (1 << 64) - 1
 
 
+@cpu
 def test_more_prompts_than_slots(tmp):
     """Long and short prompts, some longer than the window (128) or than a forward (256): the same whatever the batch."""
     words = "once there was a king who had three sons and a golden bird in the garden ".split()
@@ -618,6 +624,7 @@ def test_more_sequences_than_tokens_in_a_forward(tmp, odd):
         assert sequences(tmp, odd["q4"], "-i", "x", "-n", 5, "-l", 3, "-s", 42 + i) == [many[i]]
 
 
+@cpu
 @pytest.mark.parametrize("model", ["demo", "f32", "f16", "q8", "q4", "nf4"])
 def test_threads_do_not_matter(tmp, odd, model):
     path = DEMO if model == "demo" else odd[model]
@@ -668,6 +675,7 @@ def test_kv_is_refused(tmp, odd):
     one_line(run(odd["q8"], "--kv"), 2, "--kv: needs a value")
 
 
+@cpu
 def test_kv_q8_takes_half_the_memory(tmp, odd):
     """A position's key or value takes a byte for each of 32 elements and two for their scale, where FP16 takes 64 and FP32 128."""
     for t, default in (("f32", 128), ("f16", 64), ("nf4", 64)):
@@ -675,6 +683,7 @@ def test_kv_q8_takes_half_the_memory(tmp, odd):
         assert [size * 64 for size in sizes] == [sizes[1] * bytes_of for bytes_of in (default, 64, 34)]
 
 
+@cpu
 def test_kv_q8_batch_slots_threads_and_lookup(tmp, odd, no_window):
     """Sequence i of a batch is the single run of seed s + i, with a cache of codes too: past the windows (9 and 128 positions), past a
     forward of 256 tokens and a span of 512 positions, and with guesses."""
@@ -687,6 +696,7 @@ def test_kv_q8_batch_slots_threads_and_lookup(tmp, odd, no_window):
     assert [s["ids"] for s in singles] != [s["ids"] for s in sequences(tmp, *args[:-2], "-s", 7, "-b", 4)], "--kv q8 changes nothing"
 
 
+@cpu
 def test_kv_q8_file_through_slots(tmp):
     (tmp / "p.txt").write_text("Once upon a time\n\nThe king said to the queen, and the queen said\n" + "a wolf " * 60 + "\nx\n")
     args = [DEMO, "-f", tmp / "p.txt", "-n", 50, "--kv", "q8"]
@@ -695,6 +705,7 @@ def test_kv_q8_file_through_slots(tmp):
         assert sequences(tmp, *args, *more) == one_by_one
 
 
+@cpu
 def test_kv_q8_in_a_chat(tmp):
     """Guesses and threads change nothing in a conversation either, which goes past the window."""
     questions = b"Who was the king?\n" + b"And where did he live, and what did he do there? " * 8 + b"\nWhy?\n"
@@ -806,6 +817,7 @@ def test_perplexity_of_any_bytes(tmp):
     assert d["tokens"] >= 500 and math.isfinite(d["ppl"])
 
 
+@cpu
 def test_perplexity_against(tmp, odd):
     d = perplexity(tmp, DEMO, "--against", DEMO)
     assert (d["kl"], d["kl_error"], d["kl_p99"], d["same_top"]) == (0, 0, 0, 1)
@@ -1047,6 +1059,7 @@ def test_interrupt_at_the_question(tmp):
     assert (status, out) == (0, b"")
 
 
+@cpu
 def test_interrupt_in_a_repeated_pass(tmp):
     """The pass that was cut does not spoil the figures: decoding one sequence, 1000 / itl is the speed."""
     n = 600
@@ -1464,6 +1477,14 @@ def test_quantize_stopped(tmp, odd, number):
     for name in left:
         os.unlink(tmp / name)
     assert left == [] and p.returncode in (128 + number, -number)
+
+
+@gpu
+def test_gpu_memory_that_does_not_fit(tmp):
+    """Says what is needed, what there is, and a batch that would fit."""
+    assert quantize("--random", "mistral-7b-layer", tmp / "m.bin", "q4")[0] == 0
+    line = one_line(run(tmp / "m.bin", "-i", "Hello", "-b", 65535, "-n", 5000), 1, "%s: 65535 sequences of " % (tmp / "m.bin"), "GB beside the weights")
+    assert 0 < int(re.search(r": -b (\d+) would fit\n$", line).group(1)) < 65535
 
 
 # calibration: --gptq, --awq, --bits
