@@ -10,8 +10,8 @@
  *
  * Rounding the weights W [rows, cols] to Q leaves E = W - Q, by which a product's output changes from y to y - E x. With g the
  * gradient of the model's loss with respect to y, the divergence from the model as it was grows by the mean of (g^T E x)^2 / 2
- * over tokens, if the loss is the log-likelihood of ids drawn from what the model itself says (the Fisher information). Inputs
- * and gradients taken for independent but for their lengths, that is
+ * over tokens, if the loss is minus the log-likelihood of ids drawn from what the model itself says (the Fisher information).
+ * Inputs and gradients taken for independent but for their lengths, that is, but for a factor,
  *
  *   loss(E) = tr(A E H E^T),   A = sum over tokens of g g^T,   H = sum over tokens of |g| x x^T                     (1)
  *
@@ -31,7 +31,7 @@
  * A matrix from text to codes:
  *
  *   find_gradients()    the text through the whole model and back, once: the gradients of what comes out of each layer, on disk
- *   choose_types()      --bits: type and group of each matrix, by what (1) says of rounding it to nearest
+ *   choose_types()      --bits: type and group of each matrix, by what the diagonals of (1) say of rounding it to nearest
  *   search_scales()     --awq: W diag(s), s from a search over one exponent (AWQ, eq. 5)
  *   layer_backward()    A, and each token's |g|
  *   collect()           H, and G (3): what the matrices before this one, rounded already, left to make good
@@ -96,7 +96,7 @@ static void encode_text(Calibration *o) {
     FREE(ids, text.text);
 }
 
-/* A stream that begins with the tokens' rows of an embedding; the layer is to be filled in. */
+/* A stream that begins with the tokens' rows of an embedding, before the model's first layer; others take its place in `layer`. */
 static void start_stream(Stream *s, const Model *m, const Matrix *embedding, const int *ids, size_t n_tokens) {
     size_t dim = m->c.dim;
     memset(s, 0, sizeof *s);
@@ -119,13 +119,13 @@ static void start_stream(Stream *s, const Model *m, const Matrix *embedding, con
     }
 }
 
-/* What is left of the model: the final norm and the classifier. */
+/* From here on the stream runs what is left of the model: the final norm and the classifier. */
 static void enter_classifier(Stream *s) {
     s->model.c.n_layers = 0;
     s->logits = floats(CHUNK * s->model.c.vocab_size);
 }
 
-/* The tokens f to f + n - 1 of all, n <= 256, through the stream's model. */
+/* The tokens f to f + n - 1 of all through the stream's model; n divides SEQUENCE and f, so that all are of one sequence. */
 static void forward_stream(Stream *s, size_t f, size_t n) {
     Token tokens[CHUNK];
     for (size_t i = 0; i < n; i++) {
@@ -154,14 +154,16 @@ static void end_stream(Stream *s) {
 /* ------------------------------------------------------------------------------------------------------------------
  * 2. Statistics                                                                                                     */
 
-static const double IN_DAMPING = 0.25, OUT_DAMPING = 0.02;    /* of the mean: found on the demo model, where 0.2 to 0.4 are alike */
+/* Of the mean of the diagonal of H and of A. GPTQ's code has 0.01 for H; on the demo model 0.2 to 0.4 are alike, and better, for
+ * texts like the one to calibrate with and for others. */
+static const double IN_DAMPING = 0.25, OUT_DAMPING = 0.02;
 
 /* What is collected of a product's inputs x and of the gradients g of its outputs; what is NULL is not. Of more than 8,192
  * rows A is taken in blocks along its diagonal, as if the rows of different ones had nothing to do with each other. */
 enum { OUTPUTS = 8192 };
 typedef struct {
     size_t rows;
-    double damping;                     /* of A; more where there are few tokens for its rows */
+    double damping;                     /* of A: more where there are few tokens for its rows, up to A of little more than 1 */
     float *a;                           /* for each block panels of [m, m], m its rows up to a multiple of 32: A's upper triangle */
     float *weights;                     /* [n_tokens]: |g| */
     float *in, *out;                    /* [cols], [rows]: sums of x^2 and of g^2 */
@@ -172,7 +174,7 @@ typedef struct {
 static void add_gradients(Gradients *of, const float *g, size_t f, size_t n) {
     size_t rows = of->rows;
     if (of->out) add_squares(of->out, g + rows, rows, n - 1);
-    if (!of->a) return;
+    if (!of->weights) return;
     double mean = 0;
     for (size_t i = 1; i < n; i++) {
         double squares = 0;
@@ -181,6 +183,7 @@ static void add_gradients(Gradients *of, const float *g, size_t f, size_t n) {
         mean += sqrt(squares) / (double)(n - 1);
     }
     of->weights[f] = (float)mean;
+    if (!of->a) return;
     float *gt = floats(min_size(round_up(rows, PANEL), OUTPUTS) * CHUNK);
     for (size_t t = 0; t < n; t += CHUNK)
         for (size_t b = 0, nb; b < rows; b += nb) {
@@ -193,10 +196,10 @@ static void add_gradients(Gradients *of, const float *g, size_t f, size_t n) {
     free(gt);
 }
 
-/* Room for A and the weights. */
-static void open_gradients(Gradients *of, size_t n_tokens) {
+/* Room for the weights, and for A if it is wanted. */
+static void open_gradients(Gradients *of, size_t n_tokens, bool with_a) {
     size_t whole = of->rows / OUTPUTS, rest = round_up(of->rows % OUTPUTS, PANEL);
-    of->a = floats(whole * OUTPUTS * OUTPUTS + rest * rest);
+    of->a = with_a ? floats(whole * OUTPUTS * OUTPUTS + rest * rest) : NULL;
     of->weights = floats(n_tokens);
     of->damping = OUT_DAMPING + (double)of->rows / (double)n_tokens;
 }
@@ -217,7 +220,7 @@ typedef struct {
     size_t        n;                    /* columns, rounded up to whole groups */
     const float  *weights;              /* of these tokens; NULL: 1 */
     float        *h, *g;                /* panels of n columns: [n, n], of which the upper triangle; [rows, n] or NULL */
-    float        *y;                    /* [CHUNK, rows] */
+    float        *y;                    /* [CHUNK, rows]: y, then y - y' */
     float        *xt;                   /* [n][CHUNK]: x' transposed, weighted */
     jmp_buf       done;                 /* forward() is left when the product was seen */
 } Collector;
@@ -238,8 +241,8 @@ static void watch_product(void *watcher, int operation, const float *out, const 
     longjmp(c->done, 1);
 }
 
-/* H, and G if it is wanted, of w, whose product is `operation`, in groups of so many columns; of: NULL where all tokens count
- * alike. */
+/* H, and G if it is wanted, of w, whose product is `operation`, in groups of so many columns, to be freed; of: NULL where all
+ * tokens count alike. */
 static void collect(Calibration *o, float **h, float **g, const Matrix *w, int operation, size_t group, const Gradients *of) {
     Collector c;
     memset(&c, 0, sizeof c);
@@ -380,7 +383,7 @@ static void attention_backward(float *qkv, const float *g, const Header *c, size
 
 /* What a layer's backward needs of a sequence's forward: the residual stream before both halves of the layer, [n, dim], and what
  * wqkv and w13 put out. */
-typedef struct { const Stream *stream; Gradients *of; float *x[2], *out[2]; size_t at; } Tape;
+typedef struct { const Stream *stream; Gradients *of; float *x[2], *out[2]; size_t at; } Tape;     /* at: tokens it has */
 
 static const int OPERATIONS[6] = {NORM, WQKV, WO, NORM, W13, W2};       /* of a layer's tensors */
 
@@ -429,7 +432,8 @@ static void layer_backward(Stream *s, float *dx, Gradients *of, size_t n_tokens)
     FREE(back, sum, tape.x[0], tape.x[1], tape.out[0], tape.out[1]);
 }
 
-/* Of the logits p [vocab_size]: softmax, from which an id is drawn: in place its loss's gradient, what is left of the softmax. */
+/* In place of the logits p [vocab_size] the gradient of minus the log-likelihood of an id drawn from them: softmax, less 1 at that
+ * id. */
 static void loss_backward(float *p, size_t vocab_size, uint64_t *seed) {
     float max = -INFINITY;
     double sum = 0;
@@ -441,7 +445,8 @@ static void loss_backward(float *p, size_t vocab_size, uint64_t *seed) {
     for (size_t v = 0; v < vocab_size; v++) p[v] = (float)(p[v] / sum) - (v == drawn);
 }
 
-/* Layer l's piece of the gradients' file, x [n_tokens, dim], to it or from it; a file beside the new one that has no name. */
+/* Layer l's piece of the gradients' file, n_tokens * dim numbers, to it or from it; a file beside the new one that has no name.
+ * Dies if it cannot be written or read. */
 static void gradients_io(Calibration *o, bool out, size_t l, float *x) {
     size_t count = o->n_tokens * o->m->c.dim;
     char name[4200];
@@ -457,9 +462,10 @@ static void gradients_io(Calibration *o, bool out, size_t l, float *x) {
 }
 
 /* For each layer l the gradient of what comes out of it, [n_tokens, dim], as the l-th piece of a file (what came in waits there
- * until then); in all[i], i in the order of the file, squares of what goes through each tensor; and returned, panels of dim
- * rounded up to 32, the upper triangle of H for the embedding: the sum of g g^T over the gradients g of its rows, and what it is
- * as a classifier. */
+ * until then); in all[i], i in the order of the file, squares of what goes through each tensor (the classifier's behind those of
+ * the last layer and the final norm, also where it is the embedding); and returned, panels of dim rounded up to 32, the upper
+ * triangle of H for the embedding: the sum of g g^T over the gradients g of its rows, and, where it is the classifier too, of
+ * |g|^2 x x^T, which are the same units. */
 static float *find_gradients(Calibration *o, Gradients *all) {
     const Model *m = o->m;
     Stream *s = &o->original;
@@ -478,10 +484,9 @@ static float *find_gradients(Calibration *o, Gradients *all) {
         forward_stream(s, f, CHUNK);
         for (size_t i = 0; i < CHUNK; i++) loss_backward(s->logits + i * vocab, vocab, &seed);
         product_backward(back, s->logits, &m->wcls, CHUNK);
-        if (last < m->c.n_tensors) {
-            add_squares(all[last].in, s->state.xb, dim, CHUNK);
-            add_squares(all[last].out, s->logits, vocab, CHUNK);
-        } else {                        /* the embedding is the classifier too */
+        add_squares(all[last].in, s->state.xb, dim, CHUNK);
+        add_squares(all[last].out, s->logits, vocab, CHUNK);
+        if (last == m->c.n_tensors) {   /* the embedding is the classifier too */
             float weights[CHUNK] = {0};
             for (size_t i = 0; i < CHUNK * vocab; i++) weights[i / vocab] += s->logits[i] * s->logits[i];
             transpose(xt, s->state.xb, dim, dim, CHUNK, weights);
@@ -500,8 +505,9 @@ static float *find_gradients(Calibration *o, Gradients *all) {
         progress(true, o->name, o->done += 0.7 * part, o->all);
     }
     for (size_t f = 0; f < o->n_tokens; f += CHUNK) {
-        transpose(xt, dx + f * dim, dim, dim, CHUNK, NULL);
-        accumulate(h, dx + f * dim, dim, dim, xt, n, CHUNK, true);
+        size_t skip = f % SEQUENCE == 0;        /* BOS, see add_gradients() */
+        transpose(xt, dx + (f + skip) * dim, dim, dim, CHUNK - skip, NULL);
+        accumulate(h, dx + (f + skip) * dim, dim, dim, xt, n, CHUNK - skip, true);
     }
     for (size_t i = 0; i < o->n_tokens; i += SEQUENCE) {
         add_squares(all[0].in, dx + (i + 1) * dim, dim, SEQUENCE - 1);
@@ -526,12 +532,15 @@ typedef struct {
 
 /* Rounds the columns b to b + group - 1 of panel p. Scales and zeros are chosen when a group's turn comes: first for the weights as
  * the errors so far want them, each counting by U_kk^2; then rounding, and fitting both to the codes by least squares, by turns.
- * Where code and offset change by 1 in all of a group, F changes by C_k = (sum over k' >= k of U_kk' code_k') / U_kk and by O_k,
- * the same of ones. */
+ * Where a row's scale grows by 1, F falls by C_k = (the sum over k' from k to the group's end of U_kk' code_k') / U_kk; where its
+ * offset, -scale * zero, does, by O_k, the same of ones. cc, co, oo, cf, of: sums over k of U_kk^2 times the products of C, O and
+ * the term of the loss. With V a row's best turn is judged by the other rows as they were in that turn, so that the last turn,
+ * with the best of each, may lose a little more than it promised. */
 static void gptq_block(Rounding *q, const float *u, const float *v, size_t p, size_t b) {
     enum { TURNS = 3 };
     size_t n = q->n, nb = q->group, m = q->n_panels * PANEL, first = (p * n + b) * PANEL;
-    float left[MAX_GROUP * PANEL] = {0}, below[MAX_GROUP * PANEL] = {0}, e[MAX_GROUP * PANEL], rows[MAX_GROUP * PANEL];
+    float left[MAX_GROUP * PANEL] = {0}, below[MAX_GROUP * PANEL] = {0};        /* what later columns, and rows below, ask for */
+    float e[MAX_GROUP * PANEL], rows[MAX_GROUP * PANEL];    /* E; what the block's rows below ask for, then the term of the loss */
     float importance[MAX_GROUP] = {0};
     float *w = q->e + first, *best_scale = q->scales + first / nb * 2, *best_zero = best_scale + PANEL;
     float scale[PANEL], zero[PANEL], least[PANEL], inverse_v[PANEL] = {0};
@@ -629,8 +638,8 @@ static void round_panels(Rounding *q, const float *importance) {
         }
 }
 
-/* The order in which columns are rounded, from the last to the first: those with the largest inputs first, while all others can
- * still make good their error, but groups stay together, so that the file is what it always is. */
+/* The order in which columns are rounded, order[n - 1] first: those with the largest inputs, while all others can still make good
+ * their error, but groups stay together, so that the file is what it always is: the largest of the group with the largest sum. */
 static void choose_order(size_t *order, const float *h, size_t n, size_t group) {
     float *input = floats(n), *of_group = floats(n / group);
     for (size_t k = 0; k < n; k++) of_group[k / group] += input[k] = *element(h, n, k, k);
@@ -646,8 +655,9 @@ static void choose_order(size_t *order, const float *h, size_t n, size_t group) 
     FREE(input, of_group);
 }
 
-/* U of H + damping on its diagonal, its columns in the order that is given, or as they are: columns that hardly ever have an input,
- * and directions that the text happens not to have, must not make good the errors of others without bounds. */
+/* U [n, n], to be freed, of H with damping * the mean of its diagonal (over the first `cols`) added to the diagonal, ten times as
+ * much again until it is positive definite; its columns in the order that is given, or as they are. Columns that hardly ever have
+ * an input, and directions that the text happens not to have, must not make good the errors of others without bounds. */
 static float *damped_factor(const float *h, size_t n, size_t cols, const size_t *order, double damping) {
     float *u = floats(n * n);
     double mean = 0;
@@ -665,7 +675,8 @@ static float *damped_factor(const float *h, size_t n, size_t cols, const size_t 
     }
 }
 
-/* Rounds w to `out`, whose data is filled in, with H and G (or NULL), which are used up. of: NULL where A = 1. */
+/* Rounds w to `out`, whose data is filled in, with H and G (or NULL), which are used up: gptq() has F where G was, and needs it
+ * wherever there is an A. of: NULL where A = 1. */
 static void round_matrix(Matrix *out, const Matrix *w, float *h, float *g, const Gradients *of, bool with_gptq) {
     size_t n = out->n_groups * out->group, *order = (size_t *)allocate(n, sizeof *order, "calibration");
     size_t all = out->n_panels * n * PANEL;
@@ -814,41 +825,62 @@ static Layer scaled_layer(Calibration *o, const Tensor *to, size_t l) {
 
 /* Types and groups of the matrices for a file of so many bits a weight: from the one asked for on, again and again the change
  * that saves most loss a byte, of those that still fit. What a type costs a matrix, in nats a token, is half of the mean of
- * (g^T E x)^2, the elements of g and x taken for independent. */
+ * (g^T E x)^2, the elements of g and x taken for independent. Says what it chose. */
 static void choose_types(const Calibration *o, Header *out, Tensor *to, const Gradients *all) {
     enum { N = 6 };
     static const struct { uint32_t type, group; } CHOICES[N] = {{Q4, 128}, {Q4, 64}, {Q4, 32}, {Q8, 128}, {Q8, 64}, {Q8, 32}};
     double room = o->bits * count_weights(out, to) / 8 - (double)out->file_size, n = (double)o->n_tokens;
+    double costs[2] = {0}, shares[N] = {0};                 /* of all, before and after; percent of the weights by choice */
     double (*cost)[N] = (double (*)[N])allocate(out->n_tensors, sizeof *cost, "calibration");
+    size_t *now = (size_t *)allocate(out->n_tensors, sizeof *now, "calibration");       /* index into CHOICES */
+    bool tied = out->n_tensors == 6 * out->n_layers + 2;        /* the embedding is the classifier too */
     for (uint64_t i = 0; i < out->n_tensors; i++)
-        for (size_t k = 0; k < N && to[i].cols > 1; k++)
-            cost[i][k] = 0.5 / n / n *
-                         rounding_error(model_tensor(o->m, i), tensor_group(CHOICES[k].type, CHOICES[k].group, to[i].cols),
-                                        levels_of((int)CHOICES[k].type), all[i].in, all[i].out, NULL);
+        for (size_t k = 0; k < N && to[i].cols > 1; k++) {
+            uint32_t group = tensor_group(CHOICES[k].type, CHOICES[k].group, to[i].cols);
+            if (CHOICES[k].type == to[i].type && group == to[i].group) now[i] = k;
+            for (size_t use = 0; use < (tied && i == 0 ? 2 : 1); use++) {
+                const Gradients *of = &all[use ? out->n_tensors : i];
+                cost[i][k] += 0.5 / n / n * rounding_error(model_tensor(o->m, i), group, levels_of((int)CHOICES[k].type), of->in,
+                                                           of->out, NULL);
+            }
+        }
+    for (uint64_t i = 0; i < out->n_tensors; i++) costs[0] += cost[i][now[i]];
     for (;;) {
         double best = 0;
-        Tensor *best_from = NULL, best_to;
+        uint64_t best_i = 0;
+        size_t best_k = 0;
+        Tensor best_to;
         for (uint64_t i = 0; i < out->n_tensors; i++)
-            for (size_t now = 0, k = 0; k < N && to[i].cols > 1; k++) {
+            for (size_t k = now[i] + 1; k < N && to[i].cols > 1; k++) {
                 Tensor changed = to[i];
                 Matrix made;
                 changed.type = CHOICES[k].type;
                 changed.group = tensor_group(changed.type, CHOICES[k].group, changed.cols);
-                if (changed.type == to[i].type && changed.group == to[i].group) now = k;
                 matrix_layout(&made, changed.type, changed.group, changed.rows, changed.cols);
                 changed.size = made.bytes;
-                double bytes = (double)changed.size - (double)to[i].size;
-                if (k <= now || bytes <= 0 || bytes > room || (cost[i][now] - cost[i][k]) / bytes <= best) continue;
-                best = (cost[i][now] - cost[i][k]) / bytes;
-                best_from = &to[i];
+                double bytes = (double)changed.size - (double)to[i].size, saved = cost[i][now[i]] - cost[i][k];
+                if (bytes <= 0 || bytes > room || saved / bytes <= best) continue;
+                best = saved / bytes;
+                best_i = i;
+                best_k = k;
                 best_to = changed;
             }
-        if (!best_from) break;
-        room -= (double)best_to.size - (double)best_from->size;
-        *best_from = best_to;
+        if (best == 0) break;
+        room -= (double)best_to.size - (double)to[best_i].size;
+        to[best_i] = best_to;
+        now[best_i] = best_k;
     }
+    for (uint64_t i = 0; i < out->n_tensors; i++) {
+        costs[1] += cost[i][now[i]];
+        if (to[i].cols > 1) shares[now[i]] += 100 * (double)to[i].rows * (double)to[i].cols / count_weights(out, to);
+    }
+    for (size_t k = 0; k < N; k++)
+        if (shares[k] > 0)
+            fprintf(stderr, "%s in groups of %-3u %5.1f%% of the weights\n", TYPE_NAMES[CHOICES[k].type], CHOICES[k].group,
+                    shares[k]);
+    fprintf(stderr, "rounded to nearest these would cost about %.4f nats a token, without --bits %.4f\n", costs[1], costs[0]);
     lay_out(out, to, o->m->path);
-    free(cost);
+    FREE(cost, now);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -860,7 +892,7 @@ static void free_matrix(const Matrix *m) { free((void *)m->data); }
 static void calibrate_layer(Calibration *o, const Tensor *to, Gradients *of, size_t l, float *dx) {
     Layer source = o->awq ? scaled_layer(o, to, l) : o->m->layers[l], made = source;
     o->original.layer = o->quantized.layer = source;
-    for (size_t k = 0; k < 6; k++) if (OPERATIONS[k] != NORM) open_gradients(&of[k], o->n_tokens);
+    for (size_t k = 0; k < 6; k++) if (OPERATIONS[k] != NORM) open_gradients(&of[k], o->n_tokens, o->gptq);
     gradients_io(o, false, l, dx);
     layer_backward(&o->original, dx, of, o->n_tokens);
     for (size_t k = 0; k < 6; k++) {
@@ -911,7 +943,7 @@ static void calibrate(Calibration *o, const char *path, const char *out_path, ui
     Model m = load_model(path);
     Header out = m.c;
     Tensor *to = (Tensor *)allocate(out.n_tensors, sizeof *to, path);
-    Gradients *all = (Gradients *)allocate(out.n_tensors, sizeof *all, path);
+    Gradients *all = (Gradients *)allocate(out.n_tensors + 1, sizeof *all, path);      /* see find_gradients() */
     double start = now();
     o->m = &m;
     o->name = TYPE_NAMES[type];
@@ -924,6 +956,8 @@ static void calibrate(Calibration *o, const char *path, const char *out_path, ui
         all[i].in = floats(w->cols);
         all[i].out = floats(w->rows);
     }
+    all[out.n_tensors].in = floats(out.dim);
+    all[out.n_tensors].out = floats(out.vocab_size);
     double bits = 8.0 * (double)out.file_size / count_weights(&out, to);
     if (o->bits > 0 && o->bits < bits)
         die("--bits %g: with %s in groups of %u the file has %.2f already", o->bits, TYPE_NAMES[type], group, bits);
@@ -933,7 +967,7 @@ static void calibrate(Calibration *o, const char *path, const char *out_path, ui
     start_stream(&o->original, &m, &m.token_embedding, o->ids, o->n_tokens);
     float *h = find_gradients(o, all);
     if (o->bits > 0) choose_types(o, &out, to, all);
-    for (uint64_t i = 0; i < out.n_tensors; i++) {
+    for (uint64_t i = 0; i <= out.n_tensors; i++) {
         FREE(all[i].in, all[i].out);
         all[i].in = all[i].out = NULL;
     }

@@ -1058,7 +1058,6 @@ def write_gguf(m, file, dtype=None):
     file.write(header)
     done, total, started = len(header), len(header) + sum(size + -size % 32 for *_, size in tensors), time.monotonic()
     for name, _, shape, kind, exact, size in tensors:
-        heads = {"q": c["num_attention_heads"], "k": c["num_key_value_heads"]}.get(name.removesuffix("_proj.weight")[-1:])
         if name.endswith(("q_proj.weight", "k_proj.weight")):  # a head or several at a time: their rows change places
             step = max(1, 2**20 // (c["head_dim"] * shape[1])) * c["head_dim"]
             for start in range(0, shape[0], step):

@@ -24,8 +24,9 @@
 /* ------------------------------------------------------------------------------------------------------------------
  * 1. Rounding a group                                                                                               */
 
-/* Sums over the n weights of each of a panel's 32 rows, given a scale and a zero: what the squared error is, and what
- * a least squares fit of a better scale and zero to the same codes needs; each column counts by its importance. All [32]. */
+/* Sums over the n weights w of each of a panel's 32 rows, given a scale and a zero, each column counting by its importance h: the
+ * squared error, and what a least squares fit of a better scale and zero to the same codes c needs, the sums of h c, h c^2 and
+ * h w c. All [32]. */
 typedef struct { float error[PANEL], c[PANEL], cc[PANEL], wc[PANEL]; } Fit;
 
 #define EIGHT(x) x, x, x, x, x, x, x, x
@@ -54,8 +55,8 @@ static void fit_codes(Fit *fit, uint8_t *codes, const float *w, const float *imp
 
 /* Scales and zeros, [32] each, FP16 numbers, with the least squared error found for n weights of 32 rows, w: [n][32].
  * Starts from the range of the weights, that range with 0 in it, and narrower ones (clipping the few largest weights
- * pays for finer steps); from each, rounding to codes and fitting a line through (code, weight) by turns, which lowers
- * the error at each turn. What counts is the error after scale and zero were rounded to FP16. */
+ * pays for finer steps); from each, rounding to codes and fitting a line through (code, weight) by turns, which would lower
+ * the error at each turn if scale and zero were not FP16: the best of all turns counts. importance: [n]. */
 static void best_scales(float *best_scale, float *best_zero, const float *w, const float *importance, size_t n, float levels) {
     static const float widths[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
     enum { STARTS = sizeof widths / sizeof *widths + 1, TURNS = 3 };
@@ -204,7 +205,8 @@ static void check_weights(const Matrix *m, const char *path, const char *name) {
 /* An array of zeros. */
 static float *floats(size_t n) { return (float *)allocate(n, sizeof(float), "calibration"); }
 
-/* A matrix of n rows in panels: element (i, j) stands in panel j / 32, at [i][j % 32]. */
+/* A matrix of n rows in panels: element (i, j) stands in panel j / 32, at [i][j % 32]. What a Matrix holds is its W transposed, i
+ * being W's column and j its row. */
 static inline float *element(const float *m, size_t n, size_t i, size_t j) {
     return (float *)m + (j / PANEL * n + i) * PANEL + j % PANEL;
 }
@@ -344,7 +346,7 @@ static bool cholesky(float *h, size_t n) {
     return good;
 }
 
-/* G H^-1 in place of G, panels of n columns, given U: F U = G from the first column to the last, then X U^T = F back. */
+/* G H^-1 in place of G, panels of n columns, given U: Y U = G from the first column to the last, then X U^T = Y back. */
 static void solve(float *g, size_t n_panels, const float *u, size_t n) {
     enum { B = MAX_GROUP };
     #pragma omp parallel for schedule(dynamic)

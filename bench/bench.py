@@ -18,7 +18,6 @@ import functools
 import json
 import os
 import random
-import re
 import shlex
 import sys
 import time
@@ -46,7 +45,7 @@ class Bench:
         here = machine()
         settings = {"model": model.name, "identity": model.identity, "in": o.n_in, "out": o.n_out, "prompt": o.prompt,
                     "warmup": o.warmup, "repeat": o.repeat, "threads": o.threads, "context": o.context,
-                    "text": file_digest(o.text), "greedy tokens": o.greedy, "items": file_digest(o.items),
+                    "text": file_digest(o.text), "greedy tokens": o.greedy, "items": file_digest(o.items), "calib": file_digest(o.calib),
                     "machine": ", ".join([here["processor"], *(gpu["name"] for gpu in here["gpus"])])}
         self.path = os.path.join(o.output, "results.json")
         self.state = {"format": 1, "began": time.strftime("%Y-%m-%d %H:%M"), "settings": settings, "programs": {}, "speed": {},
@@ -112,7 +111,7 @@ class Bench:
             if not os.path.exists(program):
                 self.note(f"{backend} is left out: {os.path.relpath(program)} is not there (make {PROGRAMS[backend]})")
                 continue
-            build = file_digest(program, -1)
+            build = file_digest(program)
             if self.state["programs"].setdefault(backend, build) != build:
                 self.demand_same([f"{os.path.relpath(program)} was another build"])
             self.pairs += [(backend, dtype, path) for dtype, path in self.checkpoints.items() if self.works(backend, dtype, path)]
@@ -190,21 +189,14 @@ class Bench:
         """Perplexity with divergence from f16, greedy text and task score of each pair."""
         reference, n_text = self.checkpoints.get("f16"), os.path.getsize(self.o.text) / 3
         greedy = ["-f", os.path.join(BENCH, "prompts.txt"), "-b", 8, "-n", self.o.greedy, "-t", 0, "-E"]
-        unable = set()                          # backends whose program cannot score
-        for backend in dict.fromkeys(backend for backend, _, _ in self.pairs):
-            if not re.search(r"--mode .*\bscore\b", "".join(execute([self.program(backend), "-h"]))):
-                unable.add(backend)
-                self.note(f"{backend}: no task score: this {os.path.basename(self.program(backend))} has no mode score")
         for backend, dtype, path in self.pairs:
             perplexity = ["-m", "perplexity", "-f", self.o.text, "-c", self.o.context]
             if reference and self.fits(f"{backend} {dtype}: no divergence from f16, two models at once", backend,
                                        1.1 * (os.path.getsize(path) + os.path.getsize(reference))):
                 perplexity += ["--against", reference]
-            todo = [("perplexity", perplexity, n_text * (2 if "--against" in perplexity else 1)),
-                    ("greedy text", greedy, cost((8, 10, self.o.greedy), 1))]
-            if backend not in unable:
-                todo.append(("score", ["-m", "score", "-f", self.o.items], os.path.getsize(self.o.items) / 3))
-            for what, arguments, c in todo:
+            for what, arguments, c in (("perplexity", perplexity, n_text * (2 if "--against" in perplexity else 1)),
+                                       ("greedy text", greedy, cost((8, 10, self.o.greedy), 1)),
+                                       ("score", ["-m", "score", "-f", self.o.items], os.path.getsize(self.o.items) / 3)):
                 key = f"{backend} {dtype} {what}"
                 yield Task(key, c, functools.partial(self.measure_quality, key, backend, path, arguments))
 

@@ -83,7 +83,7 @@ def charts(state, rows, directory):
             ax.set_ylabel("tokens a second")
             ax.set_ylim(bottom=0 if ax.get_yscale() == "linear" else None)
         fig.legend(frameon=False, loc="outside right upper")
-        save(fig, "throughput.png", f"throughput by batch, {work}; the band is the range over the visits")
+        save(fig, "throughput.png", f"throughput by batch, {work}; the band is the range over all passes")
 
         fig, axes = new_figure(2, width=11)
         by_batch(axes[0], ours, "ttft_ms", True)

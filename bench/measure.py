@@ -50,10 +50,17 @@ def digest(*parts):
     return h.hexdigest()[:12]
 
 
-def file_digest(path, limit=1 << 20):
-    """A fingerprint of a file's size and first bytes; limit -1: of all of it."""
+def file_digest(path):
+    """A fingerprint of a file: of all of it, or, above 64 MB, of its size and 64 pieces spread over it."""
+    size, piece, n = os.path.getsize(path), 1 << 20, 64
     with open(path, "rb") as f:
-        return digest(str(os.path.getsize(path)), f.read(limit))
+        if size <= n * piece:
+            return digest(str(size), f.read())
+        parts = []
+        for i in range(n):
+            f.seek((size - piece) * i // (n - 1))
+            parts.append(f.read(piece))
+        return digest(str(size), *parts)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,7 +205,7 @@ def commit():
         if done.returncode == 0:
             return done.stdout.strip()
     files = [os.path.join(ROOT, name) for name in ("run.c", "model.h", "report.h", "run_cuda.cu", "quantize.c", "calibrate.h")]
-    return "sources " + digest(*(file_digest(path, -1) for path in files if os.path.exists(path)))
+    return "sources " + digest(*(file_digest(path) for path in files if os.path.exists(path)))
 
 
 def machine():

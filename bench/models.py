@@ -1,6 +1,7 @@
 """The model that bench.py measures: what --model names, as a checkpoint of each type, and in other engines' formats."""
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -79,10 +80,6 @@ class Model:
             digests = [file_digest(path) for path in self.given.values()]
             self.identity = digests[0] if len(digests) == 1 else digest(*sorted(digests))
         self.random = self.source == "random" or self.name.endswith(", random")
-        try:
-            self.help = execute([o.quantize, "-h"])[0]
-        except RuntimeError:                    # it may not be needed
-            self.help = ""
 
     def dtypes(self, asked):
         """The types to measure: those asked for, a given checkpoint's name standing for its type too; or all."""
@@ -107,7 +104,7 @@ class Model:
             return sum(os.path.getsize(os.path.join(self.path, name)) for name in os.listdir(self.path)
                        if name.endswith(".safetensors")) / 2
         if self.source == "random":
-            return 12.3e9 if "nemo" in self.name else 7.3e9
+            return {"mistral-nemo": 12.3e9, "mistral-7b-layer": 0.5e9}.get(self.name, 7.3e9)
         return (self.shape["ops"] + 2 * self.shape["ops_logits"]) / 2
 
     # Checkpoints
@@ -120,16 +117,20 @@ class Model:
 
     def make(self, dtype):
         words, bits = DTYPES[base(dtype)]
-        path, group = self.file(dtype + ".bin"), dtype.partition("-g")[2]
+        calibration = ["--calib", self.o.calib] if len(words) > 1 else []
+        path = self.file(f"{dtype}-{file_digest(self.o.calib)[:8]}.bin" if calibration else f"{dtype}.bin")
+        group = dtype.partition("-g")[2]
         if self.source == "bin" and not self.plain:
             own, given = next(iter(self.given.items()))
             raise RuntimeError(f"{given} is {base(own)}: other types are made from a Hugging Face directory, f32 or f16")
+        program = shutil.which(self.o.quantize)
         if os.path.exists(path):
+            if program and os.path.getmtime(path) < os.path.getmtime(program):
+                say(f"{path} was made before this {self.o.quantize}: delete it to have it made anew")
             return path
         exported = self.source == "hf" and base(dtype) in ("f16", "f32")
-        if not exported and words[-1] not in self.help:
-            raise RuntimeError(f"this quantize makes no {words[-1]}" if self.help else f"{self.o.quantize} does not run (make quantize)")
-        calibration = ["--calib", self.o.calib] if len(words) > 1 else []
+        if not exported and not program:
+            raise RuntimeError(f"{self.o.quantize} does not run (make quantize)")
         arguments = [path, *words, *calibration, *(["-g", group] if group else [])]
         whole = self.plain or self.file("f16.bin")
         if calibration and self.source == "hf":

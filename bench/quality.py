@@ -1,9 +1,9 @@
 """The README's table of what types of weights cost in quality: python3 bench/quality.py --calib text.txt [--model f32.bin]
 
 Makes a checkpoint of each kind with ./quantize, measures perplexity and divergence (KL) from FP32 with ./run on the texts in
-tests/text, and prints a table in Markdown; sizes are of whole files. Text that is judged must not be calibrated on. "q4, plain" is what
-the papers on GPTQ and AWQ compare with, rounding to nearest between a group's least and largest weight, where ./quantize searches for
-the best scale and zero. Needs `make`, and what export.py needs."""
+tests/text, and prints a table in Markdown; sizes are of whole files. Text that is judged must not be calibrated on. "plain" is what
+papers on quantization call rounding to nearest, between a group's least and largest weight (but the zero need not be whole), where
+./quantize searches for the best scale and zero. Needs `make`, and what export.py needs."""
 import argparse
 import os
 import struct
@@ -78,7 +78,7 @@ def main():
         print("| --- " * 9 + "|")
         print("| f32 | | |" + "".join(" %.3f ± %.2f | 0 |" % (b["ppl"], b["ppl_error"]) for b in base))
         for kind in KINDS:
-            kind = kind % (int(800 * SIZE / weights) / 100) if "%" in kind else kind
+            kind = kind % (4.75 if o.model else int(800 * SIZE / weights) / 100) if "%" in kind else kind
             calibration = ["--calib", o.calib, "--calib-tokens", o.calib_tokens] if "tq" in kind or "awq" in kind else []
             execute([os.path.join(ROOT, "quantize"), reference, made, *kind.split(",")[0].split(), *calibration])
             if kind == PLAIN:

@@ -363,8 +363,7 @@ def report_text(state, rows, choices, pictures, o):
 
     parts += ["## Speed", *picture("throughput.png"), *picture("latency.png"), speed_table(rows),
               "Medians over the visits; the spread is that of all passes, (largest - smallest) / median. The first token of "
-              "another engine is that of the whole batch, of ours that of a sequence (p95: what 95% of them do not exceed, where "
-              "run says it)."]
+              "another engine is that of the whole batch, of ours that of a sequence (p95: what 95% of them do not exceed)."]
     ratios = ratio_table(rows)
     if ratios:
         parts += ["## Beside other engines", *picture("peers.png"), ratios,

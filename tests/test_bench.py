@@ -287,14 +287,9 @@ if "score" in a:
               open(a[a.index("-o") + 1], "w")); sys.exit(0)
 """)
     status, out, said = bench(tmp_path / "out", models, text, "--run", run, "--dtypes", "q8", "--batches", "1", "--rounds", "1")
-    assert status == 0 and "no task score" not in said and "50.0% +- 5.0%" in out and "60.0% +- 4.0%" in out
+    assert status == 0 and "50.0% +- 5.0%" in out and "60.0% +- 4.0%" in out
     assert table(tmp_path / "out")[0]["accuracy_norm"] == "0.6"
     assert results(tmp_path / "out")["quality"]["cpu q8 score"]["items"] == 100
-
-
-def test_run_scores_or_a_line_says_not(done):
-    listed = re.search(r"--mode .*\bscore\b", subprocess.run([RUN, "-h"], stdout=subprocess.PIPE, text=True).stdout)
-    assert bool(listed) == (table(done[0])[0]["accuracy"] != "") == ("no task score" not in done[2])
 
 
 @pytest.mark.parametrize("arguments, message", [
