@@ -1366,31 +1366,37 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
 typedef unsigned long long Mass;        /* of probability, in units of 2^-40 of the most probable id's: whole numbers, so that the
                                            order in which threads add them does not matter */
 
-/* The sum of x over the threads up to this one, itself included; *all: over all 1,024. */
+/* The sum of x over the threads of a warp up to this one, itself included. */
+__device__ inline Mass warp_scan(Mass x) {
+    for (int step = 1; step < 32; step *= 2) {
+        Mass before = __shfl_up_sync(~0u, x, step);
+        if (threadIdx.x % 32 >= step) x += before;
+    }
+    return x;
+}
+
+/* The same over a block of 1,024; *all: over all. */
 __device__ inline Mass scan(Mass x, Mass *all) {
     __shared__ Mass sums[32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int step = 1; step < 32; step *= 2) {
-        Mass before = __shfl_up_sync(~0u, x, step);
-        if (lane >= step) x += before;
-    }
+    x = warp_scan(x);
     __syncthreads();
     if (lane == 31) sums[warp] = x;
     __syncthreads();
-    Mass before = 0, total = 0;
-    for (int w = 0; w < 32; w++) { if (w < warp) before += sums[w]; total += sums[w]; }
-    *all = total;
-    return before + x;
+    Mass of_warps = warp_scan(sums[lane]), before = __shfl_sync(~0u, of_warps, (warp + 31) % 32);
+    *all = __shfl_sync(~0u, of_warps, 31);
+    return warp ? before + x : x;
 }
 
 /* The next id, as sample() in run.c finds it; a block of 1,024 threads for each wanted token. logits: [n][width], overwritten. */
 __global__ void __launch_bounds__(1024)
 sample_kernel(float *logits, int width, int vocab, float temperature, float top_p, const Row *rows, int *ids) {
-    __shared__ Mass mass[1024], best_of[32], above_shared;
+    __shared__ uint32_t low[1024], high[1024];      /* a digit's mass, 32 bits each: shared memory adds these in one go */
+    __shared__ Mass best_of[32], above_shared;
     __shared__ int digit_shared;
     wait_for_inputs();
     float *p = logits + (size_t)blockIdx.x * width;
-    int thread = threadIdx.x;
+    int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     Mass best = 0, all;
     for (int i = thread; i < vocab; i += 1024) {    /* floats order as their bits do, once those of negative ones are inverted */
         uint32_t bits = __float_as_uint(p[i]), ordered = bits >> 31 ? ~bits : bits | 0x80000000;
@@ -1398,7 +1404,7 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
         best = candidate > best ? candidate : best;
     }
     for (int other = 16; other; other /= 2) { Mass o = __shfl_xor_sync(~0u, best, other); best = o > best ? o : best; }
-    if (thread % 32 == 0) best_of[thread / 32] = best;
+    if (lane == 0) best_of[warp] = best;
     __syncthreads();
     for (int w = 0; w < 32; w++) best = best_of[w] > best ? best_of[w] : best;
     int top = (int)(0xffffffffu - (uint32_t)best);
@@ -1417,14 +1423,18 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
     limit = limit ? limit : 1;
     uint32_t smallest = 0;
     for (int shift = 20; shift >= 0 && top_p < 1; shift -= 10) {        /* the smallest probability that is in: its next 10 bits */
-        mass[thread] = 0;
+        low[thread] = high[thread] = 0;
         __syncthreads();
         for (int i = thread; i < vocab; i += 1024) {
-            uint32_t bits = __float_as_uint(p[i]);
-            if (bits >> shift >> 10 == smallest) atomicAdd(&mass[bits >> shift & 1023], (Mass)(p[i] * 0x1p40f));
+            uint32_t bits = __float_as_uint(p[i]), digit = bits >> shift & 1023;
+            if (bits >> shift >> 10 != smallest) continue;
+            Mass x = (Mass)(p[i] * 0x1p40f);
+            uint32_t before = atomicAdd(&low[digit], (uint32_t)x), more = (uint32_t)(x >> 32) + (before + (uint32_t)x < before);
+            if (more) atomicAdd(&high[digit], more);
         }
         __syncthreads();
-        Mass with = above + scan(mass[1023 - thread], &all), without = with - mass[1023 - thread];      /* from the top down */
+        Mass own = (Mass)high[1023 - thread] << 32 | low[1023 - thread];
+        Mass with = above + scan(own, &all), without = with - own;      /* from the top down */
         if (without < limit && (with >= limit || thread == 1023)) { digit_shared = 1023 - thread; above_shared = without; }
         __syncthreads();
         smallest = smallest << 10 | (uint32_t)digit_shared;
@@ -1434,23 +1444,30 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
     /* in the order of ids: all with a larger probability, and as many of just this one as are needed */
     Mass each = (Mass)(__uint_as_float(smallest) * 0x1p40f);
     Mass wanted = top_p < 1 && each ? (limit - above + each - 1) / each : (Mass)vocab;
-    int chunk = (vocab + 1023) / 1024, from = min(thread * chunk, vocab), to = min(from + chunk, vocab);
-    Mass equal = 0;
-    for (int i = from; i < to; i++) equal += __float_as_uint(p[i]) == smallest;
-    Mass equal_before = scan(equal, &all) - equal, seen = equal_before;
+    int chunk = (vocab + 1023) / 1024 * 32, from = min(warp * chunk, vocab), to = min(from + chunk, vocab);     /* a warp's */
+    Mass equal = 0, seen = 0;           /* ids of just this probability: the warp's; those before the next 32 */
+    auto next_mass = [&](int i) {       /* of id i if it is in; for the 32 threads of a warp at once */
+        uint32_t bits = i < to ? __float_as_uint(p[i]) : 0, equals = __ballot_sync(~0u, i < to && bits == smallest);
+        Mass rank = seen + __popc(equals & ((1u << lane) - 1));
+        seen += __popc(equals);
+        return i < to && (bits > smallest || (bits == smallest && rank < wanted)) ? (Mass)(__uint_as_float(bits) * 0x1p40f) : 0;
+    };
+    for (int at = from; at < to; at += 32)
+        equal += __popc(__ballot_sync(~0u, at + lane < to && __float_as_uint(p[at + lane]) == smallest));
+    Mass equal_before = scan(lane ? 0 : equal, &all) - equal;
     mine = 0;
-    for (int i = from; i < to; i++) {
-        uint32_t bits = __float_as_uint(p[i]);
-        if (bits > smallest || (bits == smallest && seen++ < wanted)) mine += (Mass)(p[i] * 0x1p40f);
-    }
-    Mass until = scan(mine, &all), passed = until - mine, r = (Mass)(rows[blockIdx.x].random * (double)all);
+    seen = equal_before;
+    for (int at = from; at < to; at += 32) mine += next_mass(at + lane);
+    Mass until = __shfl_sync(~0u, scan(mine, &all), 31), passed = until - __shfl_sync(~0u, warp_scan(mine), 31);
+    Mass r = (Mass)(rows[blockIdx.x].random * (double)all);
     if (r < passed || r >= until) return;
     seen = equal_before;
-    for (int i = from; i < to; i++) {
-        uint32_t bits = __float_as_uint(p[i]);
-        if (bits < smallest || (bits == smallest && seen++ >= wanted)) continue;
-        passed += (Mass)(p[i] * 0x1p40f);
-        if (passed > r) { ids[blockIdx.x] = i; return; }
+    for (int at = from; at < to; at += 32) {
+        Mass sum = passed + warp_scan(next_mass(at + lane));
+        uint32_t beyond = __ballot_sync(~0u, sum > r);
+        if (beyond && lane == __ffs(beyond) - 1) ids[blockIdx.x] = at + lane;
+        if (beyond) return;
+        passed = __shfl_sync(~0u, sum, 31);
     }
 }
 
