@@ -1280,20 +1280,24 @@ attention_prefill(float *out, float2 *softmax, const __half *queries, const unsi
     }
 }
 
-/* Decoding: a block is there for a token, a key head with up to 16 of its query heads, and a span of positions (flash-decoding),
- * of which its 4 warps take every fourth 32. It makes the queries from wqkv's product itself, and in the last span the token's
- * key and value. With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to
- * out, [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
-template <int WIDTH, class E>
-__global__ void __launch_bounds__(128)
+/* Query heads of a block of decoding attention: as many as have room in shared memory. */
+__host__ __device__ constexpr int decode_heads(int warps) { return 64 / warps; }
+
+/* Decoding: a block is there for a token, a key head with up to HEADS of its query heads, and a span of positions (flash-decoding),
+ * of which its WARPS take 32 each in turn. It makes the queries from wqkv's product itself, and in the last span the token's key
+ * and value. With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to out,
+ * [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
+template <int WIDTH, class E, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS)
 attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, unsigned char *keys, unsigned char *values,
                  const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
-    __shared__ __align__(16) __half query[16][WIDTH];
-    __shared__ float shared_out[4][16][WIDTH + 4];
-    __shared__ float2 shared_softmax[4][16];
+    const int HEADS = decode_heads(WARPS), THREADS = 32 * WARPS;
+    __shared__ __align__(16) __half query[HEADS][WIDTH];
+    __shared__ float shared_out[WARPS][HEADS][WIDTH + 4];
+    __shared__ float2 shared_softmax[WARPS][HEADS];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / parts, kv_head = blockIdx.y;
-    int group = c.n_heads / c.n_kv_heads, first_head = kv_head * group + (int)blockIdx.x % parts * 16;
-    int n_heads = min(16, (kv_head + 1) * group - first_head);
+    int group = c.n_heads / c.n_kv_heads, first_head = kv_head * group + (int)blockIdx.x % parts * HEADS;
+    int n_heads = min(HEADS, (kv_head + 1) * group - first_head);
     int pos = rows[token].pos, from = first_position(pos, c.window), to = pos + 1;      /* no kernel writes rows */
     int start = (from / span + (int)blockIdx.z) * span;
     from = max(from, start);
@@ -1302,23 +1306,23 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
     bool last = from <= pos && pos < to;
 
     wait_for_inputs();
-    for (int row = warp; from < to && row < n_heads + 2 * last; row += 4) {
+    for (int row = warp; from < to && row < n_heads + 2 * last; row += WARPS) {
         int head = row < n_heads ? first_head + row : c.n_heads + kv_head + (row - n_heads) * c.n_kv_heads;
         HeadPairs pairs(qkv, n, rotations, token, head, c);
         if (row < n_heads) pairs.store_query(query[row], c);
         else pairs.store<E>(keys + slot, values + slot, pos, head, c);
     }
-    for (int at = threadIdx.x; at < n_heads * (WIDTH - c.head_dim); at += 128)
+    for (int at = threadIdx.x; at < n_heads * (WIDTH - c.head_dim); at += THREADS)
         query[at / (WIDTH - c.head_dim)][c.head_dim + at % (WIDTH - c.head_dim)] = 0;
     __syncthreads();
     const __half *rows_of[2] = {lane / 4 < n_heads ? query[lane / 4] : NULL, lane / 4 + 8 < n_heads ? query[lane / 4 + 8] : NULL};
     int first[2] = {from, from}, until[2] = {to - 1, to - 1};
     Attention<WIDTH, E> sums(rows_of);
-    for (int at = from / 32 * 32 + warp * 32; at < to; at += 128)
+    for (int at = from / 32 * 32 + warp * 32; at < to; at += THREADS)
         sums.add(keys + of_head, values + of_head, c.ring, at, first, until);
     sums.finish();
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
+    for (int h = 0; h < HEADS / 8; h++) {
         if (lane % 4 == 0) shared_softmax[warp][lane / 4 + 8 * h] = make_float2(sums.max[h], sums.total[h]);
 #pragma unroll
         for (int d = 0; d < WIDTH / 8; d++)
@@ -1326,11 +1330,11 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
                 make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
     }
     __syncthreads();
-    auto merged = [&](int row, int d, float *l) {   /* the four warps' sums, put together: element d, and the sum of exponentials */
+    auto merged = [&](int row, int d, float *l) {   /* the warps' sums, put together: element d, and the sum of exponentials */
         float largest = -INFINITY, x = 0;
         *l = 0;
-        for (int w = 0; w < 4; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
-        for (int w = 0; w < 4; w++) {
+        for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
+        for (int w = 0; w < WARPS; w++) {
             float2 of = shared_softmax[w][row];
             float share = of.y == 0 ? 0 : exp2f(of.x - largest);
             x = fmaf(share, shared_out[w][row][d], x);
@@ -1339,7 +1343,7 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
         return x;
     };
     if (fused) {
-        for (int tile = warp; tile < n_heads * c.head_dim / COLUMNS; tile += 4) {
+        for (int tile = warp; tile < n_heads * c.head_dim / COLUMNS; tile += WARPS) {
             float v[4], l;
             for (int i = 0; i < 4; i++) {
                 int column = tile * COLUMNS + lane * 4 + i;
@@ -1350,12 +1354,12 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
         }
         return;
     }
-    for (int at = threadIdx.x; at < n_heads * WIDTH; at += 128) {
+    for (int at = threadIdx.x; at < n_heads * WIDTH; at += THREADS) {
         int row = at / WIDTH, d = at % WIDTH;
         float largest = -INFINITY, l;
         size_t to_head = ((size_t)blockIdx.z * n + token) * c.n_heads + first_head + row;
         out[to_head * WIDTH + d] = merged(row, d, &l);
-        for (int w = 0; w < 4; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
+        for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
         if (d == 0) softmax[to_head] = make_float2(largest, l);
     }
 }
@@ -1629,10 +1633,16 @@ static void launch_width(State *s, Product qkv, unsigned char *keys, unsigned ch
     const Heads &c = d->heads;
     int group = c.n_heads / c.n_kv_heads;
     unsigned parts = (unsigned)(group + 15) / 16, kv_heads = (unsigned)c.n_kv_heads, tokens = (unsigned)n;
-    bool fused = s->decoding && n_spans == 1 && parts == 1 && group * c.head_dim % COLUMNS == 0;
-    if (s->decoding)
-        launch(d, ATTENTION, attention_decode<WIDTH, E>, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 128, d->spans,
-               d->softmax, qkv, d->rotations, keys, values, d->rows, n, (int)parts, d->span, c, d->in, wo, fused);
+    bool fused = false;
+    auto decode = [&](auto kernel, int warps) {
+        unsigned heads = (unsigned)decode_heads(warps), blocks = ((unsigned)group + heads - 1) / heads;
+        fused = n_spans == 1 && blocks == 1 && group * c.head_dim % COLUMNS == 0;
+        launch(d, ATTENTION, kernel, dim3(tokens * blocks, kv_heads, (unsigned)n_spans), 32 * warps, d->spans, d->softmax, qkv,
+               d->rotations, keys, values, d->rows, n, (int)blocks, d->span, c, d->in, wo, fused);
+    };
+    bool few = s->n_slots * kv_heads <= (size_t)d->multiprocessors;     /* each block has one of its own */
+    if (s->decoding && few) decode(attention_decode<WIDTH, E, 8>, 8);
+    else if (s->decoding) decode(attention_decode<WIDTH, E, 4>, 4);
     else {
         launch(d, ROPE, rope_and_cache<E>, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + 7) / 8, tokens), 256, d->queries,
                keys, values, qkv, n, d->rotations, d->rows, c);
