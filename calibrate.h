@@ -872,7 +872,9 @@ static void choose_types(const Calibration *o, Header *out, Tensor *to, const Gr
     }
     for (uint64_t i = 0; i < out->n_tensors; i++) {
         costs[1] += cost[i][now[i]];
-        if (to[i].cols > 1) shares[now[i]] += 100 * (double)to[i].rows * (double)to[i].cols / count_weights(out, to);
+        size_t k = 0;                   /* as it is in the file: rows may be too short for the group that was chosen */
+        while (to[i].cols > 1 && (CHOICES[k].type != to[i].type || CHOICES[k].group != to[i].group)) k++;
+        if (to[i].cols > 1) shares[k] += 100 * (double)to[i].rows * (double)to[i].cols / count_weights(out, to);
     }
     for (size_t k = 0; k < N; k++)
         if (shares[k] > 0)
@@ -958,9 +960,11 @@ static void calibrate(Calibration *o, const char *path, const char *out_path, ui
     }
     all[out.n_tensors].in = floats(out.dim);
     all[out.n_tensors].out = floats(out.vocab_size);
+    if (out.dim == 1 || out.hidden_dim == 1 || out.n_heads * out.head_dim == 1)
+        die("%s: a matrix of one column cannot be calibrated", path);
     double bits = 8.0 * (double)out.file_size / count_weights(&out, to);
-    if (o->bits > 0 && o->bits < bits)
-        die("--bits %g: with %s in groups of %u the file has %.2f already", o->bits, TYPE_NAMES[type], group, bits);
+    if (o->bits > 0 && o->bits < bits - 0.005)  /* two decimals are shown */
+        die("--bits %g: as plain %s the file has %.2f already", o->bits, TYPE_NAMES[type], bits);
     encode_text(o);
     o->out = open_output(out_path);
     fprintf(stderr, "%s: %zu tokens to calibrate with, in sequences of %d\n", o->text, o->n_tokens, SEQUENCE);

@@ -56,16 +56,13 @@ class Bench:
 
     def resume(self, settings):
         """Goes on with what results.json holds, if it was measured in the same way."""
-        with open(self.path) as f:
-            try:
-                state = json.load(f)
-            except ValueError:
-                raise RuntimeError(f"{self.path}: not whole, or not a result: --fresh begins anew") from None
-        old = state.get("settings", {}) if isinstance(state, dict) else {}
+        try:
+            self.state = report.load_state(self.path)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}: --fresh begins anew") from None
+        old = self.state["settings"]
         self.demand_same([f"{name} was {old.get(name)}" for name in settings if old.get(name) != settings[name]])
-        self.state = state
-        self.state.setdefault("programs", {})
-        say(f"going on with {self.path}: {sum(map(len, state['speed'].values()))} visits are there")
+        say(f"going on with {self.path}: {sum(map(len, self.state['speed'].values()))} visits are there")
 
     def demand_same(self, different):
         """Raises a RuntimeError if there is anything in which results.json differs from this run."""
@@ -323,7 +320,7 @@ def arguments(argv):
     add("--quantize", default=os.path.join(ROOT, "quantize"), help="(quantize)")
     report.add_options(parser)
     o = parser.parse_args(argv)
-    bad = [text for text in o.peer_python if text.partition("=")[0] not in PEERS]
+    bad = [text for text in o.peer_python if text.partition("=")[0] not in PEERS or "=" not in text]
     if bad:
         parser.error(f"--peer-python {bad[0]}: NAME=PYTHON, with a name of {', '.join(PEERS)}")
     o.peer_python = dict(text.split("=", 1) for text in o.peer_python)

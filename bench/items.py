@@ -89,10 +89,10 @@ def arc_item(line):
 def converted(path, convert):
     """The items of a file of JSON lines; raises a RuntimeError that names the line that is not one."""
     items = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", errors="surrogateescape") as f:
         for number, line in enumerate(f, 1):
             try:
-                items += [convert(json.loads(line))] if line.strip() else []
+                items += [convert(json.loads(line.encode("utf-8", "surrogateescape")))] if line.strip() else []
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 raise RuntimeError(f"{path}, line {number}: not an item: {type(error).__name__} {error}") from None
     return items

@@ -14,7 +14,7 @@ DTYPES = {"f32": (["f32"], 32), "f16": (["f16"], 16), "q8": (["q8"], 8.6), "q4":
           "gptq": (["q4", "--gptq"], 4.4), "awq": (["q4", "--awq"], 4.4)}
 USUAL = ["f16", "q8", "q4", "nf4", "gptq"]
 GROUPS = {"q8": 64, "q4": 128, "nf4": 64}       # that quantize takes unless it is told
-DIMENSIONS = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size"]
+SAME = ["dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "window", "rope_theta", "norm_eps"]
 
 
 def base(dtype):
@@ -47,8 +47,9 @@ def read_given(arguments):
             raise RuntimeError(f"{path}: no such file or directory")
         shape = read_shape(path)
         first = first or shape
-        if [shape[name] for name in DIMENSIONS] != [first[name] for name in DIMENSIONS]:
-            raise RuntimeError(f"{path}: not the model of {next(iter(found.values()))}: other dimensions")
+        other = [name for name in SAME if shape[name] != first[name]]
+        if other:
+            raise RuntimeError(f"{path}: not the model of {next(iter(found.values()))}: another {other[0]}")
         if not dtype:
             dtype = shape["type"] + (f"-g{shape['group']}" if shape["group"] != GROUPS.get(shape["type"], 0) else "")
         if dtype in found:

@@ -12,7 +12,7 @@ import tempfile
 
 import numpy as np
 
-from measure import ROOT, execute, outcome, run_json
+from measure import ROOT, execute, outcome, read_shape, run_json
 
 sys.path.insert(0, ROOT)
 from formats import pack_panels  # noqa: E402
@@ -38,11 +38,13 @@ def count_weights(path):
 
 def make_plain(reference, path):
     """Gives the q4 checkpoint at `path` the codes of plain rounding to nearest: in each group of a row the least weight of the FP32
-    checkpoint `reference` is code 0 and the largest is code 15. Columns must be whole groups."""
+    checkpoint `reference` is code 0 and the largest is code 15. Raises a RuntimeError if it is not FP32, or a row not whole groups."""
     with open(reference, "rb") as source, open(path, "r+b") as made:
         for (_, _, rows, cols, at, size), (kind, group, _, _, to, to_size) in zip(table(source), table(made)):
             if kind != 4:
                 continue
+            if size != 4 * -(-rows // 32) * 32 * cols or cols % group:
+                raise RuntimeError(f"{reference}: plain rounding is made of FP32 and rows of whole groups of {group} alone")
             source.seek(at)
             w = np.frombuffer(source.read(size), "<f4").reshape(-1, cols, 32).transpose(0, 2, 1).reshape(-1, cols // group, group)
             least, largest = w.min(2), w.max(2)
@@ -62,10 +64,13 @@ def main():
     parser.add_argument("--calib-tokens", default="65536", metavar="N", help="so many of its tokens (65536)")
     parser.add_argument("--model", help="an FP32 checkpoint (the demo model)")
     o = parser.parse_args()
+    with open(o.calib, "rb"):
+        pass                                # a wrong name is no surprise after minutes
     with tempfile.TemporaryDirectory() as directory:
         reference, made, both = o.model or os.path.join(directory, "f32.bin"), os.path.join(directory, "made.bin"), os.path.join(directory, "both.txt")
         if not o.model:
             execute([sys.executable, os.path.join(ROOT, "export.py"), os.path.join(ROOT, "demo", "tiny-mistral"), reference, "--dtype", "f32"])
+        read_shape(reference)               # or it is no checkpoint
         with open(both, "wb") as out:
             for text in (FAIRY, TREASURE):
                 with open(text, "rb") as f:
@@ -82,7 +87,11 @@ def main():
             calibration = ["--calib", o.calib, "--calib-tokens", o.calib_tokens] if "tq" in kind or "awq" in kind else []
             execute([os.path.join(ROOT, "quantize"), reference, made, *kind.split(",")[0].split(), *calibration])
             if kind == PLAIN:
-                make_plain(reference, made)
+                try:
+                    make_plain(reference, made)
+                except RuntimeError as error:
+                    print(error, file=sys.stderr)
+                    continue
             size = os.path.getsize(made)
             cells = ["`%s`" % kind, f"{size:,}", "%.2f" % (8 * size / weights)]
             for case, was in zip(cases, base):

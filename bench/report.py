@@ -428,19 +428,30 @@ def write(state, directory, o):
     return 0 if passed else 1
 
 
+def load_state(path):
+    """What bench.py wrote to results.json; raises a RuntimeError if it is something else."""
+    with open(path) as f:
+        try:
+            state = json.load(f)
+            parts = [state[name] for name in ("settings", "programs", "speed", "peers", "quality", "operations")]
+            visits = [visit for of_key in state["speed"].values() for visit in of_key]
+            seconds = state.get("seconds") or {}
+            good = all(isinstance(part, dict) for part in [*parts, seconds]) and all(visit["total_tok_s"] >= 0 for visit in visits)
+            good &= all(value >= 0 for value in seconds.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            good = False
+    if not good:
+        raise RuntimeError(f"{path}: not whole, or not a result of bench.py")
+    return state
+
+
 def main():
     parser = argparse.ArgumentParser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", metavar="RESULTS_DIR", help="what bench.py wrote to --output")
     add_options(parser)
     o = parser.parse_args()
     path = os.path.join(o.directory, "results.json")
-    with open(path) as f:
-        try:
-            state = json.load(f)
-            state["settings"], state["speed"]
-        except (ValueError, KeyError, TypeError):
-            raise RuntimeError(f"{path}: not a result of bench.py") from None
-    return write(state, o.directory, o)
+    return write(load_state(path), o.directory, o)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_report_anew(done, tmp_path):
     assert re.search(r"\| under 0.001 GB +\| none ", out)
     assert (tmp_path / "throughput.png").exists()
     (tmp_path / "results.json").write_text("{}")
-    assert script("report.py", tmp_path)[::2] == (1, f"report.py: {tmp_path}/results.json: not a result of bench.py\n")
+    assert script("report.py", tmp_path)[::2] == (1, f"report.py: {tmp_path}/results.json: not whole, or not a result of bench.py\n")
     assert script("report.py", tmp_path / "nix")[0] == 1
 
 
@@ -273,7 +273,7 @@ if os.path.exists({str(log)!r}) and len(open({str(log)!r}).readlines()) == 8 and
     assert status == 1 and "holds another run (in was 12)" in said and "--fresh" in said
     (output / "results.json").write_text("{")
     status, _, said = bench(output, models, text, *arguments)
-    assert status == 1 and said.endswith("not whole, or not a result: --fresh begins anew\n")
+    assert status == 1 and said.endswith("not whole, or not a result of bench.py: --fresh begins anew\n")
 
 
 def test_score(tmp_path, models, text):
@@ -410,7 +410,7 @@ def test_given_checkpoints(tmp_path, models, text, given):
     subprocess.run([os.path.join(ROOT, "quantize"), "--random", "odd", str(tmp_path / "odd.bin"), "q4"], check=True,
                    stderr=subprocess.DEVNULL)
     status, _, said = bench(tmp_path / "b", models, text, *arguments, model=[given["q4"], tmp_path / "odd.bin"])
-    assert status == 1 and f"{tmp_path / 'odd.bin'}: not the model of {given['q4']}: other dimensions" in said
+    assert status == 1 and f"{tmp_path / 'odd.bin'}: not the model of {given['q4']}: another dim" in said
     # random weights have no quality to measure, whoever made the file
     status, _, said = bench(tmp_path / "c", models, text, *arguments[:2], *arguments[3:], model=[tmp_path / "odd.bin"])
     assert status == 0 and "quality is left out: the weights are random" in said

@@ -1523,13 +1523,18 @@ def test_bits(tmp, odd):
     weights = sum(rows * cols for _, _, rows, cols, _, _ in table(source).values())
     tokenizer = 8 * struct.unpack_from("<Q", source.read_bytes(), 32)[0] / weights    # a model this small is mostly that
     for bits in (5, 6, 7, 9, 12):
-        assert calibrated(tmp, source, "q4", "--gptq", "--bits", tokenizer + bits)[0] == 0
+        status, _, said = calibrated(tmp, source, "q4", "--gptq", "--bits", tokenizer + bits)
+        assert status == 0
         made = table(tmp / "m.bin")
+        for name, group, share in re.findall(rb"(q[48]) in groups of (\d+) +([\d.]+)% of the weights", said):
+            those = sum(rows * cols for kind, g, rows, cols, _, _ in made.values() if (kind, g) == ({b"q8": 3, b"q4": 4}[name], int(group)))
+            assert abs(float(share) - 100 * those / sum(rows * cols for _, _, rows, cols, _, _ in made.values() if cols > 1)) < 0.3
         size = 8 * os.path.getsize(tmp / "m.bin") / weights - tokenizer
         assert bits - 1.2 < size <= bits or (bits == 12 and size > 9), (bits, size)
         assert all(kind in (3, 4) for kind, _, _, cols, _, _ in made.values() if cols > 1)
     assert all(kind == 3 and group == 32 for kind, group, _, cols, _, _ in made.values() if cols > 1)      # all that there is to be had
-    one_line(calibrated(tmp, source, "q4", "--gptq", "--bits", 2), 1, "--bits 2: ", "already", name="quantize")
+    line = one_line(calibrated(tmp, source, "q4", "--gptq", "--bits", 2), 1, "--bits 2: ", "already", name="quantize")
+    assert calibrated(tmp, source, "q4", "--gptq", "--bits", re.search(r"has ([\d.]+) already", line)[1])[0] == 0
 
 
 @pytest.mark.parametrize("text, what", [(b"", "0 tokens are too few"), (b"short", "too few"), (WORDS + b"\xff" + WORDS, "not UTF-8 at byte %d" % len(WORDS))], ids=["empty", "short", "bytes"])
@@ -1554,8 +1559,11 @@ def test_calibration_is_refused(tmp, odd):
     for source in ("q8", "q4", "nf4"):
         one_line(calibrated(tmp, odd[source], "q4", "--gptq"), 1, "%s: " % odd[source], "already", name="quantize")
     one_line(quantize(odd["f32"], tmp / "m.bin", "q4", "--gptq", "--calib", tmp / "none"), 1, "%s: No such file" % (tmp / "none"), name="quantize")
+    thin = write_checkpoint(tmp / "thin.bin", odd, hidden_dim=1)
+    for how in ("--gptq", "--awq"):
+        one_line(calibrated(tmp, thin, "q4", how), 1, "%s: a matrix of one column" % thin, name="quantize")
     for args, start in ((["q4", "--gptq"], "--gptq: needs --calib"), (["q4", "--calib", "t"], "--calib, "), (["q4", "--bits", "5"], "--calib, "),
                         (["nf4", "--gptq", "--calib", "t"], "--gptq: means nothing for nf4"), (["q4", "--gptq", "--calib", "t", "--bits", "x"], "--bits x: ")):
         one_line(quantize(odd["f32"], tmp / "m.bin", *args), 2, start, name="quantize")
     one_line(quantize("-", tmp / "m.bin", "q4", "--gptq", "--calib", "t"), 2, "--gptq: reads IN.bin more than once", name="quantize")
-    assert os.listdir(tmp) == ["text"]
+    assert sorted(os.listdir(tmp)) == ["text", "thin.bin"]
