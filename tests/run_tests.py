@@ -6,6 +6,7 @@ Needs nothing but the standard library. --need-python makes a skip of all Python
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -89,6 +90,8 @@ def cuda_tests():
 
 
 def main():
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):       # tests send what a shell ignores in what it starts with &
+        signal.signal(number, signal.SIG_DFL)
     passed = failed = skipped = 0
     for program, names in (("build/test_all", []), ("build/test_all_sanitized", SANITIZED)):
         print(f"\n{program}", flush=True)
