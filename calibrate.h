@@ -832,33 +832,33 @@ static void choose_types(const Calibration *o, Header *out, Tensor *to, const Gr
     double room = o->bits * count_weights(out, to) / 8 - (double)out->file_size, n = (double)o->n_tokens;
     double costs[2] = {0}, shares[N] = {0};                 /* of all, before and after; percent of the weights by choice */
     double (*cost)[N] = (double (*)[N])allocate(out->n_tensors, sizeof *cost, "calibration");
-    size_t *now = (size_t *)allocate(out->n_tensors, sizeof *now, "calibration");       /* index into CHOICES */
+    size_t *chosen = (size_t *)allocate(out->n_tensors, sizeof *chosen, "calibration");       /* index into CHOICES */
     bool tied = out->n_tensors == 6 * out->n_layers + 2;        /* the embedding is the classifier too */
     for (uint64_t i = 0; i < out->n_tensors; i++)
         for (size_t k = 0; k < N && to[i].cols > 1; k++) {
             uint32_t group = tensor_group(CHOICES[k].type, CHOICES[k].group, to[i].cols);
-            if (CHOICES[k].type == to[i].type && group == to[i].group) now[i] = k;
+            if (CHOICES[k].type == to[i].type && group == to[i].group) chosen[i] = k;
             for (size_t use = 0; use < (tied && i == 0 ? 2 : 1); use++) {
                 const Gradients *of = &all[use ? out->n_tensors : i];
                 cost[i][k] += 0.5 / n / n * rounding_error(model_tensor(o->m, i), group, levels_of((int)CHOICES[k].type), of->in,
                                                            of->out, NULL);
             }
         }
-    for (uint64_t i = 0; i < out->n_tensors; i++) costs[0] += cost[i][now[i]];
+    for (uint64_t i = 0; i < out->n_tensors; i++) costs[0] += cost[i][chosen[i]];
     for (;;) {
         double best = 0;
         uint64_t best_i = 0;
         size_t best_k = 0;
         Tensor best_to;
         for (uint64_t i = 0; i < out->n_tensors; i++)
-            for (size_t k = now[i] + 1; k < N && to[i].cols > 1; k++) {
+            for (size_t k = chosen[i] + 1; k < N && to[i].cols > 1; k++) {
                 Tensor changed = to[i];
                 Matrix made;
                 changed.type = CHOICES[k].type;
                 changed.group = tensor_group(changed.type, CHOICES[k].group, changed.cols);
                 matrix_layout(&made, changed.type, changed.group, changed.rows, changed.cols);
                 changed.size = made.bytes;
-                double bytes = (double)changed.size - (double)to[i].size, saved = cost[i][now[i]] - cost[i][k];
+                double bytes = (double)changed.size - (double)to[i].size, saved = cost[i][chosen[i]] - cost[i][k];
                 if (bytes <= 0 || bytes > room || saved / bytes <= best) continue;
                 best = saved / bytes;
                 best_i = i;
@@ -868,10 +868,10 @@ static void choose_types(const Calibration *o, Header *out, Tensor *to, const Gr
         if (best == 0) break;
         room -= (double)best_to.size - (double)to[best_i].size;
         to[best_i] = best_to;
-        now[best_i] = best_k;
+        chosen[best_i] = best_k;
     }
     for (uint64_t i = 0; i < out->n_tensors; i++) {
-        costs[1] += cost[i][now[i]];
+        costs[1] += cost[i][chosen[i]];
         size_t k = 0;                   /* as it is in the file: rows may be too short for the group that was chosen */
         while (to[i].cols > 1 && (CHOICES[k].type != to[i].type || CHOICES[k].group != to[i].group)) k++;
         if (to[i].cols > 1) shares[k] += 100 * (double)to[i].rows * (double)to[i].cols / count_weights(out, to);
@@ -882,7 +882,7 @@ static void choose_types(const Calibration *o, Header *out, Tensor *to, const Gr
                     shares[k]);
     fprintf(stderr, "rounded to nearest these would cost about %.4f nats a token, without --bits %.4f\n", costs[1], costs[0]);
     lay_out(out, to, o->m->path);
-    FREE(cost, now);
+    FREE(cost, chosen);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
