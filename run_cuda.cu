@@ -1632,22 +1632,22 @@ static void launch_width(State *s, Product qkv, unsigned char *keys, unsigned ch
     Device *d = (Device *)s->device;
     const Heads &c = d->heads;
     int group = c.n_heads / c.n_kv_heads;
-    unsigned parts = (unsigned)(group + 15) / 16, kv_heads = (unsigned)c.n_kv_heads, tokens = (unsigned)n;
-    bool fused = false;
+    unsigned kv_heads = (unsigned)c.n_kv_heads, tokens = (unsigned)n;
+    bool fused = false, few = s->n_slots * kv_heads <= (size_t)d->multiprocessors;      /* few: each block has one of its own */
     auto decode = [&](auto kernel, int warps) {
-        unsigned heads = (unsigned)decode_heads(warps), blocks = ((unsigned)group + heads - 1) / heads;
-        fused = n_spans == 1 && blocks == 1 && group * c.head_dim % COLUMNS == 0;
-        launch(d, ATTENTION, kernel, dim3(tokens * blocks, kv_heads, (unsigned)n_spans), 32 * warps, d->spans, d->softmax, qkv,
-               d->rotations, keys, values, d->rows, n, (int)blocks, d->span, c, d->in, wo, fused);
+        unsigned parts = (unsigned)ceil_div((size_t)group, (size_t)decode_heads(warps));
+        fused = n_spans == 1 && parts == 1 && group * c.head_dim % COLUMNS == 0;
+        launch(d, ATTENTION, kernel, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 32 * warps, d->spans, d->softmax, qkv,
+               d->rotations, keys, values, d->rows, n, (int)parts, d->span, c, d->in, wo, fused);
     };
-    bool few = s->n_slots * kv_heads <= (size_t)d->multiprocessors;     /* each block has one of its own */
     if (s->decoding && few) decode(attention_decode<WIDTH, E, 8>, 8);
     else if (s->decoding) decode(attention_decode<WIDTH, E, 4>, 4);
     else {
+        int parts = (int)ceil_div((size_t)group, 16);
         launch(d, ROPE, rope_and_cache<E>, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + 7) / 8, tokens), 256, d->queries,
                keys, values, qkv, n, d->rotations, d->rows, c);
         launch(d, ATTENTION, attention_prefill<WIDTH, E>, dim3((n_tiles * parts + 3) / 4, kv_heads), 128, d->spans, d->softmax,
-               d->queries, keys, values, d->rows, n_tiles, (int)parts, c);
+               d->queries, keys, values, d->rows, n_tiles, parts, c);
     }
     if (!fused)
         launch(d, ATTENTION, attention_input, dim3((unsigned)(wo.column_tiles + 7) / 8, tokens), 256, d->spans, d->softmax,
