@@ -18,26 +18,26 @@ SANITIZE = -g -O2 -march=native -fsanitize=address,undefined -fno-sanitize-recov
 
 all: run quantize
 
-run: run.c model.h report.h
+run: run.c model.h simd.h report.h
 	$(CC) $(CFLAGS) $(OPENMP) run.c -lm -o $@
 
-quantize: quantize.c calibrate.h run.c model.h report.h
+quantize: quantize.c calibrate.h run.c model.h simd.h report.h
 	$(CC) $(CFLAGS) -Wno-unused-function $(OPENMP) quantize.c -lm -o $@
 
-build/test_all: test_all.c quantize.c calibrate.h run.c model.h report.h
+build/test_all: test_all.c quantize.c calibrate.h run.c model.h simd.h report.h
 	@mkdir -p build
 	$(CC) $(CFLAGS) -Wno-unused-function $(OPENMP) test_all.c -lm -o $@
 
-build/test_all_sanitized: test_all.c quantize.c calibrate.h run.c model.h report.h
+build/test_all_sanitized: test_all.c quantize.c calibrate.h run.c model.h simd.h report.h
 	@mkdir -p build
 	$(CC) $(SANITIZE) $(OPENMP) test_all.c -lm -o $@
 
 # for the GPU at hand; ARCH=75 for a T4, ARCH=90a for an H200
-run_cuda build/run_cuda: run_cuda.cu run.c model.h report.h
+run_cuda build/run_cuda: run_cuda.cu run.c model.h simd.h report.h
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) run_cuda.cu -o $@
 
-build/test_cuda: test_all.c quantize.c calibrate.h run_cuda.cu run.c model.h report.h
+build/test_cuda: test_all.c quantize.c calibrate.h run_cuda.cu run.c model.h simd.h report.h
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) -x cu test_all.c -o $@
 

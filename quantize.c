@@ -301,7 +301,7 @@ static void add_product(float *sum, const float *panel, const float *m, size_t n
     float part[MAX_GROUP * PANEL];
     Ahead none = {panel, 0};
     for (size_t j = j0; j < j1; j += PANEL) {
-        tiles(nb, part, panel + j * PANEL, element(m, n, b, j), PANEL, PANEL, none);
+        number_tiles(nb, F32, part, panel + j * PANEL, element(m, n, b, j), PANEL, PANEL, none);
         for (size_t i = 0; i < nb * PANEL; i++) sum[i] += part[i];
     }
 }
@@ -381,7 +381,7 @@ static void accumulate(float *sum, const float *a, size_t rows, size_t stride, c
         for (size_t k = 0, nb, end = upper ? (p + 1) * PANEL : n_cols; k < end; k += nb) {
             float *out = sum + (p * n_cols + k) * PANEL;
             nb = min_size(BLOCK, end - k);
-            tiles(nb, part, panel, xt + k * CHUNK, CHUNK, n, none);
+            number_tiles(nb, F32, part, panel, xt + k * CHUNK, CHUNK, n, none);
             for (size_t i = 0; i < nb * PANEL; i++) out[i] += part[i];
         }
     }

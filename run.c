@@ -39,7 +39,9 @@
 #include <arm_neon.h>
 #endif
 
-#ifdef __CUDACC__                       /* nvcc does not know it */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__CUDACC__)
 #define UNROLL
 #else
 #define UNROLL _Pragma("GCC unroll 8")  /* before a loop of up to 8 turns: so that its arrays can be registers */
@@ -235,57 +237,28 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
     else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
 }
 
-/* (Skip this and share() on a first reading: no result depends on it.) What a product asks memory for while it computes: `bytes`
+/* (Skip this on a first reading: no result depends on it.) What a product asks memory for while it computes: `bytes`
  * from `at` on, a little with each column (in a tile: `bytes` with each), so that they are in the second-level cache when their
  * turn comes. The processor's own prefetching ends with each page of 4 KB, and all at once would be more than it can have under
  * way. Wherever this points, it is no error. */
 typedef struct { const void *at; size_t bytes; } Ahead;
 
-/* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k: a tile of T tokens by 32 rows. w: [n][32], FP32 or FP16,
- * as type says; x: T rows, `stride` apart; out: [T][32]. T and type are constants wherever this is inlined, so that the sums stay
- * in registers. With whole numbers (codes times int8 activations, at most 128 * 255 * 127 < 2^24) every partial sum is exact:
- * this FP32 sum is the int32 sum that integer instructions would give. */
-INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
-    float sum[8][PANEL], room[PANEL];
-    const char *fetch = (const char *)ahead.at;
-    UNROLL                              /* or gcc -O3 exchanges the loops, and the sums go through memory */
-    for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) sum[t][r] = 0;
-    for (size_t k = 0; k < n; k++, fetch += ahead.bytes) {
-        const float *row = type == F16 ? halves_to_floats(room, (const uint16_t *)w + k * PANEL, PANEL)
-                                       : (const float *)w + k * PANEL;
-        __builtin_prefetch(fetch, 0, 2);
-        UNROLL
-        for (size_t t = 0; t < T; t++)
-            for (size_t r = 0; r < PANEL; r++) sum[t][r] = fmaf(row[r], x[t * stride + k], sum[t][r]);
+/* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k, for T tokens and the 32 rows of a panel. w: [n][32], FP32
+ * or FP16, as type says; x: T rows, `stride` apart; out: [T][32]. With whole numbers (codes times int8 activations, at most 128 *
+ * 255 * 127 < 2^24) every partial sum is exact: this FP32 sum is the int32 sum that integer instructions would give. */
+__attribute__((unused))
+static void number_tiles_plain(size_t T, int type, float *out, const void *w, const float *x, size_t stride, size_t n,
+                               Ahead ahead) {
+    (void)ahead;
+    for (size_t t = 0; t < T; t++) {
+        float sum[PANEL] = {0}, room[PANEL];
+        for (size_t k = 0; k < n; k++) {
+            const float *row = type == F16 ? halves_to_floats(room, (const uint16_t *)w + k * PANEL, PANEL)
+                                           : (const float *)w + k * PANEL;
+            for (size_t r = 0; r < PANEL; r++) sum[r] = fmaf(row[r], x[t * stride + k], sum[r]);
+        }
+        memcpy(out + t * PANEL, sum, sizeof sum);
     }
-    for (size_t t = 0; t < T; t++) for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] = sum[t][r];
-}
-
-/* Cuts off what a tile of T tokens and n columns is to ask for; all->bytes is by token here, the result's by column. */
-static inline Ahead share(Ahead *all, size_t T, size_t n) {
-    Ahead part = *all;
-    part.bytes = all->bytes * T / n;
-    all->at = (const char *)all->at + part.bytes * n;
-    return part;
-}
-
-/* The same for any number of tokens. */
-INLINE void tiles_of(const int type, size_t T, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
-    ahead.bytes /= T;
-    for (; T >= 8; T -= 8, out += 8 * PANEL, x += 8 * stride) tile(8, type, out, w, x, stride, n, share(&ahead, 8, n));
-    if (T & 4) { tile(4, type, out, w, x, stride, n, share(&ahead, 4, n)); out += 4 * PANEL; x += 4 * stride; }
-    if (T & 2) { tile(2, type, out, w, x, stride, n, share(&ahead, 2, n)); out += 2 * PANEL; x += 2 * stride; }
-    if (T & 1) tile(1, type, out, w, x, stride, n, share(&ahead, 1, n));
-}
-static void tiles(size_t T, float *out, const float *w, const float *x, size_t stride, size_t n, Ahead ahead) {
-    tiles_of(F32, T, out, w, x, stride, n, ahead);
-}
-/* Of type F32 or F16, n <= MAX_HEAD_DIM. FP16 is converted once for all tokens, or, for few, on the way. */
-static void number_tiles(size_t T, int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
-    float floats[MAX_HEAD_DIM * PANEL];
-    if (type == F16 && T <= 8) tiles_of(F16, T, out, w, x, stride, n, ahead);
-    else tiles(T, out, type == F16 ? halves_to_floats(floats, (const uint16_t *)w, n * PANEL) : (const float *)w,
-               x, stride, n, ahead);
 }
 
 /* Activations on their way into a product, as they are or, for quantized weights, rounded. A group's tokens lie side by
@@ -307,7 +280,7 @@ static void group_product_plain(size_t T, float *total, int type, const uint8_t 
     uint8_t room[MAX_GROUP * PANEL];
     codes_to_floats(w, unpack_codes(room, type, codes, n), n);
     for (size_t i = 0; i < T * n; i++) x[i] = a.q[i];
-    tiles(T, sum, w, x, n, n, ahead);
+    number_tiles_plain(T, F32, sum, w, x, n, n, ahead);
     for (size_t t = 0; t < T; t++)
         for (size_t r = 0; r < PANEL; r++) {
             float of_codes = fmaf(-scale[PANEL + r], a.sum[t], sum[t * PANEL + r]);
@@ -315,143 +288,7 @@ static void group_product_plain(size_t T, float *total, int type, const uint8_t 
         }
 }
 
-/* ---- The same with integer instructions: skip on a first reading. Sums of whole numbers are exact, so all versions give
- * the same bits (test_all.c compares them). What an instruction set brings, for WIDTH rows side by side:
- *   dot(type, sum, codes, x)    sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
- *                               activations; codes are up to 255, or 15 where type is Q4
- *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
- *   multiply_add(a, b, c)       a * b + c, rounded once
- * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 into
- * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). */
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, BIAS = 0, UNPACK = 16 };
-#elif defined(__AVX2__) && defined(__FMA__)
-enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, BIAS = 0, UNPACK = BLOCK + 1 };
-#elif defined(__ARM_FEATURE_DOTPROD)
-enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, BIAS = 128, UNPACK = 16 };  /* its factors are both signed */
-#else
-enum { UNPACK = BLOCK + 1 };
-#define group_product group_product_plain
-#endif
-#ifndef group_product
-typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH), may_alias));
-typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-static inline Lanes of_nf4(Lanes codes) {
-    return (Lanes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(*(const __m128i *)NF4_CODES), (__m512i)codes);
-}
-static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
-    /* _mm512_dpbusd_epi32, but with that gcc 12 moves every sum to another register and back: a quarter of the speed */
-    (void)type;
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
-    return sum;
-}
-#elif defined(__AVX2__)
-static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-static inline Lanes of_nf4(Lanes codes) {
-    return (Lanes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i *)NF4_CODES), (__m256i)codes);
-}
-static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
-    __m256i c = (__m256i)codes, a = (__m256i)x;
-#if defined(__AVXVNNI__)
-    (void)type;
-    return (Lanes)_mm256_dpbusd_avx_epi32((__m256i)sum, c, a);
-#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    (void)type;
-    return (Lanes)_mm256_dpbusd_epi32((__m256i)sum, c, a);
-#else
-    if (type == Q4) return sum + (Lanes)_mm256_madd_epi16(_mm256_maddubs_epi16(c, a), _mm256_set1_epi16(1));
-    /* two products of larger codes may exceed the 16 bits that maddubs has for their sum: even and odd columns as 16 bits */
-    return sum + (Lanes)_mm256_madd_epi16(_mm256_and_si256(c, _mm256_set1_epi16(255)),
-                                          _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8)) +
-           (Lanes)_mm256_madd_epi16(_mm256_srli_epi16(c, 8), _mm256_srai_epi16(a, 8));
-#endif
-}
-#else
-static inline Floats multiply_add(Floats a, Floats b, Floats c) {
-    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-}
-static inline Lanes of_nf4(Lanes codes) { return (Lanes)vqtbl1q_u8(vld1q_u8(NF4_CODES), (uint8x16_t)codes); }
-static inline Lanes dot(int type, Lanes sum, Lanes codes, Lanes x) {
-    (void)type;
-    return (Lanes)vdotq_s32((int32x4_t)sum, (int8x16_t)(codes ^ (Lanes)vdupq_n_u8(BIAS)), (int8x16_t)x);
-}
-#endif
-
-/* The codes of columns k to k + 3 of the rows from `row` on. */
-INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row) {
-    if (type == Q8) return *(const Lanes *)(codes + k * PANEL + 4 * row);
-    Lanes four = *(const Lanes *)(codes + k / 2 * PANEL + 4 * (row % 16)) >> row / 16 * 4 & 0x0f0f0f0f;
-    return type == NF4 ? of_nf4(four) : four;
-}
-
-/* A tile of T tokens and REGISTERS of rows at a time. So that TOKENS sums are in flight also with fewer tokens, each is made
- * in TOKENS / T parts. */
-INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
-                      size_t n, Ahead ahead) {
-    for (size_t row = 0; row < PANEL; row += WIDTH * REGISTERS) {
-        Lanes sum[TOKENS][REGISTERS];
-        UNROLL
-        for (size_t i = 0; i < TOKENS; i++)
-            UNROLL
-            for (size_t r = 0; r < REGISTERS; r++) sum[i][r] = (Lanes){0} + (i < T ? BIAS * (int32_t)a.sum[i] : 0);
-        for (size_t k = 0; k < n; k += 4 * (TOKENS / T)) {
-            UNROLL
-            for (size_t i = 0; i < TOKENS; i++) {
-                size_t column = k + i / T * 4;
-                int32_t x;
-                if (row == 0 && i % T == 0) {
-                    __builtin_prefetch((const char *)ahead.at + column * ahead.bytes, 0, 2);
-                    __builtin_prefetch((const char *)ahead.at + (column + 2) * ahead.bytes, 0, 2);
-                }
-                memcpy(&x, a.q + i % T * n + column, 4);
-                UNROLL
-                for (size_t r = 0; r < REGISTERS; r++)
-                    sum[i][r] = dot(type, sum[i][r], load_codes(type, codes, column, row + r * WIDTH), (Lanes){0} + x);
-            }
-        }
-        UNROLL
-        for (size_t t = 0; t < T; t++)
-            UNROLL
-            for (size_t r = 0; r < REGISTERS; r++) {
-                const Floats *s = (const Floats *)(scale + row) + r, *zero = (const Floats *)(scale + PANEL + row) + r;
-                Floats *out = (Floats *)(total + t * PANEL + row) + r, sum_x = (Floats){0} + a.sum[t];
-                UNROLL
-                for (size_t i = t + T; i < TOKENS; i += T) sum[t][r] += sum[i][r];
-                *out = multiply_add(*s * a.scale[t], multiply_add(-*zero, sum_x, __builtin_convertvector(sum[t][r], Floats)), *out);
-            }
-    }
-}
-
-static inline Activations skip(Activations a, size_t T, size_t n) {
-    a.q += T * n;
-    a.scale += T;
-    a.sum += T;
-    return a;
-}
-
-INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
-                       size_t n, Ahead ahead) {
-    ahead.bytes /= T;
-    for (; T >= TOKENS; T -= TOKENS, total += TOKENS * PANEL, a = skip(a, TOKENS, n))
-        code_tile(TOKENS, type, total, codes, scale, a, n, share(&ahead, TOKENS, n));
-    if (TOKENS > 4 && T & 4) {
-        code_tile(4, type, total, codes, scale, a, n, share(&ahead, 4, n)); total += 4 * PANEL; a = skip(a, 4, n);
-    }
-    if (T & 2) { code_tile(2, type, total, codes, scale, a, n, share(&ahead, 2, n)); total += 2 * PANEL; a = skip(a, 2, n); }
-    if (T & 1) code_tile(1, type, total, codes, scale, a, n, share(&ahead, 1, n));
-}
-
-static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
-                          size_t n, Ahead ahead) {
-    if (type == Q4) code_tiles(T, Q4, total, codes, scale, a, n, ahead);
-    else if (type == NF4) code_tiles(T, NF4, total, codes, scale, a, n, ahead);
-    else code_tiles(T, Q8, total, codes, scale, a, n, ahead);
-}
-#endif
-/* ---- end of what may be skipped */
+#include "simd.h"         /* both again, number_tiles() and group_product(), with vectors: skip it on a first reading */
 
 /* The product of one panel with T <= 64 of n tokens, from `first` on: out[t][row] = sum over k of w[row][k] * x[t][k]; out:
  * [n, rows]. Group by group: the group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. */

@@ -132,10 +132,10 @@ static void test_group_product(void) {
     float fast[64 * PANEL], plain[64 * PANEL], unpacked[64 * PANEL], scale[2 * PANEL], scale_q[64], sum_q[64];
     for (int turn = 0; turn < 400; turn++) {
         int type = turn % 3 == 0 ? Q8 : turn % 3 == 1 ? Q4 : NF4;
-        bool extremes = turn < 6, whole = turn < 100;
+        bool extremes = turn < 12, whole = turn < 100;
         size_t n = (size_t)32 << random_below(3), T = 1 + random_below(64);
-        for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)(extremes ? 255 : random_below(256));
-        for (size_t i = 0; i < sizeof q; i++) q[i] = (int8_t)(extremes ? (turn < 3 ? -127 : 127) : (int)random_below(255) - 127);
+        for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)(extremes ? turn < 6 ? 255 : 0 : random_below(256));
+        for (size_t i = 0; i < sizeof q; i++) q[i] = (int8_t)(extremes ? (turn % 6 < 3 ? -127 : 127) : (int)random_below(255) - 127);
         for (size_t r = 0; r < 2 * PANEL; r++) scale[r] = whole ? r < PANEL : random_float();
         for (size_t t = 0; t < 64; t++) {
             scale_q[t] = whole ? 1 : random_float();
@@ -162,6 +162,22 @@ static void test_group_product(void) {
                 CHECK(fast[i] == plain[i], "%s, %zu: fast %.9g, plain %.9g", TYPE_NAMES[type], n, fast[i], plain[i]);
                 CHECK(unpacked[i] == plain[i], "%s, %zu: unpacked %.9g, plain %.9g", TYPE_NAMES[type], n, unpacked[i], plain[i]);
             }
+    }
+}
+
+/* The version of number_tiles for this machine against the plain one, bit for bit. */
+static void test_number_tiles(void) {
+    static float w[MAX_HEAD_DIM * PANEL], x[BLOCK * MAX_HEAD_DIM], fast[BLOCK * PANEL], plain[BLOCK * PANEL];
+    static uint16_t halves[MAX_HEAD_DIM * PANEL];
+    for (size_t i = 0; i < MAX_HEAD_DIM * PANEL; i++) { w[i] = random_float(); halves[i] = float_to_half(w[i]); }
+    for (size_t i = 0; i < BLOCK * MAX_HEAD_DIM; i++) x[i] = random_below(20) ? random_float() : -0.0f;
+    for (size_t turn = 0; turn < 4 * BLOCK; turn++) {
+        size_t T = turn % BLOCK + 1, n = 1 + random_below(MAX_HEAD_DIM), stride = n + random_below(MAX_HEAD_DIM - (uint32_t)n + 1);
+        int type = turn / BLOCK % 2 ? F16 : F32;
+        Ahead none = {w, 0};
+        number_tiles(T, type, fast, type == F16 ? (const void *)halves : w, x, stride, n, none);
+        number_tiles_plain(T, type, plain, type == F16 ? (const void *)halves : w, x, stride, n, none);
+        CHECK(!memcmp(fast, plain, T * PANEL * sizeof *plain), "%s, %zu tokens of %zu columns", TYPE_NAMES[type], T, n);
     }
 }
 
@@ -1398,8 +1414,9 @@ static void test_cuda_sampler(void) {
 int main(int argc, char **argv) {
     static const struct { const char *name; void (*run)(void); } TESTS[] = {
         {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations},
-        {"group_product", test_group_product}, {"matrices", test_matrices}, {"scales", test_scales}, {"forward", test_forward},
-        {"determinism", test_determinism}, {"sampler", test_sampler}, {"batch", test_batch}, {"lookup", test_lookup},
+        {"number_tiles", test_number_tiles}, {"group_product", test_group_product}, {"matrices", test_matrices},
+        {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism}, {"sampler", test_sampler},
+        {"batch", test_batch}, {"lookup", test_lookup},
         {"decode", test_decode}, {"damaged_files", test_damaged_files}, {"cholesky", test_cholesky}, {"gptq", test_gptq},
         {"backward", test_backward}, {"fold", test_fold}, {"channel_scales", test_channel_scales},
 #ifdef __CUDACC__

@@ -1,0 +1,280 @@
+/* simd.h - the products' inner loops with vectors and integer instructions. Skip this on a first reading: run.c, which includes it,
+ * has both in plain C, number_tiles_plain() and group_product_plain(), and nothing else depends on how they are done.
+ *
+ * Sums of whole numbers are exact, and those of others are added in the plain order, so that all versions give the same bits
+ * (test_all.c and tests/test_variants.py compare them). What an instruction set brings, for WIDTH rows side by side:
+ *   multiply_add(a, b, c)       a * b + c, rounded once
+ *   of_halves(p)                WIDTH FP16 numbers from p on as FP32
+ *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
+ *   dot(sum, codes, x)          sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
+ *                               activations
+ * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 into memory
+ * instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
+ * otherwise moves every sum to another register and back: a quarter of the speed. */
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, BIAS = 0, UNPACK = 16 };
+#elif defined(__AVXVNNI__) || (defined(__AVX2__) && defined(__AVX512VNNI__) && defined(__AVX512VL__))
+enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, BIAS = 0, UNPACK = BLOCK + 1 };
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, BIAS = 128, UNPACK = BLOCK + 1 };
+#define PAIRS                           /* sums of two products are all it has: see dot() and pair_tile() */
+#elif defined(__aarch64__)
+enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, BIAS = 128, UNPACK = 16 };     /* its factors are both signed */
+#else                                   /* none that is known */
+enum { UNPACK = BLOCK + 1 };
+#define number_tiles number_tiles_plain
+#define group_product group_product_plain
+#endif
+#ifndef group_product
+typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+#ifdef __AVX2__
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+}
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+static inline Floats of_halves(const uint16_t *p) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline Lanes of_nf4(Lanes codes) {
+    return (Lanes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(*(const __m128i *)NF4_CODES), (__m512i)codes);
+}
+static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+    return sum;
+}
+#elif defined(__AVX2__)
+static inline Floats of_halves(const uint16_t *p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline Lanes of_nf4(Lanes codes) {
+    return (Lanes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i *)NF4_CODES), (__m256i)codes);
+}
+#ifdef PAIRS
+static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
+    /* one factor must be unsigned, and two products must fit 16 bits: |code - 128| times x with the sign of code - 128 */
+    __m256i c = _mm256_xor_si256((__m256i)codes, _mm256_set1_epi8((char)BIAS));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8((__m256i)x, c));
+    return sum + (Lanes)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#elif defined(__AVXVNNI__)
+static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
+    return sum;
+}
+#else
+static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+    return sum;
+}
+#endif
+#else
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+static inline Floats of_halves(const uint16_t *p) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline Lanes of_nf4(Lanes codes) { return (Lanes)vqtbl1q_u8(vld1q_u8(NF4_CODES), (uint8x16_t)codes); }
+static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
+    int8x16_t c = (int8x16_t)(codes ^ (Lanes)vdupq_n_u8(BIAS)), a = (int8x16_t)x;
+#ifdef __ARM_FEATURE_DOTPROD
+    return (Lanes)vdotq_s32((int32x4_t)sum, c, a);
+#else
+    int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(c), vget_low_s8(a))), high = vpaddlq_s16(vmull_high_s8(c, a));
+    return sum + (Lanes)vpaddq_s32(low, high);
+#endif
+}
+#endif
+
+/* Registers of rows that a tile of T tokens takes at a time: as many as there are, or as there is room for. */
+#define AT_ONCE(T) (TOKENS * REGISTERS / (T) < PANEL / WIDTH ? TOKENS * REGISTERS / (T) : PANEL / WIDTH)
+
+/* number_tiles_plain() for T tokens. T and type are constants wherever this is inlined, so that the sums stay in registers. */
+INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+    const size_t R = AT_ONCE(T);
+    for (size_t row = 0; row < PANEL; row += WIDTH * R) {
+        Floats sum[TOKENS][PANEL / WIDTH];
+        UNROLL
+        for (size_t t = 0; t < T; t++)
+            UNROLL
+            for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
+        for (size_t k = 0; k < n; k++) {
+            Floats of_k[PANEL / WIDTH];
+            if (row == 0) __builtin_prefetch((const char *)ahead.at + k * ahead.bytes, 0, 2);
+            UNROLL
+            for (size_t r = 0; r < R; r++) {
+                size_t at = k * PANEL + row + r * WIDTH;
+                of_k[r] = type == F16 ? of_halves((const uint16_t *)w + at) : *(const Floats *)((const float *)w + at);
+            }
+            UNROLL
+            for (size_t t = 0; t < T; t++)
+                UNROLL
+                for (size_t r = 0; r < R; r++) sum[t][r] = multiply_add(of_k[r], x[t * stride + k] - (Floats){0}, sum[t][r]);
+        }
+        UNROLL
+        for (size_t t = 0; t < T; t++)
+            UNROLL
+            for (size_t r = 0; r < R; r++) *(Floats *)(out + t * PANEL + row + r * WIDTH) = sum[t][r];
+    }
+}
+
+/* Cuts off what a tile of T tokens and n columns is to ask for; all->bytes is by token here, the result's by column. */
+static inline Ahead share(Ahead *all, size_t T, size_t n) {
+    Ahead part = *all;
+    part.bytes = all->bytes * T / n;
+    all->at = (const char *)all->at + part.bytes * n;
+    return part;
+}
+
+INLINE void tiles(const int type, size_t T, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+    ahead.bytes /= T;
+    for (; T >= TOKENS; T -= TOKENS, out += TOKENS * PANEL, x += TOKENS * stride)
+        tile(TOKENS, type, out, w, x, stride, n, share(&ahead, TOKENS, n));
+    if (TOKENS > 4 && T & 4) { tile(4, type, out, w, x, stride, n, share(&ahead, 4, n)); out += 4 * PANEL; x += 4 * stride; }
+    if (T & 2) { tile(2, type, out, w, x, stride, n, share(&ahead, 2, n)); out += 2 * PANEL; x += 2 * stride; }
+    if (T & 1) tile(1, type, out, w, x, stride, n, share(&ahead, 1, n));
+}
+
+/* number_tiles_plain(), n <= MAX_HEAD_DIM. FP16 is converted once for all tokens, or, for few, on the way. */
+static void number_tiles(size_t T, int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+    float floats[MAX_HEAD_DIM * PANEL];
+    if (type == F16 && T <= 8) tiles(F16, T, out, w, x, stride, n, ahead);
+    else tiles(F32, T, out, type == F16 ? halves_to_floats(floats, (const uint16_t *)w, n * PANEL) : (const float *)w, x, stride, n,
+               ahead);
+}
+
+/* The codes of columns k to k + 3 of the rows from `row` on. */
+INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row) {
+    if (type == Q8) return *(const Lanes *)(codes + k * PANEL + 4 * row);
+    Lanes four = *(const Lanes *)(codes + k / 2 * PANEL + 4 * (row % 16)) >> row / 16 * 4 & 0x0f0f0f0f;
+    return type == NF4 ? of_nf4(four) : four;
+}
+
+/* The same four activations in every lane. */
+static inline Lanes load_activations(const int8_t *q) {
+    int32_t x;
+    memcpy(&x, q, 4);
+    return (Lanes){0} + x;
+}
+
+/* What group_product_plain() does with a sum, of token t and the rows from `row` on. */
+INLINE void add_group(float *total, const float *scale, Activations a, size_t t, size_t row, Lanes sum) {
+    Floats *out = (Floats *)(total + t * PANEL + row), sum_x = a.sum[t] - (Floats){0};
+    Floats of_codes = multiply_add(-*(const Floats *)(scale + PANEL + row), sum_x, __builtin_convertvector(sum, Floats));
+    *out = multiply_add(*(const Floats *)(scale + row) * a.scale[t], of_codes, *out);
+}
+
+#ifdef PAIRS
+/* The same, sooner, for codes of 4 bits, of which 16 bits hold the sum of 32 columns: 32 / 2 * 15 * 127 < 2^15. A byte is two
+ * codes, of the rows r and r + 16. */
+INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n,
+                      Ahead ahead) {
+    const size_t R = AT_ONCE(T);
+    for (size_t row = 0; row < PANEL / 2; row += WIDTH * R / 2) {
+        Lanes sum[TOKENS][PANEL / WIDTH];
+        UNROLL
+        for (size_t t = 0; t < T; t++)
+            UNROLL
+            for (size_t r = 0; r < R; r++) sum[t][r] = (Lanes){0};
+        for (size_t start = 0; start < n; start += 32) {
+            Lanes part[TOKENS][PANEL / WIDTH];
+            UNROLL
+            for (size_t t = 0; t < T; t++)
+                UNROLL
+                for (size_t r = 0; r < R; r++) part[t][r] = (Lanes){0};
+            for (size_t k = start; row == 0 && k < start + 32; k += 2)
+                __builtin_prefetch((const char *)ahead.at + k * ahead.bytes, 0, 2);
+            UNROLL
+            for (size_t k = 0; k < 32; k += 4) {
+                Lanes half[PANEL / WIDTH];
+                UNROLL
+                for (size_t r = 0; r < R; r++) {
+                    const uint8_t *bytes = codes + (start + k) / 2 * PANEL + 4 * (row + r / 2 * WIDTH);
+                    half[r] = *(const Lanes *)bytes >> r % 2 * 4 & 0x0f0f0f0f;
+                }
+                UNROLL
+                for (size_t t = 0; t < T; t++) {
+                    __m256i x = (__m256i)load_activations(a.q + t * n + start + k);
+                    UNROLL
+                    for (size_t r = 0; r < R; r++)
+                        __asm__("vpaddw %1, %0, %0" : "+x"(part[t][r]) : "x"(_mm256_maddubs_epi16((__m256i)half[r], x)));
+                }
+            }
+            UNROLL
+            for (size_t t = 0; t < T; t++) {
+                UNROLL
+                for (size_t r = 0; r < R; r++)
+                    sum[t][r] += (Lanes)_mm256_madd_epi16((__m256i)part[t][r], _mm256_set1_epi16(1));
+                __asm__("" : "+m"(sum[t]));         /* in memory, while registers are needed for the parts */
+            }
+        }
+        UNROLL
+        for (size_t t = 0; t < T; t++)
+            UNROLL
+            for (size_t r = 0; r < R; r++) add_group(total, scale, a, t, row + r / 2 * WIDTH + r % 2 * 16, sum[t][r]);
+    }
+}
+#endif
+
+/* group_product_plain() for T tokens. A sum is made in so many parts that with few tokens as many are under way. */
+INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
+                      size_t n, Ahead ahead) {
+#ifdef PAIRS
+    if (type == Q4) { pair_tile(T, total, codes, scale, a, n, ahead); return; }
+#endif
+    const size_t R = AT_ONCE(T), PARTS = TOKENS * REGISTERS / (T * R);
+    for (size_t row = 0; row < PANEL; row += WIDTH * R) {
+        Lanes sum[TOKENS][PANEL / WIDTH];
+        UNROLL
+        for (size_t i = 0; i < T * PARTS; i++)
+            UNROLL
+            for (size_t r = 0; r < R; r++) sum[i][r] = (Lanes){0} + (i < T ? BIAS * (int32_t)a.sum[i] : 0);
+        for (size_t k = 0; k < n; k += 4 * PARTS) {
+            UNROLL
+            for (size_t i = 0; i < T * PARTS; i++) {
+                size_t column = k + i / T * 4;
+                Lanes x = load_activations(a.q + i % T * n + column);
+                if (row == 0 && i % T == 0) {
+                    __builtin_prefetch((const char *)ahead.at + column * ahead.bytes, 0, 2);
+                    __builtin_prefetch((const char *)ahead.at + (column + 2) * ahead.bytes, 0, 2);
+                }
+                UNROLL
+                for (size_t r = 0; r < R; r++)
+                    sum[i][r] = dot(sum[i][r], load_codes(type, codes, column, row + r * WIDTH), x);
+            }
+        }
+        UNROLL
+        for (size_t t = 0; t < T; t++)
+            UNROLL
+            for (size_t r = 0; r < R; r++) {
+                UNROLL
+                for (size_t i = t + T; i < T * PARTS; i += T) sum[t][r] += sum[i][r];
+                add_group(total, scale, a, t, row + r * WIDTH, sum[t][r]);
+            }
+    }
+}
+
+static inline Activations skip(Activations a, size_t T, size_t n) {
+    a.q += T * n;
+    a.scale += T;
+    a.sum += T;
+    return a;
+}
+
+INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
+                       size_t n, Ahead ahead) {
+    ahead.bytes /= T;
+    for (; T >= TOKENS; T -= TOKENS, total += TOKENS * PANEL, a = skip(a, TOKENS, n))
+        code_tile(TOKENS, type, total, codes, scale, a, n, share(&ahead, TOKENS, n));
+    if (TOKENS > 4 && T & 4) {
+        code_tile(4, type, total, codes, scale, a, n, share(&ahead, 4, n)); total += 4 * PANEL; a = skip(a, 4, n);
+    }
+    if (T & 2) { code_tile(2, type, total, codes, scale, a, n, share(&ahead, 2, n)); total += 2 * PANEL; a = skip(a, 2, n); }
+    if (T & 1) code_tile(1, type, total, codes, scale, a, n, share(&ahead, 1, n));
+}
+
+static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
+                          size_t n, Ahead ahead) {
+    if (type == Q4) code_tiles(T, Q4, total, codes, scale, a, n, ahead);
+    else if (type == NF4) code_tiles(T, NF4, total, codes, scale, a, n, ahead);
+    else code_tiles(T, Q8, total, codes, scale, a, n, ahead);
+}
+#endif
