@@ -42,7 +42,8 @@ static void fit_codes(Fit *fit, uint8_t *codes, const float *w, const float *imp
     for (size_t k = 0; k < n; k++)
         for (size_t r = 0; r < PANEL; r++) {
             float x = w[k * PANEL + r], c = fmaf(x, inverse[r], zero[r]);
-            c = c < 0 ? 0 : c > levels ? levels : c;
+            c = c < 0 ? 0 : c;          /* one at a time, or no compiler vectorises it without masks */
+            c = c > levels ? levels : c;
             c = (c + 12582912.0f) - 12582912.0f;
             float error = fmaf(scale[r], c - zero[r], -x), h = importance[k], hc = h * c;
             fit->error[r] = fmaf(h * error, error, fit->error[r]);
