@@ -8,8 +8,8 @@
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  *   dot(sum, codes, x)          sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
  *                               activations
- * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 into memory
- * instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
+ * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
+ * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
  * otherwise moves every sum to another register and back: a quarter of the speed. */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, BIAS = 0, UNPACK = 16 };
@@ -133,10 +133,10 @@ INLINE void tiles(const int type, size_t T, float *out, const void *w, const flo
     if (T & 1) tile(1, type, out, w, x, stride, n, share(&ahead, 1, n));
 }
 
-/* number_tiles_plain(), n <= MAX_HEAD_DIM. FP16 is converted once for all tokens, or, for few, on the way. */
+/* number_tiles_plain(), n <= MAX_HEAD_DIM. */
 static void number_tiles(size_t T, int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     float floats[MAX_HEAD_DIM * PANEL];
-    if (type == F16 && T <= 8) tiles(F16, T, out, w, x, stride, n, ahead);
+    if (type == F16 && T < UNPACK) tiles(F16, T, out, w, x, stride, n, ahead);
     else tiles(F32, T, out, type == F16 ? halves_to_floats(floats, (const uint16_t *)w, n * PANEL) : (const float *)w, x, stride, n,
                ahead);
 }
