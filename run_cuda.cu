@@ -1910,7 +1910,7 @@ static void cuda_close(State *s) {
     free(d);
 }
 
-static const Backend GPU = {"cuda", 2048, cuda_load, cuda_unload, cuda_open, cuda_close, cuda_forward, cuda_step, cuda_peak};
+static const Backend GPU = {"cuda", 4096, cuda_load, cuda_unload, cuda_open, cuda_close, cuda_forward, cuda_step, cuda_peak};
 
 #ifndef TESTING
 int main(int argc, char **argv) {
