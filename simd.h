@@ -12,14 +12,24 @@
  * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
  * otherwise moves every sum to another register and back: a quarter of the speed. */
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, BIAS = 0, UNPACK = 16 };
-#elif defined(__AVXVNNI__) || (defined(__AVX2__) && defined(__AVX512VNNI__) && defined(__AVX512VL__))
-enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, BIAS = 0, UNPACK = BLOCK + 1 };
+enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
+#define VPDPBUSD "vpdpbusd"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, BIAS = 128, UNPACK = BLOCK + 1 };
+#if defined(__AVXVNNI__)
+#define VPDPBUSD "%{vex%} vpdpbusd"     /* AVX's own encoding, which assemblers do not choose by themselves */
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define VPDPBUSD "vpdpbusd"
+#else
 #define PAIRS                           /* sums of two products are all it has: see dot() and pair_tile() */
+#endif
+enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, UNPACK = BLOCK + 1 };
+#ifdef PAIRS
+enum { BIAS = 128 };
+#else
+enum { BIAS = 0 };
+#endif
 #elif defined(__aarch64__)
-enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, BIAS = 128, UNPACK = 16 };     /* its factors are both signed */
+enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128 };     /* BIAS: its factors are both signed */
 #else                                   /* none that is known */
 enum { UNPACK = BLOCK + 1 };
 #define number_tiles number_tiles_plain
@@ -29,10 +39,23 @@ enum { UNPACK = BLOCK + 1 };
 typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-#ifdef __AVX2__
+#ifndef __aarch64__
 static inline Floats multiply_add(Floats a, Floats b, Floats c) {
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
+}
+#ifdef VPDPBUSD
+static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
+    __asm__(VPDPBUSD " %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+    return sum;
+}
+#else
+static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
+    /* one factor must be unsigned, and two products must fit 16 bits: |code - 128| times x, which is not -128, with the sign of
+     * code - 128 */
+    __m256i c = _mm256_xor_si256((__m256i)codes, _mm256_set1_epi8((char)BIAS));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8((__m256i)x, c));
+    return sum + (Lanes)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -40,31 +63,10 @@ static inline Floats of_halves(const uint16_t *p) { return (Floats)_mm512_cvtph_
 static inline Lanes of_nf4(Lanes codes) {
     return (Lanes)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(*(const __m128i *)NF4_CODES), (__m512i)codes);
 }
-static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
-    return sum;
-}
-#elif defined(__AVX2__)
+#else
 static inline Floats of_halves(const uint16_t *p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 static inline Lanes of_nf4(Lanes codes) {
     return (Lanes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i *)NF4_CODES), (__m256i)codes);
-}
-#ifdef PAIRS
-static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
-    /* one factor must be unsigned, and two products must fit 16 bits: |code - 128| times x with the sign of code - 128 */
-    __m256i c = _mm256_xor_si256((__m256i)codes, _mm256_set1_epi8((char)BIAS));
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8((__m256i)x, c));
-    return sum + (Lanes)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-#elif defined(__AVXVNNI__)
-static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
-    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
-    return sum;
-}
-#else
-static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
-    return sum;
 }
 #endif
 #else
@@ -84,8 +86,11 @@ static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
 }
 #endif
 
-/* Registers of rows that a tile of T tokens takes at a time: as many as there are, or as there is room for. */
+/* Registers of rows that a tile of T tokens, a power of two, takes at a time: as many as there are, or as there is room for. */
 #define AT_ONCE(T) (TOKENS * REGISTERS / (T) < PANEL / WIDTH ? TOKENS * REGISTERS / (T) : PANEL / WIDTH)
+
+/* x in every lane: minus 0, because plus 0 makes +0 of -0, and is computed. */
+static inline Floats every(float x) { return x - (Floats){0}; }
 
 /* number_tiles_plain() for T tokens. T and type are constants wherever this is inlined, so that the sums stay in registers. */
 INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
@@ -107,7 +112,7 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
             UNROLL
             for (size_t t = 0; t < T; t++)
                 UNROLL
-                for (size_t r = 0; r < R; r++) sum[t][r] = multiply_add(of_k[r], x[t * stride + k] - (Floats){0}, sum[t][r]);
+                for (size_t r = 0; r < R; r++) sum[t][r] = multiply_add(of_k[r], every(x[t * stride + k]), sum[t][r]);
         }
         UNROLL
         for (size_t t = 0; t < T; t++)
@@ -157,14 +162,14 @@ static inline Lanes load_activations(const int8_t *q) {
 
 /* What group_product_plain() does with a sum, of token t and the rows from `row` on. */
 INLINE void add_group(float *total, const float *scale, Activations a, size_t t, size_t row, Lanes sum) {
-    Floats *out = (Floats *)(total + t * PANEL + row), sum_x = a.sum[t] - (Floats){0};
+    Floats *out = (Floats *)(total + t * PANEL + row), sum_x = every(a.sum[t]);
     Floats of_codes = multiply_add(-*(const Floats *)(scale + PANEL + row), sum_x, __builtin_convertvector(sum, Floats));
     *out = multiply_add(*(const Floats *)(scale + row) * a.scale[t], of_codes, *out);
 }
 
 #ifdef PAIRS
-/* The same, sooner, for codes of 4 bits, of which 16 bits hold the sum of 32 columns: 32 / 2 * 15 * 127 < 2^15. A byte is two
- * codes, of the rows r and r + 16. */
+/* code_tile() for q4, sooner: 16 bits hold the sum of 32 columns of its codes, 32 / 2 * 15 * 127 < 2^15. A byte is two of them, of
+ * the rows r and r + 16. */
 INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n,
                       Ahead ahead) {
     const size_t R = AT_ONCE(T);
@@ -214,7 +219,8 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
 }
 #endif
 
-/* group_product_plain() for T tokens. A sum is made in so many parts that with few tokens as many are under way. */
+/* group_product_plain() for T tokens. With few tokens each sum is split into PARTS over the columns, so that as many additions are
+ * under way. */
 INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
                       size_t n, Ahead ahead) {
 #ifdef PAIRS

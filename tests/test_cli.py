@@ -213,6 +213,12 @@ def test_score(tmp):
 
 
 @cpu
+def test_no_mmap_is_the_same(tmp):
+    arguments = ["-i", "Once upon a time", "-b", "2", "-n", "20"]
+    assert sequences(tmp, DEMO, *arguments) == sequences(tmp, DEMO, *arguments, "--no-mmap")
+
+
+@cpu
 def test_lookup_is_the_same(tmp):
     plain = sequences(tmp, DEMO, "-i", "One two three. One two three.", "-b", "3", "-n", "90", "-t", "0", "-E")
     assert plain == sequences(tmp, DEMO, "-i", "One two three. One two three.", "-b", "3", "-n", "90", "-t", "0", "-E", "--lookup", "7")
