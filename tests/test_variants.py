@@ -26,6 +26,8 @@ if platform.machine() == "x86_64":
         BUILDS["AVX2"] = ("cc", [], "-O3 -march=haswell -fopenmp")
     if " avx512_vnni " in CPU:      # what AVX-VNNI has, in the encoding that processors with AVX-512 know
         BUILDS["AVX2 with VNNI"] = ("cc", [], "-O3 -march=haswell -mavx512vnni -mavx512vl")
+    if " avx_vnni " in CPU:
+        BUILDS["AVX-VNNI"] = ("cc", [], "-O3 -march=haswell -mavxvnni")
 
 
 def missing(compiler, runner):
