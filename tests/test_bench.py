@@ -750,7 +750,9 @@ def test_notebook(tmp_path):
     previous.write_text(json.dumps({"fingerprints": {"batch": "0" * 16, "checkpoint": "", "greedy": ""}, "tok_s": 1.0, "machine": "m",
                                     "date": "d"}))
     said, images = execute(BENCH, SCRATCH=str(tmp_path), OUTPUT=str(tmp_path / "out"), PREVIOUS=str(previous), TARGET="1")
-    assert "PASS: " in said and "perplexity 27.84" in said and "28.9170 with it" in said and images == 6
+    assert "PASS: " in said and "perplexity 27.84" in said and images == 6
+    # the merge is numpy's, whose sums differ in the last bits from one processor to another
+    assert float(re.search(r"([0-9.]+) with it", said)[1]) == pytest.approx(28.917, abs=5e-4)
     assert "batch: DIFFERENT" in said and "1.0 then (m, d)" in said
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["work"] == [8, 16, 16] and summary["pass"] is True and all(summary["fingerprints"].values())
