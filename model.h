@@ -529,7 +529,7 @@ static Model map_model(const char *path) {
     Model m;
     struct stat st;
     memset(&m, 0, sizeof m);
-    int fd = open(path, O_RDONLY);
+    int fd = open(path, O_RDONLY | O_NONBLOCK);         /* of a named pipe: it is refused, not waited for */
     if (fd < 0 || fstat(fd, &st) != 0) die("%s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode)) die("%s: not a file", path);
     if ((uint64_t)st.st_size < sizeof(Header)) die("%s: %lld bytes are too few for a checkpoint", path, (long long)st.st_size);

@@ -1,5 +1,6 @@
 /* simd.h - the products' inner loops with vectors and integer instructions. Skip this on a first reading: run.c, which includes it,
- * has both in plain C, number_tiles_plain() and group_product_plain(), and nothing else depends on how they are done.
+ * has them in plain C, as number_tiles_plain(), group_product_plain() and halves_to_floats_plain(), and nothing else depends on how
+ * they are done.
  *
  * Sums of whole numbers are exact, and those of others are added in the plain order, so that all versions give the same bits
  * (test_all.c and tests/test_variants.py compare them). What an instruction set brings, for WIDTH rows side by side:
@@ -11,6 +12,21 @@
  * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
  * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
  * otherwise moves every sum to another register and back: a quarter of the speed. */
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__clang__)                  /* before a loop of up to 8 turns: so that its arrays can be registers */
+#define UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__CUDACC__)               /* nvcc does not know it */
+#define UNROLL
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+#define INLINE static inline __attribute__((always_inline))    /* so that arguments which are constants choose the code */
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
 #define VPDPBUSD "vpdpbusd"
@@ -34,6 +50,7 @@ enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128 };     /* B
 enum { UNPACK = BLOCK + 1 };
 #define number_tiles number_tiles_plain
 #define group_product group_product_plain
+#define halves_to_floats halves_to_floats_plain
 #endif
 #ifndef group_product
 typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH), may_alias));
@@ -85,6 +102,12 @@ static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
 #endif
 }
 #endif
+
+/* n: a multiple of 16. */
+static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
+    for (size_t i = 0; i < n; i += WIDTH) *(Floats *)(out + i) = of_halves(in + i);
+    return out;
+}
 
 /* Registers of rows that a tile of T tokens, a power of two, takes at a time: as many as there are, or as there is room for. */
 #define AT_ONCE(T) (TOKENS * REGISTERS / (T) < PANEL / WIDTH ? TOKENS * REGISTERS / (T) : PANEL / WIDTH)

@@ -212,6 +212,11 @@ def test_score(tmp):
     assert run(DEMO, "-m", "score", "-f", tmp / "empty.tsv", "-q")[0] == 0
 
 
+def test_named_pipe_as_model(tmp):
+    os.mkfifo(tmp / "pipe.bin")
+    one_line(run(tmp / "pipe.bin", "-i", "x"), 1, "%s: " % (tmp / "pipe.bin"), "not a file")
+
+
 @cpu
 def test_no_mmap_is_the_same(tmp):
     arguments = ["-i", "Once upon a time", "-b", "2", "-n", "20"]
