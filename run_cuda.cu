@@ -403,7 +403,7 @@ __device__ inline void load_stage(Stage<TYPE, GROUPS> &s, const Weights &w, cons
     for (int m = 0; m < 2; m++) {
 #pragma unroll
         for (int p = 0; p < s.PIECES; p++)
-            s.codes[m][p] = __ldg(TYPE == F16 ? codes + (at.codes + (16 * m + p / 2) * w.column_tiles * 16 + k * 8) + p % 2 * 4
+            s.codes[m][p] = __ldcs(TYPE == F16 ? codes + (at.codes + (16 * m + p / 2) * w.column_tiles * 16 + k * 8) + p % 2 * 4
                                               : codes + (at.codes + (8 * k + m) * (s.PIECES * 32)) + p * 32);
 #pragma unroll
         for (int g = 0; g < GROUPS && TYPE != F16; g++)
@@ -484,19 +484,34 @@ __device__ inline void add_tiles(float total[N][2][4], const uint32_t a[2][4][4]
     }
 }
 
-__device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+/* With the GPU's own exponential and reciprocal, and nothing for numbers below 2^-126: silu(-88) is -0. */
+__device__ inline float silu(float x) {
+    float e, share;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.44269504f * x));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(share) : "f"(1.0f + e));
+    return x * share;
+}
 
-/* Stores what a warp has of a tile of 16 rows by 8 tokens. out: [n][w.row_tiles * 16]; or, with `units`, h = silu(gate) * up,
- * [n][units] (w13, where an even row is the gate of the next). */
-__device__ inline void store(float *out, const Weights &w, const float total[4], int row_tile, int token, int n, int units) {
-    int lane = threadIdx.x % 32, t = token + lane % 4 * 2, unit = row_tile * 8 + lane / 4;
+/* Stores what a warp has of 16 rows by 8 N tokens, the first of them `token`; tile t of 8 tokens is total[t * apart]. out: [n]
+ * [w.row_tiles * 16]; or, with `units`, h = silu(gate) * up, [n][units] (w13, where an even row is the gate of the next). */
+template <int N>
+__device__ inline void store(float *out, const Weights &w, const float total[][4], int apart, int row_tile, int token, int n,
+                             int units) {
+    int lane = threadIdx.x % 32, left = n - (token + lane % 4 * 2), unit = row_tile * 8 + lane / 4;
+    uint32_t width = units ? units : w.row_tiles * 16;
+    float *to = out + (size_t)(n - left) * width + (units ? unit : 2 * unit);
+    if (units) {
+        float h[N][2];                  /* all of them at once, since each takes long */
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (t + i >= n) continue;
-        float *to = out + (size_t)(t + i) * (units ? units : w.row_tiles * 16);
-        if (units) to[unit] = silu(total[i]) * total[i + 2];
-        else *(float2 *)(to + 2 * unit) = make_float2(total[i], total[i + 2]);
-    }
+        for (int i = 0; i < 2 * N; i++) h[i / 2][i % 2] = silu(total[i / 2 * apart][i % 2]) * total[i / 2 * apart][i % 2 + 2];
+#pragma unroll
+        for (int i = 0; i < 2 * N; i++) if (i / 2 * 8 + i % 2 < left) to[(size_t)width * (i / 2 * 8 + i % 2)] = h[i / 2][i % 2];
+    } else
+#pragma unroll
+        for (int i = 0; i < 2 * N; i++)
+            if (i / 2 * 8 + i % 2 < left)
+                *(float2 *)(to + (size_t)width * (i / 2 * 8 + i % 2)) =
+                    make_float2(total[i / 2 * apart][i % 2], total[i / 2 * apart][i % 2 + 2]);
 }
 
 /* Adds to the sums of the first of the warps that share rows those of the others, in order. room: [warps - 1][row warps]. */
@@ -518,16 +533,17 @@ __device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES
         }
 }
 
-/* For up to 8 tokens, where reading the weights is all that takes time. A block's 4 warps share 32 rows, each taking every 4th
- * tile of columns: the next is on its way while others compute, the first before the kernel before this one has ended. That
- * little is asked for ahead leaves registers for many blocks, which is worth more (SPEED.md). gridDim.x: blocks of 32 rows.
- * gridDim.y: parts of the columns (split-K), each with an out of its own, which whoever reads it adds up. */
-enum { FEW_BLOCKS = 6 };                /* of a multiprocessor */
+/* For up to 8 tokens, where reading the weights is all that takes time. A block's warps share 32 rows and take turns at the tiles
+ * of columns: the next is on its way while others compute, the first before the kernel before this one has ended. That little is
+ * asked for ahead leaves registers for many blocks, which is worth more (SPEED.md). gridDim.x: blocks of 32 rows. gridDim.y: parts
+ * of the columns (split-K), each with an out of its own, which whoever reads it adds up: of 8 warps, so that they are few. w13's,
+ * which are no parts, have 4, so that all have room at once. */
 template <int TYPE, int GROUPS>
-__global__ void __launch_bounds__(128, TYPE == Q4 ? FEW_BLOCKS : 4)
+__global__ void __launch_bounds__(256, TYPE == Q4 ? 3 : 2)
 product_few(float *out, Weights w, Inputs in, int n, int units) {
-    __shared__ float4 room[3][2][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_tile = blockIdx.x * 2, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
+    __shared__ float4 room[7][2][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int row_tile = blockIdx.x * 2, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
     int k = (int)((long long)all * blockIdx.y / gridDim.y) + warp, end = (int)((long long)all * (blockIdx.y + 1) / gridDim.y);
     Place<TYPE, GROUPS> place(w, row_tile);
     Stage<TYPE, GROUPS> s;
@@ -548,17 +564,19 @@ product_few(float *out, Weights w, Inputs in, int n, int units) {
         for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[0][g] = input_scales[(size_t)(k * GROUPS + g) * (in.stride / 2)];
     };
     if (k < end) load_inputs(k);
-    for (; k < end; k += 4) {
+    for (; k < end; k += warps) {
         uint32_t a[2][4][4];
         unpack(a[0], s, 0);
         unpack(a[1], s, 1);
         add_tiles<TYPE, GROUPS, 1>(total, a, s.scales, x, scale);
-        if (k + 4 < end) { load_stage(s, w, place, k + 4); load_inputs(k + 4); }
+        if (k + warps < end) { load_stage(s, w, place, k + warps); load_inputs(k + warps); }
     }
-    add_warps<1>(total, room, warp, 4, 0, 1);
+    add_warps<1>(total, room, warp, warps, 0, 1);
     for (int m = 0; m < 2 && warp == 0; m++)
-        store(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0][m], row_tile + m, 0, n, units);
+        store<1>(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0] + m, 0, row_tile + m, 0, n, units);
 }
+
+__device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 /* Copies of 16 bytes into shared memory that go on while the thread computes (from 8.0 on); before, the bytes wait in a register,
  * and land() stores them. */
@@ -626,8 +644,8 @@ product_many(float *out, Weights w, Inputs in, int n, int units) {
                       ? (const uint4 *)in.halves + (size_t)(token + t0) * w.column_tiles * 16 + (first + tile0) * 8 + piece
                       : (const uint4 *)in.q + ((size_t)(first + tile0) * in.stride + token + t0) * 8 + piece;
     const float2 *scale_from = in.scale + (size_t)(first * GROUPS + scale_row) * in.stride + token + threadIdx.x % (TOKENS / 2) * 2;
-    uint32_t to = (uint32_t)__cvta_generic_to_shared(x + (tile0 * TOKENS + t0) * 8 + (piece ^ (t0 % 2 * ODD)));
-    uint32_t scale_to = (uint32_t)__cvta_generic_to_shared(scales + threadIdx.x);
+    uint32_t to = shared_address(x + (tile0 * TOKENS + t0) * 8 + (piece ^ (t0 % 2 * ODD)));
+    uint32_t scale_to = shared_address(scales + threadIdx.x);
     size_t tile_step = TYPE == F16 ? 8 : (size_t)in.stride * 8, token_step = TYPE == F16 ? (size_t)w.column_tiles * 16 : 8;
     bool has_scale = TYPE != F16 && threadIdx.x < SCALES;
     wait_for_inputs();
@@ -682,8 +700,8 @@ product_many(float *out, Weights w, Inputs in, int n, int units) {
     if (column_warp) return;
     out += (size_t)blockIdx.z * n * w.row_tiles * 16;
 #pragma unroll
-    for (int t = 0; t < 2 * TOKEN_TILES; t++)
-        store(out, w, total[t / 2][t % 2], row_tile + t % 2, token + (token_warp * TOKEN_TILES + t / 2) * 8, n, units);
+    for (int m = 0; m < 2; m++)
+        store<TOKEN_TILES>(out, w, total[0] + m, 2, row_tile + m, token + token_warp * TOKEN_TILES * 8, n, units);
 }
 
 /* ---- For 65 tokens and more on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores
@@ -703,20 +721,18 @@ template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; 
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HAS_WGMMA 1
-__device__ inline void await(uint64_t *barrier, int phase) {       /* until the barrier has ended its phase of this parity */
+__device__ inline void await(uint32_t barrier, int phase) {         /* until the barrier has ended its phase of this parity */
     uint32_t done = 0;
     while (!done)
         asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done) : "r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(phase) : "memory");
+                     : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
 }
-__device__ inline void arrive(uint64_t *barrier, int bytes) {       /* and announce so many bytes */
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 ::"r"((uint32_t)__cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
+__device__ inline void arrive(uint32_t barrier, int bytes) {        /* and announce so many bytes */
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-__device__ inline void bulk_copy(void *to, const void *from, int bytes, uint64_t *barrier) {
+__device__ inline void bulk_copy(void *to, const void *from, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes),
-                 "r"((uint32_t)__cvta_generic_to_shared(barrier)) : "memory");
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
 /* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, 16 of each warp as for mma_codes, and b of 32 columns by
@@ -748,16 +764,20 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
 #if HAS_WGMMA
     typedef Wide<TYPE, GROUPS> OneStage;
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];      /* barriers: all bytes have come; all threads have read them */
-    OneStage *stages = (OneStage *)shared;
+    __shared__ uint64_t barriers[2 * WIDE_STAGES];
+    /* addresses, in registers: else each step asks a slow one, of the block's number in its cluster, to make them anew */
+    uint32_t first_stage = shared_address(shared), full = shared_address(barriers);
+    asm volatile("" : "+r"(first_stage), "+r"(full));
+    uint32_t empty = full + 8 * WIDE_STAGES;        /* full: all bytes have come; empty: all threads have read them */
+    OneStage *stages = (OneStage *)__cvta_shared_to_generic(first_stage);
     const int COUNT = 4 / GROUPS;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, step = 0;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    unsigned step = 0;
     int token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS;
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], %2;"
-                         ::"r"((uint32_t)__cvta_generic_to_shared(full + i)),
-                         "r"((uint32_t)__cvta_generic_to_shared(empty + i)), "r"(32 * WIDE_ROWS));
+                         ::"r"(full + 8 * i), "r"(empty + 8 * i), "r"(32 * WIDE_ROWS));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -768,9 +788,9 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
         for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)
             for (int k = 0; k < w.column_tiles; k++, step++) {
                 OneStage *s = stages + step % WIDE_STAGES;
-                uint64_t *barrier = full + step % WIDE_STAGES;
+                uint32_t barrier = full + step % WIDE_STAGES * 8;
                 size_t tile = tile_index(w, block / token_blocks * WIDE_ROWS, k), token = block % token_blocks * 128;
-                if (step >= WIDE_STAGES) await(empty + step % WIDE_STAGES, (step / WIDE_STAGES - 1) & 1);
+                if (step >= WIDE_STAGES) await(empty + step % WIDE_STAGES * 8, (step / WIDE_STAGES - 1) & 1);
                 arrive(barrier, (int)(sizeof s->x + sizeof s->codes + sizeof s->x_scales + sizeof s->w_scales));
                 bulk_copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS, sizeof s->x, barrier);
                 bulk_copy(s->codes, w.codes + tile * (OneStage::PIECES * 32), sizeof s->codes, barrier);
@@ -784,41 +804,46 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
         float total[16][4] = {};
-        for (int k = 0; k < w.column_tiles; k++, step++) {
-            OneStage *s = stages + step % WIDE_STAGES;
-            Stage<TYPE, GROUPS> codes;
-            uint32_t a[4][4];
-            /* where token 0 begins, in units of 16 bytes; 8 tokens are 1,024 bytes; swizzled by 128 (PTX ISA, matrix descriptor) */
-            uint64_t b = (uint64_t)((uint32_t)__cvta_generic_to_shared(s->x) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-            await(full + step % WIDE_STAGES, step / WIDE_STAGES & 1);
+        Stage<TYPE, GROUPS> weights;
+        auto load = [&](unsigned step) {            /* this warp's weights, once they have come */
+            const OneStage *s = stages + step % WIDE_STAGES;
+            await(full + step % WIDE_STAGES * 8, step / WIDE_STAGES & 1);
 #pragma unroll
-            for (int p = 0; p < OneStage::PIECES; p++) codes.codes[0][p] = s->codes[warp][p][lane];
-            unpack(a, codes, 0);
+            for (int p = 0; p < OneStage::PIECES; p++) weights.codes[0][p] = s->codes[warp][p][lane];
+#pragma unroll
+            for (int g = 0; g < GROUPS; g++) weights.scales[0][g] = s->w_scales[warp][g][lane / 4];
+        };
+        load(step);
+        for (int k = 0; k < w.column_tiles; k++, step++) {
+            const OneStage *s = stages + step % WIDE_STAGES;
+            uint32_t a[4][4];
+            float2 rows[GROUPS][2];
+            /* where token 0 begins, in units of 16 bytes; 8 tokens are 1,024 bytes; swizzled by 128 (PTX ISA, matrix descriptor) */
+            uint64_t b = (uint64_t)(shared_address(s->x) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+            unpack(a, weights, 0);
+#pragma unroll
+            for (int i = 0; i < 2 * GROUPS; i++) rows[i / 2][i % 2] = __half22float2(((const __half2 *)weights.scales[0])[i]);
 #pragma unroll
             for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));      /* all of it before the first instruction */
 #pragma unroll
             for (int g = 0; g < GROUPS; g++) {
                 int sum[16][4];
-                uint2 scales = s->w_scales[warp][g][lane / 4];
-                float2 rows[2] = {__half22float2(*(const __half2 *)&scales.x), __half22float2(*(const __half2 *)&scales.y)};
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                 for (int i = 0; i < COUNT; i++) start_wgmma(sum, a[g * COUNT + i], b + (g * COUNT + i) * 2, i);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                if (g == 0 && k + 1 < w.column_tiles) load(step + 1);       /* meanwhile */
                 wait_wgmma(sum);
 #pragma unroll
                 for (int t = 0; t < 16; t++) {
                     float4 tokens = s->x_scales[g][t * 4 + lane % 4];
 #pragma unroll
-                    for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[h], tokens, sum[t] + 2 * h);
+                    for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[g][h], tokens, sum[t] + 2 * h);
                 }
             }
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
-                         ::"r"((uint32_t)__cvta_generic_to_shared(empty + step % WIDE_STAGES)) : "memory");
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + step % WIDE_STAGES * 8) : "memory");
         }
-#pragma unroll
-        for (int t = 0; t < 16; t++)
-            store(out, w, total[t], block / token_blocks * WIDE_ROWS + warp, block % token_blocks * 128 + t * 8, n, units);
+        store<16>(out, w, total, 1, block / token_blocks * WIDE_ROWS + warp, block % token_blocks * 128, n, units);
     }
 #endif
 }
@@ -863,6 +888,22 @@ typedef struct {
     double random;                      /* what its next id is drawn with */
 } Row;
 
+/* The largest of x >= 0, and the sum of x, over the threads that have a group of activations, 4 each. */
+__device__ inline float group_max(float x, int group) {
+#if __CUDA_ARCH__ >= 800
+    if (group == COLUMNS) return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));  /* they order as their bits do */
+#endif
+    for (int other = group / 8; other; other /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, other));
+    return x;
+}
+__device__ inline int group_sum(int x, int group) {
+#if __CUDA_ARCH__ >= 800
+    if (group == COLUMNS) return __reduce_add_sync(~0u, x);
+#endif
+    for (int other = group / 8; other; other /= 2) x += __shfl_xor_sync(~0u, x, other);
+    return x;
+}
+
 /* Puts 128 activations of a token, a column tile, where the product with w reads them: rounded to int8 by group, or as FP16. By a
  * warp, each thread of which has four neighbours. */
 __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int tile, float4 x) {
@@ -875,7 +916,7 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
         return;
     }
     for (int i = 0; i < 4; i++) max = fmaxf(max, fabsf(v[i]));
-    for (int other = group / 8; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
+    max = group_max(max, group);
     float inverse = max > 0 ? 127.0f / max : 0;
     int sum = 0;
     uint32_t bytes = 0;
@@ -885,7 +926,7 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
         sum += q;
     }
     *(uint32_t *)(in.q + ((size_t)tile * in.stride + token) * COLUMNS + input_place(in, w, token, lane * 4)) = bytes;
-    for (int other = group / 8; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    sum = group_sum(sum, group);
     if (lane * 4 % group == 0)
         in.scale[(size_t)((tile * COLUMNS + lane * 4) >> w.shift) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
 }
@@ -901,12 +942,15 @@ __device__ inline float block_sum(float x) {
     return x;
 }
 
-/* x[token] = the embedding's row; rotations[token] = cos and sin of RoPE's angles. A block for each token. width: of x's rows. */
+/* x[token] = the embedding's row; rotations[token] = cos and sin of RoPE's angles. blockIdx.x: the token; y: 0 for the angles, else
+ * a part of the row, so that neither waits for the other. width: of x's rows. */
+enum { ROW_BLOCKS = 8 };
 __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, Weights w, const double *frequencies, int half) {
     wait_for_inputs();
-    int token = blockIdx.x;
-    for (int i = threadIdx.x; i < w.cols; i += blockDim.x) x[(size_t)token * width + i] = weight_at(w, rows[token].id, i);
-    for (int i = threadIdx.x; i < half; i += blockDim.x) {
+    int token = blockIdx.x, first = ((int)blockIdx.y - 1) * blockDim.x + threadIdx.x;
+    for (int i = first; blockIdx.y && i < w.cols; i += ROW_BLOCKS * blockDim.x)
+        x[(size_t)token * width + i] = weight_at(w, rows[token].id, i);
+    for (int i = threadIdx.x; blockIdx.y == 0 && i < half; i += blockDim.x) {
         double sine, cosine;
         sincos(rows[token].pos * frequencies[i], &sine, &cosine);
         rotations[(size_t)token * half + i] = make_float2((float)cosine, (float)sine);
@@ -914,39 +958,51 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
 }
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
- * wanted one, 16 warps that take every 16th tile of columns each. It is the time until an answer comes that counts here, not how
- * much comes: all that is read is asked for before any of it is used. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
-enum { MAX_PARTS = 8, MAX_TILES = 8,    /* of a product; of columns that a warp keeps: a dim of up to 16,384 */
-       NORM_WARPS = 16, NORM_STEP = NORM_WARPS * COLUMNS };
-__global__ void __launch_bounds__(32 * NORM_WARPS, 1)
+ * wanted one, WARPS warps that take every WARPS-th tile of columns each, TILES at most. It is the time until an answer comes that
+ * counts here, not how much comes: all that two tiles need is asked for before any of it is used. In a prefill there is one part,
+ * and room for two blocks on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
+enum { MAX_PARTS = 8, MAX_DIM = 16384 };
+template <int WARPS, int TILES, int PARTS>
+__global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 2 : 1)
 norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, int dim, float eps, Inputs in, Weights w,
            const Row *rows, bool wanted) {
+    const int STEP = WARPS * COLUMNS, AT_ONCE = TILES < 2 ? TILES : 2;
+    int warp = threadIdx.x / 32, n_tiles = (w.column_tiles - warp + WARPS - 1) / WARPS;
+    auto load = [](const float *from, bool there) { return there ? *(const float4 *)from : make_float4(0, 0, 0, 0); };
+    float4 v[TILES], weights[TILES];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) weights[i] = load(weight + threadIdx.x * 4 + i * STEP, i < n_tiles);
     wait_for_inputs();
-    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x, warp = threadIdx.x / 32;
-    int n_tiles = (w.column_tiles - warp + NORM_WARPS - 1) / NORM_WARPS;
+    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x;
     size_t width = (size_t)w.column_tiles * COLUMNS, first = token * width + threadIdx.x * 4;
     float squares = 0;
-    float4 v[MAX_TILES], weights[MAX_TILES];
 #pragma unroll
-    for (int i = 0; i < MAX_TILES; i++) {
-        float4 part[MAX_PARTS];
-        if (i >= n_tiles) break;
-        v[i] = *(float4 *)(x + first + i * NORM_STEP);
+    for (int pair = 0; pair < TILES; pair += AT_ONCE) {
+        float4 part[AT_ONCE][PARTS];
+        if (pair >= n_tiles) break;
 #pragma unroll
-        for (int p = 0; p < MAX_PARTS; p++)
-            part[p] = p < n_parts ? *(const float4 *)(parts + p * n * width + first + i * NORM_STEP) : make_float4(0, 0, 0, 0);
+        for (int i = 0; i < AT_ONCE; i++) {
+            size_t at = first + (pair + i) * STEP;
+            v[pair + i] = load(x + at, pair + i < n_tiles);
 #pragma unroll
-        for (int p = 0; p < MAX_PARTS; p++) { v[i].x += part[p].x; v[i].y += part[p].y; v[i].z += part[p].z; v[i].w += part[p].w; }
-        squares += (v[i].x * v[i].x + v[i].y * v[i].y) + (v[i].z * v[i].z + v[i].w * v[i].w);
+            for (int p = 0; p < PARTS; p++) part[i][p] = load(parts + p * n * width + at, p < n_parts && pair + i < n_tiles);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            float4 &sum = v[pair + i];
+#pragma unroll
+            for (int p = 0; p < PARTS; p++) {
+                sum.x += part[i][p].x; sum.y += part[i][p].y; sum.z += part[i][p].z; sum.w += part[i][p].w;
+            }
+            squares += (sum.x * sum.x + sum.y * sum.y) + (sum.z * sum.z + sum.w * sum.w);
+        }
     }
-#pragma unroll
-    for (int i = 0; i < MAX_TILES; i++) if (i < n_tiles) weights[i] = *(const float4 *)(weight + threadIdx.x * 4 + i * NORM_STEP);
     float scale = 1.0f / sqrtf(block_sum(squares) / (float)dim + eps);
 #pragma unroll
-    for (int i = 0; i < MAX_TILES; i++) {
+    for (int i = 0; i < TILES; i++) {
         if (i >= n_tiles) break;
-        *(float4 *)(x + first + i * NORM_STEP) = v[i];
-        write_inputs(in, w, blockIdx.x, warp + NORM_WARPS * i,
+        *(float4 *)(x + first + i * STEP) = v[i];
+        write_inputs(in, w, blockIdx.x, warp + WARPS * i,
                      make_float4(weights[i].x * (v[i].x * scale), weights[i].y * (v[i].y * scale),
                                  weights[i].z * (v[i].z * scale), weights[i].w * (v[i].w * scale)));
     }
@@ -966,31 +1022,31 @@ __device__ constexpr size_t block_bytes(int width) { return 32 * (width * sizeof
 /* The parts of a product, [n][tokens][width], which are still to be added up. */
 typedef struct { const float *parts; int n, width; } Product;
 
-/* Elements i and i + head_dim / 2 of head `head` of a token: the parts of its product added up, and turned if it is no value. */
-__device__ inline float2 turned_pair(const float *parts, int n_parts, int part_width, int n, const float2 *rotations, int token,
-                                     int head, int i, const Heads &c) {
-    int half = c.head_dim / 2;
-    float2 x = make_float2(0, 0);
-    const float *part = parts + (size_t)token * part_width + head * c.head_dim + i;
-    size_t step = (size_t)n * part_width;
-    if (n_parts == 1) x = make_float2(part[0], part[half]);
-    else
-#pragma unroll
-        for (int p = 0; p < MAX_PARTS; p++, part += step) if (p < n_parts) { x.x += part[0]; x.y += part[half]; }
-    if (head >= c.n_heads + c.n_kv_heads) return x;
-    float2 r = rotations[(size_t)token * half + i];
-    return make_float2(x.x * r.x - x.y * r.y, x.y * r.x + x.x * r.y);
-}
-
-/* What a warp makes of a head of a token: thread i has the elements i and i + head_dim / 2, i + 32
- * and i + 32 + head_dim / 2. */
+/* What a warp makes of head `head` of a token: the parts of its product added up, and turned if it is no value. Thread i has the
+ * elements i and i + head_dim / 2, i + 32 and i + 32 + head_dim / 2. As norm_input it asks for everything first. */
 struct HeadPairs {
     float2 x[2];
     __device__ HeadPairs(Product qkv, int n, const float2 *rotations, int token, int head, const Heads &c) {
+        int half = c.head_dim / 2, lane = threadIdx.x % 32;
+        const float *of_head = qkv.parts + (size_t)token * qkv.width + head * c.head_dim;
+        float2 part[2][MAX_PARTS], turn[2];
+#pragma unroll
         for (int j = 0; j < 2; j++) {
-            int i = threadIdx.x % 32 + 32 * j;
-            x[j] = i < c.head_dim / 2 ? turned_pair(qkv.parts, qkv.n, qkv.width, n, rotations, token, head, i, c)
-                                      : make_float2(0, 0);
+            int i = lane + 32 * j;
+            bool turned = i < half && head < c.n_heads + c.n_kv_heads;
+            turn[j] = turned ? rotations[(size_t)token * half + i] : make_float2(1, 0);
+#pragma unroll
+            for (int p = 0; p < MAX_PARTS; p++) {
+                const float *at = of_head + (size_t)p * n * qkv.width + i;
+                part[j][p] = i < half && p < qkv.n ? make_float2(at[0], at[half]) : make_float2(0, 0);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float2 sum = part[j][0];
+#pragma unroll
+            for (int p = 1; p < MAX_PARTS; p++) { sum.x += part[j][p].x; sum.y += part[j][p].y; }
+            x[j] = make_float2(sum.x * turn[j].x - sum.y * turn[j].y, sum.y * turn[j].x + sum.x * turn[j].y);
         }
     }
     __device__ inline void store_query(__half *to, const Heads &c) const {
@@ -1241,15 +1297,27 @@ template <int WIDTH, class E> struct Attention {
     }
 };
 
+/* What attention found goes into the product with wo: a token's n_heads heads from `head` on, which fill tiles of columns. By a
+ * warp: every `step`-th tile from `first` on. found(h, d): elements d to d + 3 of the h-th. */
+template <class Found>
+__device__ inline void write_heads(Inputs in, const Weights &wo, int token, int head, int n_heads, int head_dim, int first,
+                                   int step, Found found) {
+    for (int tile = first; tile < n_heads * head_dim / COLUMNS; tile += step) {
+        int column = tile * COLUMNS + threadIdx.x % 32 * 4;
+        write_inputs(in, wo, token, head * head_dim / COLUMNS + tile, found(column / head_dim, column % head_dim));
+    }
+}
+
 /* Prefill: each warp of a block has queries of its own and all their keys. Tile i is the tokens of run i / parts with the heads of
- * part i % parts, 16 at most. out: [n][n_heads][WIDTH]; softmax: [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y:
- * key heads. */
+ * part i % parts, 16 at most. The result goes into the product with wo if `fused`; else to out, [n][n_heads][WIDTH], and softmax,
+ * [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
 template <int WIDTH, class E>
 __global__ void __launch_bounds__(128, 1)
 attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
-                  const Row *rows, int n_tiles, int parts, Heads c) {
+                  const Row *rows, int n_tiles, int parts, Heads c, Inputs in, Weights wo, bool fused) {
+    __shared__ float4 room[4][16][WIDTH / 4 + 1];
     wait_for_inputs();
-    int lane = threadIdx.x % 32, index = blockIdx.x * 4 + threadIdx.x / 32;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, index = blockIdx.x * 4 + warp;
     int group = c.n_heads / c.n_kv_heads, heads = min(group, 16), kv_head = blockIdx.y;
     if (index >= n_tiles * parts) return;
     Row run = rows[index / parts], at_first = rows[run.first];
@@ -1272,12 +1340,17 @@ attention_prefill(float *out, float2 *softmax, const __half *queries, const unsi
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         if (head[h] < 0) continue;
-        if (lane % 4 == 0) softmax[head[h]] = make_float2(sums.max[h], sums.total[h]);
+        float *to = fused ? (float *)room[warp][lane / 4 + 8 * h] : out + (size_t)head[h] * WIDTH;
+        float share = fused ? 1.0f / sums.total[h] : 1;
+        if (!fused && lane % 4 == 0) softmax[head[h]] = make_float2(sums.max[h], sums.total[h]);
 #pragma unroll
         for (int d = 0; d < WIDTH / 8; d++)
-            *(float2 *)(out + (size_t)head[h] * WIDTH + 8 * d + 2 * (lane % 4)) =
-                make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
+            *(float2 *)(to + 8 * d + 2 * (lane % 4)) = make_float2(sums.sum[d][2 * h] * share, sums.sum[d][2 * h + 1] * share);
     }
+    __syncwarp();
+    for (int t = 0; t < run.n && fused; t++)
+        write_heads(in, wo, run.first + t, kv_head * group, group, c.head_dim, 0, 1,
+                    [&](int h, int d) { return room[warp][t * heads + h][d / 4]; });
 }
 
 /* Query heads of a block of decoding attention: as many as have room in shared memory. */
@@ -1293,7 +1366,7 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
                  const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
     const int HEADS = decode_heads(WARPS), THREADS = 32 * WARPS;
     __shared__ __align__(16) __half query[HEADS][WIDTH];
-    __shared__ float shared_out[WARPS][HEADS][WIDTH + 4];
+    __shared__ __align__(16) float shared_out[WARPS][HEADS][WIDTH + 4];
     __shared__ float2 shared_softmax[WARPS][HEADS];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / parts, kv_head = blockIdx.y;
     int group = c.n_heads / c.n_kv_heads, first_head = kv_head * group + (int)blockIdx.x % parts * HEADS;
@@ -1330,37 +1403,35 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
                 make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
     }
     __syncthreads();
-    auto merged = [&](int row, int d, float *l) {   /* the warps' sums, put together: element d, and the sum of exponentials */
-        float largest = -INFINITY, x = 0;
-        *l = 0;
-        for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
+    auto merged = [&](int row, int d, float2 *of_row) {         /* the warps' sums, put together: of d to d + 3; (maximum, sum) */
+        float4 x = make_float4(0, 0, 0, 0);
+        *of_row = make_float2(-INFINITY, 0);
+        for (int w = 0; w < WARPS; w++) of_row->x = fmaxf(of_row->x, shared_softmax[w][row].x);
         for (int w = 0; w < WARPS; w++) {
             float2 of = shared_softmax[w][row];
-            float share = of.y == 0 ? 0 : exp2f(of.x - largest);
-            x = fmaf(share, shared_out[w][row][d], x);
-            *l = fmaf(share, of.y, *l);
+            float4 more = *(const float4 *)&shared_out[w][row][d];
+            float share = of.y == 0 ? 0 : exp2f(of.x - of_row->x);
+            x.x = fmaf(share, more.x, x.x); x.y = fmaf(share, more.y, x.y);
+            x.z = fmaf(share, more.z, x.z); x.w = fmaf(share, more.w, x.w);
+            of_row->y = fmaf(share, of.y, of_row->y);
         }
         return x;
     };
     if (fused) {
-        for (int tile = warp; tile < n_heads * c.head_dim / COLUMNS; tile += WARPS) {
-            float v[4], l;
-            for (int i = 0; i < 4; i++) {
-                int column = tile * COLUMNS + lane * 4 + i;
-                v[i] = merged(column / c.head_dim, column % c.head_dim, &l);
-                v[i] /= l;
-            }
-            write_inputs(in, wo, token, first_head * c.head_dim / COLUMNS + tile, make_float4(v[0], v[1], v[2], v[3]));
-        }
+        write_heads(in, wo, token, first_head, n_heads, c.head_dim, warp, WARPS, [&](int h, int d) {
+            float2 of_row;
+            float4 x = merged(h, d, &of_row);
+            float share = 1.0f / of_row.y;
+            return make_float4(x.x * share, x.y * share, x.z * share, x.w * share);
+        });
         return;
     }
-    for (int at = threadIdx.x; at < n_heads * WIDTH; at += THREADS) {
-        int row = at / WIDTH, d = at % WIDTH;
-        float largest = -INFINITY, l;
+    for (int at = threadIdx.x; at < n_heads * WIDTH / 4; at += THREADS) {
+        int row = at / (WIDTH / 4), d = at % (WIDTH / 4) * 4;
         size_t to_head = ((size_t)blockIdx.z * n + token) * c.n_heads + first_head + row;
-        out[to_head * WIDTH + d] = merged(row, d, &l);
-        for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, shared_softmax[w][row].x);
-        if (d == 0) softmax[to_head] = make_float2(largest, l);
+        float2 of_row;
+        *(float4 *)(out + to_head * WIDTH + d) = merged(row, d, &of_row);
+        if (d == 0) softmax[to_head] = of_row;
     }
 }
 
@@ -1402,6 +1473,7 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
     float *p = logits + (size_t)blockIdx.x * width;
     int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     Mass best = 0, all;
+#pragma unroll 8                        /* here and below: so that so many loads are on their way */
     for (int i = thread; i < vocab; i += 1024) {    /* floats order as their bits do, once those of negative ones are inverted */
         uint32_t bits = __float_as_uint(p[i]), ordered = bits >> 31 ? ~bits : bits | 0x80000000;
         Mass candidate = (Mass)ordered << 32 | (0xffffffffu - (uint32_t)i);             /* of equal ones the first */
@@ -1418,6 +1490,7 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
     float max = p[top], scale = 1.0f / temperature;
     Mass mine = 0;
     __syncthreads();
+#pragma unroll 8
     for (int i = thread; i < vocab; i += 1024) {
         p[i] = expf((p[i] - max) * scale);
         mine += (Mass)(p[i] * 0x1p40f);
@@ -1429,6 +1502,7 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
     for (int shift = 20; shift >= 0 && top_p < 1; shift -= 10) {        /* the smallest probability that is in: its next 10 bits */
         low[thread] = high[thread] = 0;
         __syncthreads();
+#pragma unroll 8
         for (int i = thread; i < vocab; i += 1024) {
             uint32_t bits = __float_as_uint(p[i]), digit = bits >> shift & 1023;
             if (bits >> shift >> 10 != smallest) continue;
@@ -1456,11 +1530,13 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
         seen += __popc(equals);
         return i < to && (bits > smallest || (bits == smallest && rank < wanted)) ? (Mass)(__uint_as_float(bits) * 0x1p40f) : 0;
     };
+#pragma unroll 8
     for (int at = from; at < to; at += 32)
         equal += __popc(__ballot_sync(~0u, at + lane < to && __float_as_uint(p[at + lane]) == smallest));
     Mass equal_before = scan(lane ? 0 : equal, &all) - equal;
     mine = 0;
     seen = equal_before;
+#pragma unroll 8
     for (int at = from; at < to; at += 32) mine += next_mass(at + lane);
     Mass until = __shfl_sync(~0u, scan(mine, &all), 31), passed = until - __shfl_sync(~0u, warp_scan(mine), 31);
     Mass r = (Mass)(rows[blockIdx.x].random * (double)all);
@@ -1495,8 +1571,8 @@ typedef struct {
     unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * kv_row bytes] */
     double  *frequencies;
     Inputs   in;
-    Row     *rows, *rows_host;          /* on the device; in memory that both can reach */
-    int     *ids, *ids_host;
+    Row     *rows, *rows_host;          /* on the device; in the host's memory, which both can reach */
+    int     *ids;                       /* the next ones, likewise */
     size_t   logits_room;               /* tokens */
     int      span, max_spans;           /* positions that a block of decoding attention takes; most of them in a ring */
     struct { cudaGraphExec_t exec; int n_spans; float temperature, top_p; } *graphs;    /* [n_slots + 1]: decoding steps of
@@ -1550,7 +1626,8 @@ static void launch_type(Device *d, int operation, float *out, const Weights &w, 
         launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units);
     };
     if (tiles == 1)
-        launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), 128, out, w, d->in, n, units);
+        launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), units ? 128 : 256, out, w, d->in, n,
+               units);
     else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, GROUPS == 4 ? 1 : 2, 2>, 16, 256);
     else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 4 ? 1 : 2, 4>, 32, 256);
     else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
@@ -1581,12 +1658,11 @@ static int token_tiles(const State *s) {
     return !s->decoding || n > 64 ? 16 : n > 32 ? 8 : n > 16 ? 4 : n > 8 ? 2 : 1;
 }
 
-/* Into how many parts the columns are cut so that there are two blocks for each multiprocessor (four or six of product_few, by
- * what was measured), MAX_PARTS at most. */
+/* Into how many parts the columns are cut so that there are two or three blocks for each multiprocessor, MAX_PARTS at most. */
 static int product_parts(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
     int tiles = token_tiles(s), blocks = w.row_tiles / (tiles == 1 ? 2 : 8);
-    int parts = (tiles > 1 ? 2 : w.type == Q8 || w.type == NF4 ? 4 : FEW_BLOCKS) * d->multiprocessors / blocks;
+    int parts = (tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3) * d->multiprocessors / blocks;
     int most = w.column_tiles / 8;
     parts = parts < most ? parts : most;
     return tiles == 16 || parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : parts;
@@ -1633,10 +1709,11 @@ static void launch_width(State *s, Product qkv, unsigned char *keys, unsigned ch
     const Heads &c = d->heads;
     int group = c.n_heads / c.n_kv_heads;
     unsigned kv_heads = (unsigned)c.n_kv_heads, tokens = (unsigned)n;
-    bool fused = false, few = s->n_slots * kv_heads <= (size_t)d->multiprocessors;      /* few: each block has one of its own */
+    bool fused = group * c.head_dim % COLUMNS == 0 && c.head_dim % 4 == 0;              /* its heads fill column tiles of wo */
+    bool few = s->n_slots * kv_heads <= (size_t)d->multiprocessors;                     /* each block has one of its own */
     auto decode = [&](auto kernel, int warps) {
         unsigned parts = (unsigned)ceil_div((size_t)group, (size_t)decode_heads(warps));
-        fused = n_spans == 1 && parts == 1 && group * c.head_dim % COLUMNS == 0;
+        fused = fused && n_spans == 1 && parts == 1;
         launch(d, ATTENTION, kernel, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 32 * warps, d->spans, d->softmax, qkv,
                d->rotations, keys, values, d->rows, n, (int)parts, d->span, c, d->in, wo, fused);
     };
@@ -1644,10 +1721,11 @@ static void launch_width(State *s, Product qkv, unsigned char *keys, unsigned ch
     else if (s->decoding) decode(attention_decode<WIDTH, E, 4>, 4);
     else {
         int parts = (int)ceil_div((size_t)group, 16);
+        fused = fused && parts == 1;
         launch(d, ROPE, rope_and_cache<E>, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + 7) / 8, tokens), 256, d->queries,
                keys, values, qkv, n, d->rotations, d->rows, c);
         launch(d, ATTENTION, attention_prefill<WIDTH, E>, dim3((n_tiles * parts + 3) / 4, kv_heads), 128, d->spans, d->softmax,
-               d->queries, keys, values, d->rows, n_tiles, parts, c);
+               d->queries, keys, values, d->rows, n_tiles, parts, c, d->in, wo, fused);
     }
     if (!fused)
         launch(d, ATTENTION, attention_input, dim3((unsigned)(wo.column_tiles + 7) / 8, tokens), 256, d->spans, d->softmax,
@@ -1673,12 +1751,18 @@ static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans
     size_t layer_cache = s->n_slots * c->n_kv_heads * d->heads.cache;
 
     auto norm = [&](const float *weight, const Weights &next, bool wanted) {        /* of x and the parts of the last product */
-        launch(d, NORM, norm_input, dim3(wanted ? (unsigned)n_want : tokens), 32 * NORM_WARPS, d->x, d->parts, n_parts, n,
-               weight, (int)c->dim, c->norm_eps, d->in, next, d->rows, wanted);
+        auto of = [&](auto kernel, int warps) {
+            launch(d, NORM, kernel, dim3(wanted ? (unsigned)n_want : tokens), 32 * warps, d->x, d->parts, n_parts, n, weight,
+                   (int)c->dim, c->norm_eps, d->in, next, d->rows, wanted);
+        };
+        if (c->dim > 32 * COLUMNS) of(norm_input<16, MAX_DIM / COLUMNS / 16, MAX_PARTS>, 16);
+        else if (s->decoding) of(norm_input<32, 1, MAX_PARTS>, 32);
+        else of(norm_input<16, 2, 1>, 16);
     };
 
     mark(d, EMBEDDING);                 /* where the first begins */
-    launch(d, EMBEDDING, embed, dim3(tokens), 256, d->x, width, d->rotations, d->rows, m->embedding, d->frequencies, half);
+    launch(d, EMBEDDING, embed, dim3(tokens, 1 + ROW_BLOCKS), 128, d->x, width, d->rotations, d->rows, m->embedding,
+           d->frequencies, half);
     for (size_t l = 0; l < c->n_layers; l++) {
         unsigned char *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
         norm(m->rms_att[l], m->wqkv[l], false);
@@ -1771,7 +1855,6 @@ static void launch_step(State *s, int n, int n_want, int n_tiles, int n_spans, f
     launch(d, SAMPLING, sample_kernel, dim3((unsigned)n_want), 1024, d->logits,
            ((const DeviceModel *)s->model->device)->wcls.row_tiles * 16, (int)s->model->c.vocab_size, temperature, top_p,
            d->rows, d->ids);
-    CUDA(cudaMemcpyAsync(d->ids_host, d->ids, (size_t)n_want * sizeof(int), cudaMemcpyDeviceToHost, d->stream));
 }
 
 /* A decoding step's some 300 launches take the CPU longer than the GPU: they are recorded once, as a graph, for each number of
@@ -1807,7 +1890,7 @@ static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, floa
     } else launch_step(s, (int)n, n_want, n_tiles, n_spans, temperature, top_p);
     CUDA(cudaStreamSynchronize(d->stream));
     read_events(s);
-    for (int i = 0; i < n_want; i++) draws[i].id = d->ids_host[i];
+    for (int i = 0; i < n_want; i++) draws[i].id = d->ids[i];
 }
 
 static double cuda_peak(const State *s) {
@@ -1822,7 +1905,7 @@ static void cuda_open(State *s) {
     cudaDeviceProp properties;
     cudaFuncAttributes attributes;
     CUDA(cudaGetDeviceProperties(&properties, 0));
-    CUDA(cudaFuncGetAttributes(&attributes, norm_input));
+    CUDA(cudaFuncGetAttributes(&attributes, quantize_input));
     int built_for = attributes.ptxVersion;
     if (built_for < 75)
         fprintf(stderr, "%s: built for old GPUs, without tensor cores: "
@@ -1834,8 +1917,7 @@ static void cuda_open(State *s) {
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
     s->kv_row = cache_row(m->kv_type, s->head_width);
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
-    if (c->dim > NORM_WARPS * MAX_TILES * COLUMNS)
-        die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, NORM_WARPS * MAX_TILES * COLUMNS);
+    if (c->dim > MAX_DIM) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, MAX_DIM);
     if (s->n_slots > 65535) die("-b %zu: run_cuda takes up to 65535", s->n_slots);
     Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window,
                    1.44269504f / sqrtf((float)c->head_dim), s->ring * s->kv_row};
@@ -1868,7 +1950,7 @@ static void cuda_open(State *s) {
         {(void **)&d->values, s->kv_bytes / 2}, {(void **)&d->frequencies, c->head_dim / 2 * sizeof(double)},
         {(void **)&d->in.q, d->room * widest_in}, {(void **)&d->in.scale, d->room * widest_in / 32 * sizeof(float2)},
         {(void **)&d->in.halves, half_weights ? d->room * widest_in * sizeof(__half) : 0},
-        {(void **)&d->rows, d->room * sizeof(Row)}, {(void **)&d->ids, d->room * sizeof(int)}};
+        {(void **)&d->rows, d->room * sizeof(Row)}};
     double need = (double)slots * c->vocab_size * sizeof(float), per_slot = (double)s->kv_bytes / (double)s->n_slots;
     size_t free_bytes, total;
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) need += (double)all[i].bytes;
@@ -1885,7 +1967,7 @@ static void cuda_open(State *s) {
     d->in.stride = (int)d->room;
     CUDA(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
     CUDA(cudaMallocHost((void **)&d->rows_host, d->room * sizeof(Row)));
-    CUDA(cudaMallocHost((void **)&d->ids_host, d->room * sizeof(int)));
+    CUDA(cudaMallocHost((void **)&d->ids, d->room * sizeof(int)));
     memset(d->rows_host, 0, d->room * sizeof(Row));
     d->graphs = (decltype(d->graphs))allocate(s->n_slots + 1, sizeof *d->graphs, m->path);
     double frequencies[MAX_HEAD_DIM / 2];
@@ -1897,12 +1979,12 @@ static void cuda_open(State *s) {
 static void cuda_close(State *s) {
     Device *d = (Device *)s->device;
     void *all[] = {d->x, d->parts, d->h, d->spans, d->softmax, d->rotations, d->queries, d->keys, d->values, d->frequencies,
-                   d->in.q, d->in.scale, d->in.halves, d->rows, d->ids, d->logits};
+                   d->in.q, d->in.scale, d->in.halves, d->rows, d->logits};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) cudaFree(all[i]);
     for (size_t i = 0; i <= s->n_slots; i++) if (d->graphs[i].exec) cudaGraphExecDestroy(d->graphs[i].exec);
     for (size_t i = 0; i < d->events_room; i++) cudaEventDestroy(d->events[i]);
     cudaFreeHost(d->rows_host);
-    cudaFreeHost(d->ids_host);
+    cudaFreeHost(d->ids);
     cudaStreamDestroy(d->stream);
     free(d->graphs);
     free(d->events);
