@@ -1606,6 +1606,8 @@ static void launch_shared(Device *d, int operation, void (*kernel)(P...), dim3 g
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = d->stream;
+    if (shared > 48 * 1024)             /* more than kernels have unasked */
+        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
@@ -1621,6 +1623,7 @@ static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, di
 
 template <int TYPE, int GROUPS>
 static void launch_type(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
+    const int WIDE = TYPE == F16 ? Q8 : TYPE;       /* never F16 */
     unsigned rows = (unsigned)w.row_tiles / 8, z = (unsigned)parts;
     auto many = [&](auto kernel, int tokens, int threads) {
         launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units);
@@ -1632,16 +1635,8 @@ static void launch_type(Device *d, int operation, float *out, const Weights &w, 
     else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 4 ? 1 : 2, 4>, 32, 256);
     else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
     else if (TYPE == F16 || !d->in.swizzled) many(product_many<TYPE, GROUPS, 2, 8, 1, 1, 2>, 128, 256);
-    else {
-        const int WIDE = TYPE == F16 ? Q8 : TYPE;       /* never F16 */
-        static bool allowed;                            /* more shared memory than kernels have unasked */
-        size_t shared = WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>);
-        if (!allowed)
-            CUDA(cudaFuncSetAttribute(product_wide<WIDE, GROUPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-        allowed = true;
-        launch_shared(d, operation, product_wide<WIDE, GROUPS>, min(d->multiprocessors, (n + 127) / 128 * w.row_tiles / 8),
-                      WIDE_ROWS * 32 + 128, shared, out, w, d->in, n, units);
-    }
+    else launch_shared(d, operation, product_wide<WIDE, GROUPS>, min(d->multiprocessors, (n + 127) / 128 * w.row_tiles / 8),
+                       WIDE_ROWS * 32 + 128, WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>), out, w, d->in, n, units);
 }
 
 template <int TYPE>
