@@ -265,34 +265,39 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
     else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
 }
 
-/* The product of one panel with T <= 64 of n tokens, from `first` on: out[t][row] = sum over k of w[row][k] * x[t][k]; out:
- * [n, rows]. Group by group: the group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. */
-static void panel_product(float *out, const Matrix *w, size_t panel, const Activations *a, size_t n, size_t first, size_t T) {
-    float group_sum[BLOCK * PANEL], total[BLOCK * PANEL], scale[2 * PANEL];
+/* The products of the panels `panel`, `panel` + `apart` and so on with T <= 64 of n tokens, from `first` on: out[t][row] = sum over
+ * k of w[row][k] * x[t][k]; out: [n, rows]. Group by group: the group's sum, then for quantized weights scale * scale_x * (sum -
+ * zero * sum_x), then the next; of all these panels one group after another. There are 64 / T of them at most. */
+static void panel_products(float *out, const Matrix *w, size_t panel, size_t apart, const Activations *a, size_t n, size_t first,
+                           size_t T) {
+    float group_sum[BLOCK * PANEL], totals[BLOCK * PANEL], scale[2 * PANEL], *total = totals;
     uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(64)));
-    memset(total, 0, T * PANEL * sizeof(float));
-    for (size_t g = 0; g < w->n_groups; g++) {
-        const unsigned char *block = w->data + panel * w->panel_bytes + g * w->block_bytes;
-        size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
-        Ahead next = {block + w->block_bytes + 2048, w->block_bytes};
-        if (w->type < Q8) {
-            number_tiles(T, w->type, group_sum, block, a->x + at * w->group, w->group, n_k, next);
-            for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
-            continue;
+    memset(totals, 0, sizeof totals);
+    for (size_t g = 0; g < w->n_groups; g++, total = totals)
+        for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL) {
+            const unsigned char *block = w->data + p * w->panel_bytes + g * w->block_bytes;
+            size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
+            Ahead next = {block + w->block_bytes + 8192, w->block_bytes};
+            if (w->type < Q8) {
+                number_tiles(T, w->type, group_sum, block, a->x + at * w->group, w->group, n_k, next);
+                for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
+                continue;
+            }
+            const uint8_t *codes = block + 4 * PANEL;
+            Activations part = {NULL, a->q + at * w->group, a->scale + at, a->sum + at};
+            halves_to_floats(scale, (const uint16_t *)block, 2 * PANEL);
+            if (w->type == Q4 && T >= UNPACK)
+                group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
+            else group_product(T, total, w->type, codes, scale, part, w->group, next);
         }
-        const uint8_t *codes = block + 4 * PANEL;
-        Activations part = {NULL, a->q + at * w->group, a->scale + at, a->sum + at};
-        halves_to_floats(scale, (const uint16_t *)block, 2 * PANEL);
-        if (w->type == Q4 && T >= UNPACK)
-            group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
-        else group_product(T, total, w->type, codes, scale, part, w->group, next);
-    }
-    for (size_t t = 0; t < T; t++)
-        for (size_t r = 0; r < min_size(PANEL, w->rows - panel * PANEL); r++)
-            out[(first + t) * w->rows + panel * PANEL + r] = total[t * PANEL + r];
+    for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL)
+        for (size_t t = 0; t < T; t++)
+            for (size_t r = 0; r < min_size(PANEL, w->rows - p * PANEL); r++)
+                out[(first + t) * w->rows + p * PANEL + r] = total[t * PANEL + r];
 }
 
-/* out[t] = w x[t] for n tokens. out: [n, rows], x: [n, cols]; `a` is room for the activations. */
+/* out[t] = w x[t] for n tokens. out: [n, rows], x: [n, cols]; `a` is room for the activations. With few tokens each thread goes
+ * through two panels at once: memory answers faster to readers in several places (SPEED.md). */
 static void matmul(float *out, const float *x, const Matrix *w, Activations *a, size_t n) {
     #pragma omp parallel for schedule(static) if (n > 1)
     for (size_t t = 0; t < n; t++)
@@ -302,9 +307,9 @@ static void matmul(float *out, const float *x, const Matrix *w, Activations *a, 
             else quantize_activations(a->q + at * w->group, a->scale + at, a->sum + at, x + t * w->cols + k, n_k, w->group);
         }
     for (size_t first = 0; first < n; first += BLOCK) {
+        size_t T = min_size(BLOCK, n - first), apart = 2 * T > BLOCK ? w->n_panels : (w->n_panels + 1) / 2;
         #pragma omp parallel for schedule(static)
-        for (size_t panel = 0; panel < w->n_panels; panel++)
-            panel_product(out, w, panel, a, n, first, min_size(BLOCK, n - first));
+        for (size_t panel = 0; panel < apart; panel++) panel_products(out, w, panel, apart, a, n, first, T);
     }
 }
 

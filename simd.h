@@ -147,7 +147,7 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
 /* Cuts off what a tile of T tokens and n columns is to ask for; all->bytes is by token here, the result's by column. */
 static inline Ahead share(Ahead *all, size_t T, size_t n) {
     Ahead part = *all;
-    part.bytes = all->bytes * T / n;
+    part.bytes = (all->bytes * T + n - 1) / n;
     all->at = (const char *)all->at + part.bytes * n;
     return part;
 }
@@ -167,6 +167,12 @@ static void number_tiles(size_t T, int type, float *out, const void *w, const fl
     if (type == F16 && T < UNPACK) tiles(F16, T, out, w, x, stride, n, ahead);
     else tiles(F32, T, out, type == F16 ? halves_to_floats(floats, (const uint16_t *)w, n * PANEL) : (const float *)w, x, stride, n,
                ahead);
+}
+
+/* Asks for what goes with n columns from k on, each line of it once: one too few is waited for, and too many take turns. */
+INLINE void ask(Ahead ahead, size_t k, size_t n) {
+    uintptr_t at = (uintptr_t)ahead.at + k * ahead.bytes, end = at + n * ahead.bytes;
+    for (at = (at + 63) / 64 * 64; at < end; at += 64) __builtin_prefetch((const void *)at, 0, 2);
 }
 
 /* The codes of columns k to k + 3 of the rows from `row` on. */
@@ -208,8 +214,7 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
             for (size_t t = 0; t < T; t++)
                 UNROLL
                 for (size_t r = 0; r < R; r++) part[t][r] = (Lanes){0};
-            for (size_t k = start; row == 0 && k < start + 32; k += 2)
-                __builtin_prefetch((const char *)ahead.at + k * ahead.bytes, 0, 2);
+            if (row == 0) ask(ahead, start, 32);
             UNROLL
             for (size_t k = 0; k < 32; k += 4) {
                 Lanes half[PANEL / WIDTH];
@@ -261,10 +266,7 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
             for (size_t i = 0; i < T * PARTS; i++) {
                 size_t column = k + i / T * 4;
                 Lanes x = load_activations(a.q + i % T * n + column);
-                if (row == 0 && i % T == 0) {
-                    __builtin_prefetch((const char *)ahead.at + column * ahead.bytes, 0, 2);
-                    __builtin_prefetch((const char *)ahead.at + (column + 2) * ahead.bytes, 0, 2);
-                }
+                if (row == 0 && i % T == 0) ask(ahead, column, 4);
                 UNROLL
                 for (size_t r = 0; r < R; r++)
                     sum[i][r] = dot(sum[i][r], load_codes(type, codes, column, row + r * WIDTH), x);
