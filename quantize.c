@@ -536,6 +536,7 @@ static const struct {
     {"mistral-7b-layer", 4096, 14336, 1, 32, 8, 128, 32000, 4096},       /* one of its 32 layers: what calibration costs */
     {"mistral-nemo", 5120, 14336, 40, 32, 8, 128, 131072, 0},
     {"odd", 72, 100, 3, 6, 2, 14, 300, 24},         /* nothing a multiple of anything: for tests */
+    {"wide", 4200, 200, 2, 4, 2, 128, 300, 24},     /* a dim of more than 4,096, for tests on a GPU */
 };
 
 static Header random_header(const char *shape) {
@@ -552,7 +553,7 @@ static Header random_header(const char *shape) {
         c.vocab_size = SHAPES[i].vocab_size;
         c.window = SHAPES[i].window;
     }
-    if (!c.dim) die("--random %s: not a known shape: mistral-7b, mistral-7b-layer, mistral-nemo or odd", shape);
+    if (!c.dim) die("--random %s: not a known shape: mistral-7b, mistral-7b-layer, mistral-nemo, odd or wide", shape);
     memcpy(c.magic, "mistralc", 8);
     c.version = 1;
     c.n_tensors = 6 * c.n_layers + 3;

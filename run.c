@@ -31,6 +31,8 @@
 #include <time.h>         /* clock_gettime */
 #ifdef _OPENMP
 #include <omp.h>
+#else
+static int omp_get_max_threads(void) { return 1; }
 #endif
 
 static double now(void) {               /* seconds */
@@ -267,7 +269,7 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
 
 /* The products of the panels `panel`, `panel` + `apart` and so on with T <= 64 of n tokens, from `first` on: out[t][row] = sum over
  * k of w[row][k] * x[t][k]; out: [n, rows]. Group by group: the group's sum, then for quantized weights scale * scale_x * (sum -
- * zero * sum_x), then the next; of all these panels one group after another. There are 64 / T of them at most. */
+ * zero * sum_x), then the next. The panels take turns, a group each; there must not be more than 64 / T of them. */
 static void panel_products(float *out, const Matrix *w, size_t panel, size_t apart, const Activations *a, size_t n, size_t first,
                            size_t T) {
     float group_sum[BLOCK * PANEL], totals[BLOCK * PANEL], scale[2 * PANEL], *total = totals;
@@ -296,8 +298,8 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
                 out[(first + t) * w->rows + p * PANEL + r] = total[t * PANEL + r];
 }
 
-/* out[t] = w x[t] for n tokens. out: [n, rows], x: [n, cols]; `a` is room for the activations. With few tokens each thread goes
- * through two panels at once: memory answers faster to readers in several places (SPEED.md). */
+/* out[t] = w x[t] for n tokens. out: [n, rows], x: [n, cols]; `a` is room for the activations. With few tokens a thread that has
+ * several panels goes through two at once: memory answers faster to readers in two places (SPEED.md). */
 static void matmul(float *out, const float *x, const Matrix *w, Activations *a, size_t n) {
     #pragma omp parallel for schedule(static) if (n > 1)
     for (size_t t = 0; t < n; t++)
@@ -307,7 +309,9 @@ static void matmul(float *out, const float *x, const Matrix *w, Activations *a, 
             else quantize_activations(a->q + at * w->group, a->scale + at, a->sum + at, x + t * w->cols + k, n_k, w->group);
         }
     for (size_t first = 0; first < n; first += BLOCK) {
-        size_t T = min_size(BLOCK, n - first), apart = 2 * T > BLOCK ? w->n_panels : (w->n_panels + 1) / 2;
+        size_t T = min_size(BLOCK, n - first);
+        bool pairs = 2 * T <= BLOCK && w->n_panels >= 4 * (size_t)omp_get_max_threads();
+        size_t apart = pairs ? (w->n_panels + 1) / 2 : w->n_panels;
         #pragma omp parallel for schedule(static)
         for (size_t panel = 0; panel < apart; panel++) panel_products(out, w, panel, apart, a, n, first, T);
     }

@@ -395,16 +395,19 @@ template <int TYPE, int GROUPS> struct Place {
     }
 };
 
-/* k: of tiles of 128 columns, or of 64 for FP16. */
-template <int TYPE, int GROUPS>
+/* k: of tiles of 128 columns, or of 64 for FP16. ONCE: no other block reads these codes, so that they need not stay in a cache,
+ * where others would be pushed out. */
+template <bool ONCE, int TYPE, int GROUPS>
 __device__ inline void load_stage(Stage<TYPE, GROUPS> &s, const Weights &w, const Place<TYPE, GROUPS> &at, int k) {
     const uint4 *codes = TYPE == F16 ? (const uint4 *)w.halves : w.codes;
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
-        for (int p = 0; p < s.PIECES; p++)
-            s.codes[m][p] = __ldcs(TYPE == F16 ? codes + (at.codes + (16 * m + p / 2) * w.column_tiles * 16 + k * 8) + p % 2 * 4
-                                              : codes + (at.codes + (8 * k + m) * (s.PIECES * 32)) + p * 32);
+        for (int p = 0; p < s.PIECES; p++) {
+            const uint4 *from = TYPE == F16 ? codes + (at.codes + (16 * m + p / 2) * w.column_tiles * 16 + k * 8) + p % 2 * 4
+                                            : codes + (at.codes + (8 * k + m) * (s.PIECES * 32)) + p * 32;
+            s.codes[m][p] = ONCE ? __ldcs(from) : __ldg(from);
+        }
 #pragma unroll
         for (int g = 0; g < GROUPS && TYPE != F16; g++)
             s.scales[m][g] = __ldg((const uint2 *)w.scales + (at.scales + (8 * k + m) * (GROUPS * 8)) + g * 8);
@@ -536,8 +539,8 @@ __device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES
 /* For up to 8 tokens, where reading the weights is all that takes time. A block's warps share 32 rows and take turns at the tiles
  * of columns: the next is on its way while others compute, the first before the kernel before this one has ended. That little is
  * asked for ahead leaves registers for many blocks, which is worth more (SPEED.md). gridDim.x: blocks of 32 rows. gridDim.y: parts
- * of the columns (split-K), each with an out of its own, which whoever reads it adds up: of 8 warps, so that they are few. w13's,
- * which are no parts, have 4, so that all have room at once. */
+ * of the columns (split-K), each with an out of its own, which whoever reads it adds up. Blocks of 8 warps, because parts are then
+ * few; of 4 for w13, which is not cut into parts: a 7B's blocks then have room on an H100 all at once. */
 template <int TYPE, int GROUPS>
 __global__ void __launch_bounds__(256, TYPE == Q4 ? 3 : 2)
 product_few(float *out, Weights w, Inputs in, int n, int units) {
@@ -548,7 +551,7 @@ product_few(float *out, Weights w, Inputs in, int n, int units) {
     Place<TYPE, GROUPS> place(w, row_tile);
     Stage<TYPE, GROUPS> s;
     float total[1][2][4] = {};
-    if (k < end) load_stage(s, w, place, k);
+    if (k < end) load_stage<true>(s, w, place, k);
     wait_for_inputs();
 
     const uint4 *inputs = TYPE == F16 ? (const uint4 *)in.halves + (size_t)(lane / 4) * w.column_tiles * 16 + lane % 4
@@ -569,7 +572,7 @@ product_few(float *out, Weights w, Inputs in, int n, int units) {
         unpack(a[0], s, 0);
         unpack(a[1], s, 1);
         add_tiles<TYPE, GROUPS, 1>(total, a, s.scales, x, scale);
-        if (k + warps < end) { load_stage(s, w, place, k + warps); load_inputs(k + warps); }
+        if (k + warps < end) { load_stage<true>(s, w, place, k + warps); load_inputs(k + warps); }
     }
     add_warps<1>(total, room, warp, warps, 0, 1);
     for (int m = 0; m < 2 && warp == 0; m++)
@@ -634,7 +637,7 @@ product_many(float *out, Weights w, Inputs in, int n, int units) {
     Place<TYPE, GROUPS> place(w, row_tile);
     Stage<TYPE, GROUPS> s;
     float total[TOKEN_TILES][2][4] = {};
-    load_stage(s, w, place, min(k, end - 1));
+    load_stage<TOKEN_WARPS == 1>(s, w, place, min(k, end - 1));        /* two: many tokens, and blocks of them */
 
     /* what this thread copies: COPIES pieces, `apart` from one another, and of the scales, if it is one of the first, one */
     Copy copies[COPIES + 1];
@@ -678,7 +681,7 @@ product_many(float *out, Weights w, Inputs in, int n, int units) {
             unpack(a[0], s, 0);
             unpack(a[1], s, 1);
             memcpy(scales_now, s.scales, sizeof scales_now);
-            load_stage(s, w, place, min(k + COLUMN_WARPS, end - 1));
+            load_stage<TOKEN_WARPS == 1>(s, w, place, min(k + COLUMN_WARPS, end - 1));
 #pragma unroll
             for (int t = 0; t < TOKEN_TILES; t += ABREAST) {
                 uint4 b[ABREAST][2];
@@ -958,15 +961,16 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
 }
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
- * wanted one, WARPS warps that take every WARPS-th tile of columns each, TILES at most. It is the time until an answer comes that
- * counts here, not how much comes: all that two tiles need is asked for before any of it is used. In a prefill there is one part,
- * and room for two blocks on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
+ * wanted one: WARPS warps that take every WARPS-th tile of columns each, TILES at most. It is the time until an answer comes that
+ * counts here, not how much comes: all that is read of a tile, or of two, is asked for before any of it is used. PARTS: as many as
+ * there can be; one in a prefill, where two blocks fit on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the
+ * same]. */
 enum { MAX_PARTS = 8, MAX_DIM = 16384 };
 template <int WARPS, int TILES, int PARTS>
 __global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 2 : 1)
 norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, int dim, float eps, Inputs in, Weights w,
            const Row *rows, bool wanted) {
-    const int STEP = WARPS * COLUMNS, AT_ONCE = TILES < 2 ? TILES : 2;
+    const int STEP = WARPS * COLUMNS, TOGETHER = TILES < 2 ? TILES : 2;
     int warp = threadIdx.x / 32, n_tiles = (w.column_tiles - warp + WARPS - 1) / WARPS;
     auto load = [](const float *from, bool there) { return there ? *(const float4 *)from : make_float4(0, 0, 0, 0); };
     float4 v[TILES], weights[TILES];
@@ -977,18 +981,18 @@ norm_input(float *x, const float *parts, int n_parts, int n, const float *weight
     size_t width = (size_t)w.column_tiles * COLUMNS, first = token * width + threadIdx.x * 4;
     float squares = 0;
 #pragma unroll
-    for (int pair = 0; pair < TILES; pair += AT_ONCE) {
-        float4 part[AT_ONCE][PARTS];
+    for (int pair = 0; pair < TILES; pair += TOGETHER) {
+        float4 part[TOGETHER][PARTS];
         if (pair >= n_tiles) break;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
+        for (int i = 0; i < TOGETHER; i++) {
             size_t at = first + (pair + i) * STEP;
             v[pair + i] = load(x + at, pair + i < n_tiles);
 #pragma unroll
             for (int p = 0; p < PARTS; p++) part[i][p] = load(parts + p * n * width + at, p < n_parts && pair + i < n_tiles);
         }
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
+        for (int i = 0; i < TOGETHER; i++) {
             float4 &sum = v[pair + i];
 #pragma unroll
             for (int p = 0; p < PARTS; p++) {

@@ -126,7 +126,7 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
             for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
         for (size_t k = 0; k < n; k++) {
             Floats of_k[PANEL / WIDTH];
-            if (row == 0) __builtin_prefetch((const char *)ahead.at + k * ahead.bytes, 0, 2);
+            if (row == 0) __builtin_prefetch((const char *)ahead.at + k * ahead.bytes / 32, 0, 2);
             UNROLL
             for (size_t r = 0; r < R; r++) {
                 size_t at = k * PANEL + row + r * WIDTH;
@@ -144,11 +144,10 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
     }
 }
 
-/* Cuts off what a tile of T tokens and n columns is to ask for; all->bytes is by token here, the result's by column. */
+/* Cuts off what a tile of T tokens and n columns is to ask for; all->bytes is by token here, the result's by 32 columns. */
 static inline Ahead share(Ahead *all, size_t T, size_t n) {
-    Ahead part = *all;
-    part.bytes = (all->bytes * T + n - 1) / n;
-    all->at = (const char *)all->at + part.bytes * n;
+    Ahead part = {all->at, all->bytes * T * 32 / n};
+    all->at = (const char *)all->at + all->bytes * T;
     return part;
 }
 
@@ -169,9 +168,10 @@ static void number_tiles(size_t T, int type, float *out, const void *w, const fl
                ahead);
 }
 
-/* Asks for what goes with n columns from k on, each line of it once: one too few is waited for, and too many take turns. */
+/* Asks for what goes with n columns of codes from k on, each line of it once: one too few is waited for, one twice is in the way of
+ * others. (FP16 has a line a column for one token, and tile() asks by columns.) */
 INLINE void ask(Ahead ahead, size_t k, size_t n) {
-    uintptr_t at = (uintptr_t)ahead.at + k * ahead.bytes, end = at + n * ahead.bytes;
+    uintptr_t at = (uintptr_t)ahead.at + k * ahead.bytes / 32, end = (uintptr_t)ahead.at + (k + n) * ahead.bytes / 32;
     for (at = (at + 63) / 64 * 64; at < end; at += 64) __builtin_prefetch((const void *)at, 0, 2);
 }
 

@@ -25,24 +25,27 @@ static size_t random_below(size_t n) { return (size_t)(uniform(&rng) * (double)n
 
 static char directory[] = "/tmp/mistral-test-XXXXXX";
 
-/* A checkpoint of the shape "odd" (no dimension a multiple of anything, window 24) in the test's directory. */
-static const char *odd_model(const char *type, uint32_t group) {
+/* A checkpoint of random weights in the test's directory. */
+static const char *random_model(const char *shape, const char *type, uint32_t group) {
     static char path[4][128];
     static int turn;
     char *p = path[turn++ % 4];
     uint32_t t = F32;
     while (strcmp(TYPE_NAMES[t], type)) t++;
-    snprintf(p, sizeof path[0], "%s/%s-%u.bin", directory, type, group);
+    snprintf(p, sizeof path[0], "%s/%s-%s-%u.bin", directory, shape, type, group);
     Source source = {"random weights", NULL, 0};
     if (access(p, R_OK) == 0) return p;
     int saved = dup(2);                 /* convert() says what it wrote */
     if (!freopen("/dev/null", "w", stderr)) exit(1);
-    convert(&source, "odd", p, t, group);
+    convert(&source, shape, p, t, group);
     fflush(stderr);
     dup2(saved, 2);
     close(saved);
     return p;
 }
+
+/* No dimension a multiple of anything, window 24. */
+static const char *odd_model(const char *type, uint32_t group) { return random_model("odd", type, group); }
 
 static const struct { const char *type; uint32_t group; } KINDS[] = {
     {"f32", 32}, {"f16", 32}, {"q8", 32}, {"q8", 64}, {"q8", 128}, {"q4", 32}, {"q4", 64}, {"q4", 128},
@@ -1271,13 +1274,15 @@ static void compare_greedy(const Model *cpu, const Model *gpu, const int *prompt
     free(logits);
 }
 
-/* The demo model, and models without one even dimension, whose window is crossed four times, of each type; and one of several. */
+/* Models without one even dimension, whose window is crossed four times, of each type; one of several types; the demo model; and
+ * one with a large dim and heads of 128, as a 7B has. */
 static void test_cuda_forward(void) {
     int ids[LENGTH];
-    for (size_t k = 0; k < 2 * N_KINDS + 4; k++) {
+    for (size_t k = 0; k < 2 * N_KINDS + 6; k++) {
         size_t kind = k / 2;
         const char *path = kind < N_KINDS ? odd_model(KINDS[kind].type, KINDS[kind].group)
-                         : kind == N_KINDS ? odd_model("q4", 64) : "demo/tiny-mistral-q8.bin";
+                         : kind == N_KINDS ? odd_model("q4", 64)
+                         : kind == N_KINDS + 1 ? "demo/tiny-mistral-q8.bin" : random_model("wide", "q8", 64);
         Model cpu = load_on(&CPU, path), gpu = load_on(&CPU, path), half = load_on(&CPU, odd_model("f16", 0));
         for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(cpu.c.vocab_size);
         if (kind == N_KINDS) {                  /* each layer has another matrix in FP16 */
@@ -1286,7 +1291,7 @@ static void test_cuda_forward(void) {
             for (size_t l = 0; l < cpu.c.n_layers; l++)
                 mine[6 * l + WHICH[l % 4]] = theirs[6 * l + WHICH[l % 4]] = other[6 * l + WHICH[l % 4]];
         }
-        if (kind > N_KINDS) {
+        if (kind == N_KINDS + 1) {
             Text text = read_file("tests/text/treasure-eval.txt");
             size_t n;
             int *of_text = encode(&cpu.tokenizer, text.text, min_size(text.length, 4000), &n);
