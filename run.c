@@ -464,12 +464,16 @@ static void block_scores(float *scores, const Activations *queries, size_t n_row
     float scale[2 * PANEL];                                     /* and zeros */
     size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = PANEL * c.row - header * PANEL / KEYS;
     for (size_t i = 0; i < PANEL; i++) scale[PANEL + i] = 128;
-    memset(scores, 0, n_rows * n * sizeof(float));
     for (size_t j = 0; j < n; j += PANEL) {
         const unsigned char *panel = keys + header + j / PANEL * panel_bytes;
+        float *out = scores + j * n_rows;
         Ahead next = {panel + panel_bytes, panel_bytes};
-        if (c.type == Q8) halves_to_floats(scale, (const uint16_t *)keys + j, PANEL);
-        cache_product(n_rows, scores + j * n_rows, c.type, panel, scale, queries, c.head_dim, c.head_dim, next);
+        if (c.type != Q8) number_tiles(n_rows, c.type, out, panel, queries->x, c.head_dim, c.head_dim, next);
+        else {
+            memset(out, 0, n_rows * PANEL * sizeof(float));
+            halves_to_floats(scale, (const uint16_t *)keys + j, PANEL);
+            cache_product(n_rows, out, c.type, panel, scale, queries, c.head_dim, c.head_dim, next);
+        }
     }
 }
 
@@ -517,7 +521,7 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
     }
     for (size_t span = from / SPAN * SPAN; span < to; span += SPAN) {
         memset(sums, 0, n_rows * c.width * sizeof(float));
-        memset(lanes, 0, sizeof lanes);
+        memset(lanes, 0, n_rows * sizeof *lanes);
         for (size_t r = 0; r < n_rows; r++) max[r] = -INFINITY;
         for (size_t start = span > from ? span : from / KEYS * KEYS; start < min_size(to, span + SPAN); start += KEYS) {
             size_t n_keys = min_size(KEYS, to - start), n = round_up(n_keys, PANEL);

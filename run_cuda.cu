@@ -1662,7 +1662,7 @@ static int product_parts(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
     int tiles = token_tiles(s), blocks = w.row_tiles / (tiles == 1 ? 2 : 8);
     int parts = (tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3) * d->multiprocessors / blocks;
-    int most = w.column_tiles / 8;
+    int most = w.column_tiles / 4;
     parts = parts < most ? parts : most;
     return tiles == 16 || parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : parts;
 }

@@ -117,7 +117,7 @@ static inline Floats every(float x) { return x - (Floats){0}; }
 
 /* number_tiles_plain() for T tokens. T and type are constants wherever this is inlined, so that the sums stay in registers. */
 INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
-    const size_t R = AT_ONCE(T);
+    const size_t R = AT_ONCE(T), PASSES = PANEL / WIDTH / R;
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Floats sum[TOKENS][PANEL / WIDTH];
         UNROLL
@@ -126,7 +126,7 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
             for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
         for (size_t k = 0; k < n; k++) {
             Floats of_k[PANEL / WIDTH];
-            if (row == 0) __builtin_prefetch((const char *)ahead.at + k * ahead.bytes / 32, 0, 2);
+            if (k % PASSES == 0) __builtin_prefetch((const char *)ahead.at + (row / WIDTH / R * n + k) / PASSES * ahead.bytes / 32, 0, 2);
             UNROLL
             for (size_t r = 0; r < R; r++) {
                 size_t at = k * PANEL + row + r * WIDTH;
@@ -169,9 +169,12 @@ static void number_tiles(size_t T, int type, float *out, const void *w, const fl
 }
 
 /* Asks for what goes with n columns of codes from k on, each line of it once: one too few is waited for, one twice is in the way of
- * others. (FP16 has a line a column for one token, and tile() asks by columns.) */
-INLINE void ask(Ahead ahead, size_t k, size_t n) {
-    uintptr_t at = (uintptr_t)ahead.at + k * ahead.bytes / 32, end = (uintptr_t)ahead.at + (k + n) * ahead.bytes / 32;
+ * others. (FP16 has a line a column for one token, and tile() asks by columns.) A tile goes over its columns once for each PASSES-th
+ * of the rows; `first` of them are behind it: it asks evenly in all, or what one asks for at once waits for memory while the next
+ * leaves it idle. */
+INLINE void ask(Ahead ahead, size_t first, size_t k, size_t n, const size_t PASSES) {
+    uintptr_t at = (uintptr_t)ahead.at + (first + k) * ahead.bytes / (32 * PASSES);
+    uintptr_t end = (uintptr_t)ahead.at + (first + k + n) * ahead.bytes / (32 * PASSES);
     for (at = (at + 63) / 64 * 64; at < end; at += 64) __builtin_prefetch((const void *)at, 0, 2);
 }
 
@@ -214,7 +217,7 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
             for (size_t t = 0; t < T; t++)
                 UNROLL
                 for (size_t r = 0; r < R; r++) part[t][r] = (Lanes){0};
-            if (row == 0) ask(ahead, start, 32);
+            ask(ahead, row / (WIDTH * R / 2) * n, start, 32, PANEL / WIDTH / R);
             UNROLL
             for (size_t k = 0; k < 32; k += 4) {
                 Lanes half[PANEL / WIDTH];
@@ -266,7 +269,7 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
             for (size_t i = 0; i < T * PARTS; i++) {
                 size_t column = k + i / T * 4;
                 Lanes x = load_activations(a.q + i % T * n + column);
-                if (row == 0 && i % T == 0) ask(ahead, column, 4);
+                if (i % T == 0) ask(ahead, row / (WIDTH * R) * n, column, 4, PANEL / WIDTH / R);
                 UNROLL
                 for (size_t r = 0; r < R; r++)
                     sum[i][r] = dot(sum[i][r], load_codes(type, codes, column, row + r * WIDTH), x);

@@ -1204,12 +1204,12 @@ static Model load_on(const Backend *where, const char *path) {
 }
 
 /* Where weights are codes an activation may round to the other of two neighbours when its last bits differ, which moves single
- * logits by up to 2% of the largest, and their root mean square by a tenth of that; of the shape "wide" by 2.6 and 0.5%: so much
- * does rounding queries to FP16 on the CPU. Where keys and values are codes the CPU also rounds queries and probabilities, the GPU
- * does not. */
+ * logits by up to 2% of the largest, and their root mean square by a tenth of that (SPEED.md). So it is with FP16 weights that a
+ * kernel is told from a wrong one, and with codes by test_cuda_products. Where keys and values are codes the CPU also rounds
+ * queries and probabilities, the GPU does not. */
 static double cuda_tolerance(const Model *m) {
     bool codes = m->layers[0].w2.type >= Q8;
-    return m->kv_type == Q8 || (codes && m->c.head_dim == 128) ? 4e-2 : codes ? 2e-2 : 2e-3;
+    return m->kv_type == Q8 ? 4e-2 : codes ? 2e-2 : 2e-3;
 }
 
 /* The GPU's logits beside the CPU's, in prefill of all sizes and in decoding, beside other sequences and alone. */
@@ -1280,14 +1280,14 @@ static void compare_greedy(const Model *cpu, const Model *gpu, const int *prompt
 }
 
 /* Models without one even dimension, whose window is crossed four times, of each type; one of several types; the demo model; and
- * one with a large dim and heads of 128, as a 7B has. */
+ * one with a large dim and heads of 128, as a 7B has, in FP16. */
 static void test_cuda_forward(void) {
     int ids[LENGTH];
     for (size_t k = 0; k < 2 * N_KINDS + 6; k++) {
         size_t kind = k / 2;
         const char *path = kind < N_KINDS ? odd_model(KINDS[kind].type, KINDS[kind].group)
                          : kind == N_KINDS ? odd_model("q4", 64)
-                         : kind == N_KINDS + 1 ? "demo/tiny-mistral-q8.bin" : random_model("wide", "q8", 64);
+                         : kind == N_KINDS + 1 ? "demo/tiny-mistral-q8.bin" : random_model("wide", "f16", 32);
         Model cpu = load_on(&CPU, path), gpu = load_on(&CPU, path), half = load_on(&CPU, odd_model("f16", 0));
         for (size_t i = 0; i < LENGTH; i++) ids[i] = (int)random_below(cpu.c.vocab_size);
         if (kind == N_KINDS) {                  /* each layer has another matrix in FP16 */
