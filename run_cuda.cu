@@ -31,17 +31,13 @@ static void cuda_check(cudaError_t error, const char *call) {
     if (error != cudaSuccess) die("CUDA: %s (%.40s)", cudaGetErrorString(error), call);
 }
 
-#if __CUDA_ARCH__ >= 800
-#define MIN_BLOCKS(n) n                 /* of a kernel, that a multiprocessor shall hold at once */
-#else
-#define MIN_BLOCKS(n) 1                 /* a T4's shared memory often holds one, which may then have twice the registers */
-#endif
+#undef UNROLL                           /* simd.h's, which for nvcc is nothing */
+#define UNROLL _Pragma("unroll")
 
 enum { COLUMNS = 128 };                 /* of a tile of weights; activations are padded to a multiple */
 
-/* Programmatic dependent launch: lets the next kernel begin, and waits until the one before has ended and its results can be read
- * (and, since that one waited too before it ended, those of all before it). Before it a kernel may only read weights. Without it
- * (before 9.0) kernels simply follow one another. */
+/* Programmatic dependent launch: lets the next kernel begin, and waits until the one before, and with it all before that, has
+ * ended. Until then a kernel may only read weights. Before 9.0 kernels simply follow one another. */
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
@@ -67,30 +63,23 @@ __device__ inline void wait_for_inputs() {
 typedef struct {
     int     type, group, shift;         /* F16, Q8, Q4 or NF4; shift: group is 2^shift */
     int     rows, cols, row_tiles, column_tiles;
+    int     units;                      /* of w13: columns of its output, SwiGLU's; else 0 */
     uint4  *codes;
     __half2 *scales;
     __half *halves;
     double  bytes;                      /* in the file: what a step counts as read */
 } Weights;
 
-/* A matrix as in the file, on the device, for the kernel that re-tiles it. */
-typedef struct {
-    int type, group;
-    int rows, cols, gate;               /* gate: rows of the gate in w13, 0 elsewhere */
-    size_t block_bytes, panel_bytes;
-    const unsigned char *data;
-} Raw;
-
 /* To nearest; beyond the largest it stays there. */
 __device__ inline __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
 
 /* Which row of the file a row of the device's matrix is; -1: none. */
-__device__ inline int file_row(const Raw &m, int row) {
-    if (!m.gate) return row < m.rows ? row : -1;
-    return row / 2 >= m.gate ? -1 : row % 2 * m.gate + row / 2;
+__device__ inline int file_row(const Weights &w, int row) {
+    return row >= w.rows ? -1 : w.units ? row % 2 * (w.rows / 2) + row / 2 : row;
 }
 
-__device__ inline int file_code(const Raw &m, int row, int col) {
+/* m, here and below: a matrix as in the file, on the device. */
+__device__ inline int file_code(const Matrix &m, int row, int col) {
     if (row < 0 || col >= m.cols) return 0;
     const unsigned char *codes = m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes + 4 * PANEL;
     int k = col % m.group, r = row % PANEL;
@@ -107,38 +96,37 @@ __device__ inline size_t tile_index(const Weights &w, int row_tile, int column_t
 __device__ inline int row_tile_of(const Weights &w, size_t index) { return (int)(index / 8 / w.column_tiles) * 8 + index % 8; }
 __device__ inline int column_tile_of(const Weights &w, size_t index) { return (int)(index / 8 % w.column_tiles); }
 
-__global__ void tile_codes(Weights w, Raw m) {      /* a thread makes 16 bytes */
+__global__ void tile_codes(Weights w, Matrix m) {       /* a thread makes 16 bytes */
     int pieces = m.type == Q8 ? 4 : 2;
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, tile = i / 32 / pieces;
     if (tile >= (size_t)w.row_tiles * w.column_tiles) return;
     int thread = i % 32, piece = i / 32 % pieces, q = thread % 4, half = m.type == Q8 ? piece / 2 : piece;
-    int row = file_row(m, row_tile_of(w, tile) * 16 + thread / 4 * 2 + half), col = column_tile_of(w, tile) * COLUMNS;
+    int row = file_row(w, row_tile_of(w, tile) * 16 + thread / 4 * 2 + half), col = column_tile_of(w, tile) * COLUMNS;
     unsigned char bytes[16];
-    for (int b = 0; b < 16; b++)
-        if (m.type == Q8) bytes[b] = file_code(m, row, col + tile_column(q, piece % 2 * 16 + b, m.group));
-        else {                          /* the column in the low half, and that in the high one */
-            int low = m.type == NF4 ? 2 * b : b / 4 * 8 + b % 4, high = m.type == NF4 ? low + 1 : low + 4;
-            bytes[b] = file_code(m, row, col + tile_column(q, low, m.group)) |
-                       file_code(m, row, col + tile_column(q, high, m.group)) << 4;
-        }
+    for (int b = 0; b < 16; b++) {          /* the column of a byte, or of its low half, and of its high one */
+        int low = m.type == Q8 ? piece % 2 * 16 + b : m.type == NF4 ? 2 * b : b / 4 * 8 + b % 4;
+        int high = m.type == NF4 ? low + 1 : low + 4;
+        bytes[b] = file_code(m, row, col + tile_column(q, low, w.group));
+        if (m.type != Q8) bytes[b] |= file_code(m, row, col + tile_column(q, high, w.group)) << 4;
+    }
     memcpy(&w.codes[i], bytes, 16);
 }
 
-__global__ void tile_scales(Weights w, Raw m) {     /* a thread makes one (scale, zero) */
-    int per_tile = COLUMNS / m.group;
+__global__ void tile_scales(Weights w, Matrix m) {     /* a thread makes one (scale, zero) */
+    int per_tile = COLUMNS / w.group;
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, tile = i / 16 / per_tile;
     if (tile >= (size_t)w.row_tiles * w.column_tiles) return;
-    int row = file_row(m, row_tile_of(w, tile) * 16 + i % 16);
-    int col = column_tile_of(w, tile) * COLUMNS + (int)(i / 16 % per_tile) * m.group;
+    int row = file_row(w, row_tile_of(w, tile) * 16 + i % 16);
+    int col = column_tile_of(w, tile) * COLUMNS + (int)(i / 16 % per_tile) * w.group;
     const __half *block = (const __half *)(m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes);
     bool inside = row >= 0 && col < m.cols;
     w.scales[i] = inside ? __halves2half2(block[row % PANEL], block[PANEL + row % PANEL]) : __half2(0, 0);
 }
 
-__global__ void tile_halves(Weights w, Raw m) {
+__global__ void tile_halves(Weights w, Matrix m) {
     size_t width = (size_t)w.column_tiles * COLUMNS, i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)w.row_tiles * 16 * width) return;
-    int row = file_row(m, (int)(i / width)), col = i % width;
+    int row = file_row(w, (int)(i / width)), col = i % width;
     size_t at = row < 0 ? 0 : row / PANEL * (size_t)PANEL * m.cols + (size_t)col * PANEL + row % PANEL;
     if (row < 0 || col >= m.cols) w.halves[i] = 0;
     else if (m.type == F16) w.halves[i] = ((const __half *)m.data)[at];
@@ -166,17 +154,13 @@ __device__ inline float weight_at(const Weights &w, int row, int col) {
     return scale.x * ((float)code - scale.y);
 }
 
-/* A model's weights on the device. */
-typedef struct {
-    Weights embedding, wcls, *wqkv, *wo, *w13, *w2;             /* [n_layers] each */
-    float  *rms_final, **rms_att, **rms_ffn;                    /* [dim] each */
-    size_t  bytes, peak;                                        /* of device memory, now and while they were uploaded */
-} DeviceModel;
-
 static size_t ceil_div(size_t n, size_t per_block) { return (n + per_block - 1) / per_block; }
 
-/* Device memory, zeroed, *total growing by it; dies if there is none. */
-static void *device_allocate(size_t bytes, size_t *total, const char *what) {
+/* Device memory that is freed together. */
+typedef struct { void **all; size_t n, room, bytes; } Memory;
+
+/* Some more of it, zeroed; dies if there is none. */
+static void *device_allocate(size_t bytes, Memory *m, const char *what) {
     void *p = NULL;
     size_t free_bytes = 0, all = 0;
     if (cudaMalloc(&p, bytes + 256) != cudaSuccess) {
@@ -185,33 +169,40 @@ static void *device_allocate(size_t bytes, size_t *total, const char *what) {
             (double)free_bytes / 1e6, (double)all / 1e6);
     }
     CUDA(cudaMemset(p, 0, bytes + 256));
-    *total += bytes + 256;
+    m->all = (void **)grow(m->all, m->n, &m->room, sizeof(void *));
+    m->all[m->n++] = p;
+    m->bytes += bytes + 256;
     return p;
 }
 
-static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, const char *path) {
-    Weights w;
-    memset(&w, 0, sizeof w);
+static void device_free(Memory *m) {
+    for (size_t i = 0; i < m->n; i++) cudaFree(m->all[i]);
+    free(m->all);
+    memset(m, 0, sizeof *m);
+}
+
+static Weights upload(const Matrix *m, bool gated, void *staging, Memory *memory, const char *path) {
+    Weights w = {};
     w.type = m->type < Q8 ? F16 : m->type;
     w.group = (int)m->group;
     w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
     w.rows = (int)m->rows;
     w.cols = (int)m->cols;
-    w.row_tiles = (int)ceil_div((size_t)w.rows, 128) * 8;
+    w.row_tiles = (int)ceil_div(m->rows, 128) * 8;
     w.column_tiles = (int)ceil_div(m->cols, COLUMNS);
+    w.units = gated ? (int)round_up(m->rows / 2, COLUMNS) : 0;
     w.bytes = (double)m->bytes;
-    size_t tiles = (size_t)w.row_tiles * w.column_tiles, codes = tiles * (m->type == Q8 ? 128 : 64);
-    size_t scales = tiles * 16 * COLUMNS / m->group;
-    Raw raw = {m->type, (int)m->group, (int)m->rows, (int)m->cols, gate, m->block_bytes, m->panel_bytes,
-               (const unsigned char *)staging};
+    size_t tiles = (size_t)w.row_tiles * w.column_tiles, n = tiles * 16 * COLUMNS;
+    Matrix raw = *m;
+    raw.data = (const unsigned char *)staging;
     CUDA(cudaMemcpy(staging, m->data, m->bytes, cudaMemcpyHostToDevice));
     if (w.type == F16) {
-        size_t n = tiles * 16 * COLUMNS;
-        w.halves = (__half *)device_allocate(n * sizeof(__half), total, path);
+        w.halves = (__half *)device_allocate(n * sizeof(__half), memory, path);
         tile_halves<<<ceil_div(n, 256), 256>>>(w, raw);
     } else {
-        w.codes = (uint4 *)device_allocate(codes * sizeof(uint4), total, path);
-        w.scales = (__half2 *)device_allocate(scales * sizeof(__half2), total, path);
+        size_t codes = tiles * (m->type == Q8 ? 128 : 64), scales = n / m->group;
+        w.codes = (uint4 *)device_allocate(codes * sizeof(uint4), memory, path);
+        w.scales = (__half2 *)device_allocate(scales * sizeof(__half2), memory, path);
         tile_codes<<<ceil_div(codes, 256), 256>>>(w, raw);
         tile_scales<<<ceil_div(scales, 256), 256>>>(w, raw);
     }
@@ -219,11 +210,15 @@ static Weights upload(const Matrix *m, int gate, void *staging, size_t *total, c
     return w;
 }
 
-static float *upload_norm(const Matrix *m, size_t *total, const char *path) {
-    float *p = (float *)device_allocate(round_up(m->rows, COLUMNS) * sizeof(float), total, path);
-    CUDA(cudaMemcpy(p, m->data, m->rows * sizeof(float), cudaMemcpyHostToDevice));
-    return p;
-}
+/* A model's weights on the device. */
+typedef struct { Weights wqkv, wo, w13, w2; float *rms_att, *rms_ffn; } DeviceLayer;
+typedef struct {
+    Weights embedding, wcls;
+    DeviceLayer *layers;                                        /* [n_layers] */
+    float  *rms_final;
+    Memory  memory;
+    size_t  peak;                                               /* bytes of device memory while they were uploaded */
+} DeviceModel;
 
 static void cuda_load(Model *m) {
     int count = 0;
@@ -239,43 +234,35 @@ static void cuda_load(Model *m) {
         die("%s: its weights need %.1f GB of GPU memory and %.1f of %.1f GB are free: quantize it further (q8, q4)", m->path,
             (double)need / 1e9, (double)free_bytes / 1e9, (double)all / 1e9);
     DeviceModel *d = (DeviceModel *)allocate(1, sizeof *d, m->path);
-    Weights *weights = (Weights *)allocate(4 * n, sizeof *weights, m->path);
-    float **norms = (float **)allocate(2 * n, sizeof *norms, m->path);
-    d->wqkv = weights; d->wo = weights + n; d->w13 = weights + 2 * n; d->w2 = weights + 3 * n;
-    d->rms_att = norms; d->rms_ffn = norms + n;
-    size_t not_counted = 0;
-    void *staging = device_allocate(largest, &not_counted, m->path);
-    d->embedding = d->wcls = upload(&m->token_embedding, 0, staging, &d->bytes, m->path);
-    if (m->wcls.data != m->token_embedding.data) d->wcls = upload(&m->wcls, 0, staging, &d->bytes, m->path);
+    d->layers = (DeviceLayer *)allocate(n, sizeof *d->layers, m->path);
+    Memory for_now = {};
+    void *staging = device_allocate(largest, &for_now, m->path);
+    auto matrix = [&](const Matrix &of, bool gated) { return upload(&of, gated, staging, &d->memory, m->path); };
+    auto norm = [&](const Matrix &of) {
+        float *p = (float *)device_allocate(round_up(of.rows, COLUMNS) * sizeof(float), &d->memory, m->path);
+        CUDA(cudaMemcpy(p, of.data, of.rows * sizeof(float), cudaMemcpyHostToDevice));
+        return p;
+    };
+    d->embedding = d->wcls = matrix(m->token_embedding, false);
+    if (m->wcls.data != m->token_embedding.data) d->wcls = matrix(m->wcls, false);
+    d->rms_final = norm(m->rms_final_weight);
     for (size_t l = 0; l < n; l++) {
-        const Layer *w = &m->layers[l];
-        d->rms_att[l] = upload_norm(&w->rms_att_weight, &d->bytes, m->path);
-        d->rms_ffn[l] = upload_norm(&w->rms_ffn_weight, &d->bytes, m->path);
-        d->wqkv[l] = upload(&w->wqkv, 0, staging, &d->bytes, m->path);
-        d->wo[l] = upload(&w->wo, 0, staging, &d->bytes, m->path);
-        d->w13[l] = upload(&w->w13, (int)c->hidden_dim, staging, &d->bytes, m->path);
-        d->w2[l] = upload(&w->w2, 0, staging, &d->bytes, m->path);
+        const Layer &w = m->layers[l];
+        d->layers[l] = {matrix(w.wqkv, false), matrix(w.wo, false), matrix(w.w13, true), matrix(w.w2, false),
+                        norm(w.rms_att_weight), norm(w.rms_ffn_weight)};
     }
-    d->rms_final = upload_norm(&m->rms_final_weight, &d->bytes, m->path);
     CUDA(cudaDeviceSynchronize());
-    cudaFree(staging);
-    d->peak = d->bytes + not_counted;
+    d->peak = d->memory.bytes + for_now.bytes;
+    device_free(&for_now);
     m->device = d;
     if (m->kv_type == F32) m->kv_type = F16;        /* here keys and values are never FP32 */
 }
 
-static void free_weights(Weights *w) { cudaFree(w->codes); cudaFree(w->scales); cudaFree(w->halves); }
-
 static void cuda_unload(Model *m) {
     DeviceModel *d = (DeviceModel *)m->device;
     if (!d) return;
-    if (m->wcls.data != m->token_embedding.data) free_weights(&d->wcls);
-    free_weights(&d->embedding);
-    for (size_t i = 0; i < 4 * m->c.n_layers; i++) free_weights(&d->wqkv[i]);
-    for (size_t i = 0; i < 2 * m->c.n_layers; i++) cudaFree(d->rms_att[i]);
-    cudaFree(d->rms_final);
-    free(d->wqkv);
-    free(d->rms_att);
+    device_free(&d->memory);
+    free(d->layers);
     free(d);
 }
 
@@ -307,8 +294,16 @@ __device__ inline int input_place(const Inputs &in, const Weights &w, int token,
  *   b[0], b[1]: columns 4 q on, 16 + 4 q on, of token g
  *   d[0], d[1]: row g, tokens 2 q and 2 q + 1;  d[2], d[3]: row g + 8
  * (PTX ISA, mma.m16n8k32). Which columns those are matters to nobody, as long as a and b have the same; nor which rows: row g
- * here is row 2 g of a tile of weights, g + 8 is 2 g + 1. The T4's instruction is a quarter of it. The loop is what both do; it
+ * here is row 2 g of a tile of weights, g + 8 is 2 g + 1. The T4's instruction is a quarter of it. mma_plain is what they do; it
  * is here to be read, and runs where a program was built for older GPUs. */
+template <class Add> __device__ inline void mma_plain(const uint32_t *a, const uint32_t *b, Add add) {
+    int lane = threadIdx.x % 32;
+    for (int k = 0; k < 2; k++)
+        for (int from = 0; from < 4; from++)
+            for (int i = 0; i < 4; i++)         /* to d[i] what four columns, or two, of this row and this token give */
+                add(i, __shfl_sync(~0u, a[i / 2 + 2 * k], lane / 4 * 4 + from),
+                    __shfl_sync(~0u, b[k], (lane % 4 * 2 + i % 2) * 4 + from));
+}
 __device__ inline void mma_codes(int *d, const uint32_t *a, const uint32_t *b, const int *c) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
@@ -322,14 +317,10 @@ __device__ inline void mma_codes(int *d, const uint32_t *a, const uint32_t *b, c
                 : "=r"(d[2 * h]), "=r"(d[2 * h + 1]) : "r"(a[h + 2 * k]), "r"(b[k]), "r"(before[2 * h]), "r"(before[2 * h + 1]));
         }
 #else
-    int sum[4] = {c[0], c[1], c[2], c[3]}, lane = threadIdx.x % 32;
-    for (int k = 0; k < 2; k++)
-        for (int from = 0; from < 4; from++)
-            for (int i = 0; i < 4; i++) {
-                uint32_t row = __shfl_sync(~0u, a[i / 2 + 2 * k], lane / 4 * 4 + from);
-                uint32_t token = __shfl_sync(~0u, b[k], (lane % 4 * 2 + i % 2) * 4 + from);
-                for (int byte = 0; byte < 32; byte += 8) sum[i] += (int)(row >> byte & 255) * (int8_t)(token >> byte);
-            }
+    int sum[4] = {c[0], c[1], c[2], c[3]};
+    mma_plain(a, b, [&](int i, uint32_t row, uint32_t token) {
+        for (int byte = 0; byte < 32; byte += 8) sum[i] += (int)(row >> byte & 255) * (int8_t)(token >> byte);
+    });
     for (int i = 0; i < 4; i++) d[i] = sum[i];
 #endif
 }
@@ -346,15 +337,10 @@ __device__ inline void mma_halves(float *d, const uint32_t *a, const uint32_t *b
         asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
 #else
-    int lane = threadIdx.x % 32;
-    for (int k = 0; k < 2; k++)
-        for (int from = 0; from < 4; from++)
-            for (int i = 0; i < 4; i++) {
-                uint32_t row = __shfl_sync(~0u, a[i / 2 + 2 * k], lane / 4 * 4 + from);
-                uint32_t token = __shfl_sync(~0u, b[k], (lane % 4 * 2 + i % 2) * 4 + from);
-                float2 x = __half22float2(*(__half2 *)&row), y = __half22float2(*(__half2 *)&token);
-                d[i] = fmaf(x.x, y.x, fmaf(x.y, y.y, d[i]));
-            }
+    mma_plain(a, b, [&](int i, uint32_t row, uint32_t token) {
+        float2 x = __half22float2(*(__half2 *)&row), y = __half22float2(*(__half2 *)&token);
+        d[i] = fmaf(x.x, y.x, fmaf(x.y, y.y, d[i]));
+    });
 #endif
 }
 
@@ -375,77 +361,58 @@ __global__ void product_plain(float *out, Weights w, Inputs in, int n) {
     out[(size_t)token * w.rows + row] = sum;
 }
 
-/* What a warp has under way of a tile: 32 rows by 128 columns of codes or by 64 of FP16. */
+/* What a warp has under way of a tile of weights: 32 rows by 128 columns of codes or by 64 of FP16. */
 template <int TYPE, int GROUPS> struct Stage {
     static const int PIECES = TYPE == Q4 || TYPE == NF4 ? 2 : 4;        /* of 16 bytes a thread, of 16 rows */
     uint4 codes[2][PIECES];
     uint2 scales[2][TYPE == F16 ? 1 : GROUPS];              /* (scale, zero) of row 2 g, of row 2 g + 1 */
-};
+    uint32_t codes_at, scales_at;       /* of the rows' first tile, in pieces of 16 bytes and of 8: fewer than 2^32 */
 
-/* Where a thread finds its part of the first tile of the rows from row_tile on, in pieces of 16 bytes, and of 8 of scales. 32
- * bits: a matrix has fewer than 2^32 pieces. */
-template <int TYPE, int GROUPS> struct Place {
-    uint32_t codes, scales;
-    __device__ Place(const Weights &w, int row_tile) {
+    __device__ inline void start(const Weights &w, int row_tile) {
         int lane = threadIdx.x % 32;
         uint32_t tile = (uint32_t)tile_index(w, row_tile, 0);
-        codes = TYPE == F16 ? (uint32_t)(row_tile * 16 + lane / 4 * 2) * w.column_tiles * 16 + lane % 4
-                            : tile * Stage<TYPE, GROUPS>::PIECES * 32 + lane;
-        scales = tile * GROUPS * 8 + lane / 4;
+        codes_at = TYPE == F16 ? (uint32_t)(row_tile * 16 + lane / 4 * 2) * w.column_tiles * 16 + lane % 4
+                               : tile * PIECES * 32 + lane;
+        scales_at = tile * GROUPS * 8 + lane / 4;
+    }
+
+    /* k: of tiles of 128 columns, or of 64 for FP16. once: no other block reads these codes, so that they need not stay in a
+     * cache, where others would be pushed out. */
+    __device__ inline void load(const Weights &w, int k, bool once) {
+        const uint4 *all = TYPE == F16 ? (const uint4 *)w.halves : w.codes;
+        UNROLL for (int m = 0; m < 2; m++) {
+            UNROLL for (int p = 0; p < PIECES; p++) {
+                const uint4 *from = TYPE == F16 ? all + (codes_at + (16 * m + p / 2) * w.column_tiles * 16 + k * 8) + p % 2 * 4
+                                                : all + (codes_at + (8 * k + m) * (PIECES * 32)) + p * 32;
+                codes[m][p] = once ? __ldcs(from) : __ldg(from);
+            }
+            UNROLL for (int g = 0; g < GROUPS && TYPE != F16; g++)
+                scales[m][g] = __ldg((const uint2 *)w.scales + (scales_at + (8 * k + m) * (GROUPS * 8)) + g * 8);
+        }
+    }
+
+    /* 16 rows as the tensor cores want them, four codes or two halves a register: a[i] for the i-th instruction of a tile. */
+    __device__ inline void unpack(uint32_t (*a)[4], int m) const {
+        const uint32_t *words = (const uint32_t *)codes[m];     /* q4, nf4: [row 2 g, 2 g + 1][4]; q8: [row][8]; f16: [row][2][4] */
+        UNROLL for (int i = 0; i < 4; i++)
+            UNROLL for (int r = 0; r < 4; r++) {                /* rows 2 g and 2 g + 1 of the first columns; of the others */
+                uint32_t word = words[4 * (r % 2) + i];
+                if (TYPE == Q4) a[i][r] = word >> r / 2 * 4 & 0x0f0f0f0f;
+                else if (TYPE == NF4) a[i][r] = of_nf4(word >> r / 2 * 16);
+                else a[i][r] = words[8 * (r % 2) + 2 * i + r / 2];
+            }
     }
 };
-
-/* k: of tiles of 128 columns, or of 64 for FP16. ONCE: no other block reads these codes, so that they need not stay in a cache,
- * where others would be pushed out. */
-template <bool ONCE, int TYPE, int GROUPS>
-__device__ inline void load_stage(Stage<TYPE, GROUPS> &s, const Weights &w, const Place<TYPE, GROUPS> &at, int k) {
-    const uint4 *codes = TYPE == F16 ? (const uint4 *)w.halves : w.codes;
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-#pragma unroll
-        for (int p = 0; p < s.PIECES; p++) {
-            const uint4 *from = TYPE == F16 ? codes + (at.codes + (16 * m + p / 2) * w.column_tiles * 16 + k * 8) + p % 2 * 4
-                                            : codes + (at.codes + (8 * k + m) * (s.PIECES * 32)) + p * 32;
-            s.codes[m][p] = ONCE ? __ldcs(from) : __ldg(from);
-        }
-#pragma unroll
-        for (int g = 0; g < GROUPS && TYPE != F16; g++)
-            s.scales[m][g] = __ldg((const uint2 *)w.scales + (at.scales + (8 * k + m) * (GROUPS * 8)) + g * 8);
-    }
-}
-
-/* A stage as the tensor cores want it, four codes or two halves a register: a[i] for the i-th instruction of a tile. */
-template <int TYPE, int GROUPS> __device__ inline void unpack(uint32_t (*a)[4], const Stage<TYPE, GROUPS> &s, int m) {
-    const uint32_t *words = (const uint32_t *)s.codes[m];   /* q4, nf4: [row 2 g, 2 g + 1][4]; q8: [row][8]; f16: [row][2][4] */
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (TYPE == Q4) {
-            a[i][0] = words[i] & 0x0f0f0f0f;
-            a[i][1] = words[4 + i] & 0x0f0f0f0f;
-            a[i][2] = words[i] >> 4 & 0x0f0f0f0f;
-            a[i][3] = words[4 + i] >> 4 & 0x0f0f0f0f;
-        } else if (TYPE == NF4) {
-            a[i][0] = of_nf4(words[i]);
-            a[i][1] = of_nf4(words[4 + i]);
-            a[i][2] = of_nf4(words[i] >> 16);
-            a[i][3] = of_nf4(words[4 + i] >> 16);
-        } else {
-            a[i][0] = words[2 * i];
-            a[i][1] = words[8 + 2 * i];
-            a[i][2] = words[2 * i + 1];
-            a[i][3] = words[8 + 2 * i + 1];
-        }
-    }
-}
 
 /* A group's sum as FP32. Where converting is slow (a T4 does 16 a cycle, and 64 additions) the sum starts at the bits that
  * 1.5 * 2^23 has as a float: then the integer's bits, read as a float, are 1.5 * 2^23 more than it is (it is less than 2^22:
- * 128 * 255 * 127). */
+ * 128 * 255 * 127). TWO: blocks of product_many that a multiprocessor shall hold at once; a T4's shared memory often holds one,
+ * which may then have twice the registers. */
 #if __CUDA_ARCH__ >= 800
-enum { SUM_START = 0 };
+enum { SUM_START = 0, TWO = 2 };
 __device__ inline float sum_value(int sum) { return (float)sum; }
 #else
-enum { SUM_START = 0x4b400000 };
+enum { SUM_START = 0x4b400000, TWO = 1 };
 __device__ inline float sum_value(int sum) { return __int_as_float(sum) - 12582912.0f; }
 #endif
 
@@ -462,27 +429,20 @@ template <int TYPE, int GROUPS, int N>
 __device__ inline void add_tiles(float total[N][2][4], const uint32_t a[2][4][4], const uint2 scales[2][GROUPS],
                                  const uint4 x[N][2], const float4 scale[N][GROUPS]) {
     const int start[4] = {SUM_START, SUM_START, SUM_START, SUM_START}, COUNT = 4 / GROUPS;
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++) {
+    UNROLL for (int g = 0; g < GROUPS; g++) {
         int sum[N][2][4];
-#pragma unroll
-        for (int i = 0; i < COUNT; i++)
-#pragma unroll
-            for (int t = 0; t < N; t++)
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
+        UNROLL for (int i = 0; i < COUNT; i++)
+            UNROLL for (int t = 0; t < N; t++)
+                UNROLL for (int m = 0; m < 2; m++) {
                     const uint32_t *b = (const uint32_t *)x[t] + 2 * (g * COUNT + i);
                     if (TYPE == F16) mma_halves(total[t][m], a[m][i], b);
                     else mma_codes(sum[t][m], a[m][g * COUNT + i], b, i ? sum[t][m] : start);
                 }
         if (TYPE == F16) return;
-#pragma unroll
-        for (int m = 0; m < 2; m++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
+        UNROLL for (int m = 0; m < 2; m++)
+            UNROLL for (int h = 0; h < 2; h++) {
                 float2 w = __half22float2(((const __half2 *)&scales[m][g])[h]);
-#pragma unroll
-                for (int t = 0; t < N; t++) add_sums(total[t][m] + 2 * h, w, scale[t][g], sum[t][m] + 2 * h);
+                UNROLL for (int t = 0; t < N; t++) add_sums(total[t][m] + 2 * h, w, scale[t][g], sum[t][m] + 2 * h);
             }
     }
 }
@@ -496,25 +456,28 @@ __device__ inline float silu(float x) {
 }
 
 /* Stores what a warp has of 16 rows by 8 N tokens, the first of them `token`; tile t of 8 tokens is total[t * apart]. out: [n]
- * [w.row_tiles * 16]; or, with `units`, h = silu(gate) * up, [n][units] (w13, where an even row is the gate of the next). */
+ * [w.row_tiles * 16]; or, of w13, where an even row is the gate of the next, h = silu(gate) * up, [n][w.units]. */
 template <int N>
-__device__ inline void store(float *out, const Weights &w, const float total[][4], int apart, int row_tile, int token, int n,
-                             int units) {
+__device__ inline void store(float *out, const Weights &w, const float total[][4], int apart, int row_tile, int token, int n) {
     int lane = threadIdx.x % 32, left = n - (token + lane % 4 * 2), unit = row_tile * 8 + lane / 4;
-    uint32_t width = units ? units : w.row_tiles * 16;
-    float *to = out + (size_t)(n - left) * width + (units ? unit : 2 * unit);
-    if (units) {
+    uint32_t width = w.units ? w.units : w.row_tiles * 16;
+    float *to = out + (size_t)(n - left) * width + (w.units ? unit : 2 * unit);
+    if (w.units) {
         float h[N][2];                  /* all of them at once, since each takes long */
-#pragma unroll
-        for (int i = 0; i < 2 * N; i++) h[i / 2][i % 2] = silu(total[i / 2 * apart][i % 2]) * total[i / 2 * apart][i % 2 + 2];
-#pragma unroll
-        for (int i = 0; i < 2 * N; i++) if (i / 2 * 8 + i % 2 < left) to[(size_t)width * (i / 2 * 8 + i % 2)] = h[i / 2][i % 2];
+        UNROLL for (int i = 0; i < 2 * N; i++)
+            h[i / 2][i % 2] = silu(total[i / 2 * apart][i % 2]) * total[i / 2 * apart][i % 2 + 2];
+        UNROLL for (int i = 0; i < 2 * N; i++)
+            if (i / 2 * 8 + i % 2 < left) to[(size_t)width * (i / 2 * 8 + i % 2)] = h[i / 2][i % 2];
     } else
-#pragma unroll
-        for (int i = 0; i < 2 * N; i++)
+        UNROLL for (int i = 0; i < 2 * N; i++)
             if (i / 2 * 8 + i % 2 < left)
                 *(float2 *)(to + (size_t)width * (i / 2 * 8 + i % 2)) =
                     make_float2(total[i / 2 * apart][i % 2], total[i / 2 * apart][i % 2 + 2]);
+}
+
+__device__ inline void add(float4 &sum, float4 x, float share = 1) {
+    sum.x = fmaf(share, x.x, sum.x); sum.y = fmaf(share, x.y, sum.y);
+    sum.z = fmaf(share, x.z, sum.z); sum.w = fmaf(share, x.w, sum.w);
 }
 
 /* Adds to the sums of the first of the warps that share rows those of the others, in order. room: [warps - 1][row warps]. */
@@ -524,16 +487,12 @@ __device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES
     int lane = threadIdx.x % 32;
     __syncthreads();
     if (warp)
-#pragma unroll
-        for (int t = 0; t < TOKEN_TILES * 2; t++) room[(warp - 1) * row_warps + row_warp][t][lane] = *(float4 *)total[t / 2][t % 2];
+        UNROLL for (int t = 0; t < TOKEN_TILES * 2; t++)
+            room[(warp - 1) * row_warps + row_warp][t][lane] = *(float4 *)total[t / 2][t % 2];
     __syncthreads();
     for (int other = 0; warp == 0 && other < n_warps - 1; other++)
-#pragma unroll
-        for (int t = 0; t < TOKEN_TILES * 2; t++) {
-            float4 more = room[other * row_warps + row_warp][t][lane];
-            float *sum = total[t / 2][t % 2];
-            sum[0] += more.x; sum[1] += more.y; sum[2] += more.z; sum[3] += more.w;
-        }
+        UNROLL for (int t = 0; t < TOKEN_TILES * 2; t++)
+            add(*(float4 *)total[t / 2][t % 2], room[other * row_warps + row_warp][t][lane]);
 }
 
 /* For up to 8 tokens, where reading the weights is all that takes time. A block's warps share 32 rows and take turns at the tiles
@@ -543,15 +502,15 @@ __device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES
  * few; of 4 for w13, which is not cut into parts: a 7B's blocks then have room on an H100 all at once. */
 template <int TYPE, int GROUPS>
 __global__ void __launch_bounds__(256, TYPE == Q4 ? 3 : 2)
-product_few(float *out, Weights w, Inputs in, int n, int units) {
+product_few(float *out, Weights w, Inputs in, int n) {
     __shared__ float4 room[7][2][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     int row_tile = blockIdx.x * 2, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
     int k = (int)((long long)all * blockIdx.y / gridDim.y) + warp, end = (int)((long long)all * (blockIdx.y + 1) / gridDim.y);
-    Place<TYPE, GROUPS> place(w, row_tile);
     Stage<TYPE, GROUPS> s;
     float total[1][2][4] = {};
-    if (k < end) load_stage<true>(s, w, place, k);
+    s.start(w, row_tile);
+    if (k < end) s.load(w, k, true);
     wait_for_inputs();
 
     const uint4 *inputs = TYPE == F16 ? (const uint4 *)in.halves + (size_t)(lane / 4) * w.column_tiles * 16 + lane % 4
@@ -560,73 +519,66 @@ product_few(float *out, Weights w, Inputs in, int n, int units) {
     uint4 x[1][2] = {};
     float4 scale[1][GROUPS];
     auto load_inputs = [&](int k) {     /* of the tokens that there are */
-#pragma unroll
-        for (int h = 0; h < 2; h++)
+        UNROLL for (int h = 0; h < 2; h++)
             if (lane / 4 < n) x[0][h] = inputs[TYPE == F16 ? (size_t)k * 8 + 4 * h : (size_t)k * in.stride * 8 + h];
-#pragma unroll
-        for (int g = 0; g < GROUPS && TYPE != F16; g++) scale[0][g] = input_scales[(size_t)(k * GROUPS + g) * (in.stride / 2)];
+        UNROLL for (int g = 0; g < GROUPS && TYPE != F16; g++)
+            scale[0][g] = input_scales[(size_t)(k * GROUPS + g) * (in.stride / 2)];
     };
     if (k < end) load_inputs(k);
     for (; k < end; k += warps) {
         uint32_t a[2][4][4];
-        unpack(a[0], s, 0);
-        unpack(a[1], s, 1);
+        s.unpack(a[0], 0);
+        s.unpack(a[1], 1);
         add_tiles<TYPE, GROUPS, 1>(total, a, s.scales, x, scale);
-        if (k + warps < end) { load_stage<true>(s, w, place, k + warps); load_inputs(k + warps); }
+        if (k + warps < end) { s.load(w, k + warps, true); load_inputs(k + warps); }
     }
     add_warps<1>(total, room, warp, warps, 0, 1);
     for (int m = 0; m < 2 && warp == 0; m++)
-        store<1>(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0] + m, 0, row_tile + m, 0, n, units);
+        store<1>(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0] + m, 0, row_tile + m, 0, n);
 }
 
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 /* Copies of 16 bytes into shared memory that go on while the thread computes (from 8.0 on); before, the bytes wait in a register,
- * and land() stores them. */
+ * and land() stores them. wait_for_copies: for all but the last LATEST groups. */
+#if __CUDA_ARCH__ >= 800
+typedef struct { char nothing; } Copy;
+__device__ inline void start_copy(Copy &, uint32_t to, const void *from, bool wanted) {
+    if (wanted) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+__device__ inline void land(Copy *, int) {}
+__device__ inline void end_group() { asm volatile("cp.async.commit_group;"); }
+template <int LATEST> __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LATEST)); }
+#else
 typedef struct { uint4 value; uint32_t to; bool wanted; } Copy;
 __device__ inline void start_copy(Copy &c, uint32_t to, const void *from, bool wanted) {
-#if __CUDA_ARCH__ >= 800
-    if (wanted) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
-#else
     if (wanted) c.value = *(const uint4 *)from;
     c.to = to;
     c.wanted = wanted;
-#endif
 }
 __device__ inline void land(Copy *copies, int n) {
-#if __CUDA_ARCH__ < 800
-#pragma unroll
-    for (int i = 0; i < n; i++)
-        if (copies[i].wanted) {
-            const uint4 &v = copies[i].value;
-            asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};"
-                         ::"r"(copies[i].to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-        }
-#endif
+    UNROLL for (int i = 0; i < n; i++) {
+        const uint4 &v = copies[i].value;
+        if (copies[i].wanted) asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(copies[i].to), "r"(v.x), "r"(v.y),
+                                           "r"(v.z), "r"(v.w) : "memory");
+    }
 }
-__device__ inline void end_group() {            /* of copies */
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;");
+__device__ inline void end_group() {}
+template <int LATEST> __device__ inline void wait_for_copies() {}
 #endif
-}
-template <int LATEST> __device__ inline void wait_for_copies() {        /* for all but the last LATEST groups */
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(LATEST));
-#endif
-}
 
-/* For more tokens. A block makes 128 rows by 8 TOKEN_TILES TOKEN_WARPS tokens: 4 warps of 32 rows, times TOKEN_WARPS that have
- * different tokens, times COLUMN_WARPS that have different tiles of columns. Activations go through shared memory, DEPTH steps
- * ahead; weights through registers, a step ahead. A token's 128 bytes have pieces of 16 exchanged where the token is odd, so
- * that the threads of a quarter warp meet eight different banks. ABREAST: how many token tiles a warp computes side by side.
- * gridDim.x: blocks of tokens; y: of 128 rows; z: parts of the columns, as above. */
-template <int TYPE, int GROUPS, int TOKEN_WARPS, int TOKEN_TILES, int COLUMN_WARPS, int BLOCKS, int ABREAST>
-__global__ void __launch_bounds__(128 * TOKEN_WARPS * COLUMN_WARPS, MIN_BLOCKS(BLOCKS))
-product_many(float *out, Weights w, Inputs in, int n, int units) {
-    const int TOKENS = 8 * TOKEN_TILES * TOKEN_WARPS, THREADS = 128 * TOKEN_WARPS * COLUMN_WARPS;
-    const int DEPTH = COLUMN_WARPS * TOKENS > 64 ? 1 : 3;
-    const int COPIES = COLUMN_WARPS * TOKENS * 8 / THREADS, SCALES = COLUMN_WARPS * GROUPS * TOKENS / 2, ODD = TYPE == F16 ? 4 : 1;
-    const int X = COLUMN_WARPS * TOKENS * 8;                    /* pieces of 16 bytes of a step's activations */
+/* For more tokens. A block makes 128 rows by 8 TILES tokens: 4 warps of 32 rows, and 4 more that have other tokens (TOKEN_WARPS),
+ * or other tiles of columns (COLUMN_WARPS). Activations go through shared memory, DEPTH steps ahead; weights through registers, a
+ * step ahead. A token's 128 bytes have pieces of 16 exchanged where the token is odd, so that the threads of a quarter warp meet
+ * eight different banks. ABREAST: how many token tiles a warp computes side by side. gridDim.x: blocks of tokens; y: of 128 rows;
+ * z: parts of the columns, as above. */
+template <int TYPE, int GROUPS, int TILES>
+__global__ void __launch_bounds__(256, TILES < 8 && GROUPS < 4 ? TWO : 1)
+product_many(float *out, Weights w, Inputs in, int n) {
+    const int TOKEN_WARPS = TILES == 16 ? 2 : 1, COLUMN_WARPS = 3 - TOKEN_WARPS, TOKEN_TILES = TILES / TOKEN_WARPS;
+    const int TOKENS = 8 * TILES, DEPTH = TILES < 8 ? 3 : 1, ABREAST = TILES == 4 ? 4 : 2, ODD = TYPE == F16 ? 4 : 1;
+    const int SCALES = COLUMN_WARPS * GROUPS * TOKENS / 2;
+    const int X = COLUMN_WARPS * TOKENS * 8, COPIES = X / 256;  /* pieces of 16 bytes of a step's activations; of a thread */
     __shared__ uint4 x[(DEPTH + 1) * X];                        /* [DEPTH + 1][COLUMN_WARPS][TOKENS][8] */
     __shared__ float4 scales[(DEPTH + 1) * SCALES];             /* [DEPTH + 1][COLUMN_WARPS][GROUPS][TOKENS / 2] */
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -634,10 +586,10 @@ product_many(float *out, Weights w, Inputs in, int n, int units) {
     int row_tile = (blockIdx.y * 4 + row_warp) * 2, token = blockIdx.x * TOKENS, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
     int first = (int)((long long)all * blockIdx.z / gridDim.z), end = (int)((long long)all * (blockIdx.z + 1) / gridDim.z);
     int steps = (end - first + COLUMN_WARPS - 1) / COLUMN_WARPS, k = first + column_warp;
-    Place<TYPE, GROUPS> place(w, row_tile);
     Stage<TYPE, GROUPS> s;
     float total[TOKEN_TILES][2][4] = {};
-    load_stage<TOKEN_WARPS == 1>(s, w, place, min(k, end - 1));        /* two: many tokens, and blocks of them */
+    s.start(w, row_tile);
+    s.load(w, min(k, end - 1), TOKEN_WARPS == 1);               /* two: many tokens, and blocks of them */
 
     /* what this thread copies: COPIES pieces, `apart` from one another, and of the scales, if it is one of the first, one */
     Copy copies[COPIES + 1];
@@ -655,9 +607,8 @@ product_many(float *out, Weights w, Inputs in, int n, int units) {
 
     auto fetch = [&](int step) {        /* the activations of a step, on their way */
         int buffer = step % (DEPTH + 1), left = end - first - step * COLUMN_WARPS;
-#pragma unroll
-        for (int i = 0; i < COPIES; i++) {                      /* THREADS / 8 tokens further each, or tiles */
-            int rows = i * (THREADS / 8), tile = rows / TOKENS, t = rows % TOKENS;
+        UNROLL for (int i = 0; i < COPIES; i++) {               /* 32 tokens further each, or tiles */
+            int rows = i * 32, tile = rows / TOKENS, t = rows % TOKENS;
             start_copy(copies[i], to + (buffer * X + rows * 8) * 16, from + tile * tile_step + t * token_step, tile0 + tile < left);
         }
         start_copy(copies[COPIES], scale_to + buffer * SCALES * 16, scale_from, has_scale && scale_row / GROUPS < left);
@@ -678,20 +629,16 @@ product_many(float *out, Weights w, Inputs in, int n, int units) {
         __syncthreads();
         fetch(step + DEPTH);
         if (COLUMN_WARPS == 1 || k < end) {
-            unpack(a[0], s, 0);
-            unpack(a[1], s, 1);
+            s.unpack(a[0], 0);
+            s.unpack(a[1], 1);
             memcpy(scales_now, s.scales, sizeof scales_now);
-            load_stage<TOKEN_WARPS == 1>(s, w, place, min(k + COLUMN_WARPS, end - 1));
-#pragma unroll
-            for (int t = 0; t < TOKEN_TILES; t += ABREAST) {
+            s.load(w, min(k + COLUMN_WARPS, end - 1), TOKEN_WARPS == 1);
+            UNROLL for (int t = 0; t < TOKEN_TILES; t += ABREAST) {
                 uint4 b[ABREAST][2];
                 float4 scale[ABREAST][GROUPS];
-#pragma unroll
-                for (int i = 0; i < ABREAST; i++) {
-#pragma unroll
-                    for (int h = 0; h < 2; h++) b[i][h] = x[buffer * X + b_piece[h] + (t + i) * 64];
-#pragma unroll
-                    for (int g = 0; g < GROUPS && TYPE != F16; g++)
+                UNROLL for (int i = 0; i < ABREAST; i++) {
+                    UNROLL for (int h = 0; h < 2; h++) b[i][h] = x[buffer * X + b_piece[h] + (t + i) * 64];
+                    UNROLL for (int g = 0; g < GROUPS && TYPE != F16; g++)
                         scale[i][g] = scales[buffer * SCALES + scale_at + g * (TOKENS / 2) + (t + i) * 4];
                 }
                 add_tiles<TYPE, GROUPS, ABREAST>(total + t, a, scales_now, b, scale);
@@ -702,9 +649,8 @@ product_many(float *out, Weights w, Inputs in, int n, int units) {
     if (COLUMN_WARPS > 1) add_warps<TOKEN_TILES>(total, (float4(*)[TOKEN_TILES * 2][32])x, column_warp, COLUMN_WARPS, row_warp, 4);
     if (column_warp) return;
     out += (size_t)blockIdx.z * n * w.row_tiles * 16;
-#pragma unroll
-    for (int m = 0; m < 2; m++)
-        store<TOKEN_TILES>(out, w, total[0] + m, 2, row_tile + m, token + token_warp * TOKEN_TILES * 8, n, units);
+    UNROLL for (int m = 0; m < 2; m++)
+        store<TOKEN_TILES>(out, w, total[0] + m, 2, row_tile + m, token + token_warp * TOKEN_TILES * 8, n);
 }
 
 /* ---- For 65 tokens and more on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores
@@ -715,7 +661,7 @@ product_many(float *out, Weights w, Inputs in, int n, int units) {
  * the next tiles arrive while the last are stored. On other GPUs this kernel is empty. */
 enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block, and so many warps that compute */
 template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
-    static const int PIECES = TYPE == Q8 ? 4 : 2;
+    static const int PIECES = Stage<TYPE, GROUPS>::PIECES;
     uint4  x[128 * 8];                  /* [token][8 pieces of 16 bytes] */
     uint4  codes[WIDE_ROWS][PIECES][32];
     float4 x_scales[GROUPS][64];        /* (scale, sum) of two tokens */
@@ -754,8 +700,7 @@ __device__ inline void start_wgmma(int sum[16][4], const uint32_t a[4], uint64_t
 }
 __device__ inline void wait_wgmma(int sum[16][4]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < 64; i++) asm volatile("" : "+r"(sum[i / 4][i % 4]));    /* not to be read before */
+    UNROLL for (int i = 0; i < 64; i++) asm volatile("" : "+r"(sum[i / 4][i % 4]));    /* not to be read before */
 }
 #else
 #define HAS_WGMMA 0
@@ -763,7 +708,7 @@ __device__ inline void wait_wgmma(int sum[16][4]) {
 __device__ int has_wgmma = HAS_WGMMA;               /* what this was built for, for the host to ask */
 
 template <int TYPE, int GROUPS>
-__global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *out, Weights w, Inputs in, int n, int units) {
+__global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *out, Weights w, Inputs in, int n) {
 #if HAS_WGMMA
     typedef Wide<TYPE, GROUPS> OneStage;
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -811,10 +756,8 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
         auto load = [&](unsigned step) {            /* this warp's weights, once they have come */
             const OneStage *s = stages + step % WIDE_STAGES;
             await(full + step % WIDE_STAGES * 8, step / WIDE_STAGES & 1);
-#pragma unroll
-            for (int p = 0; p < OneStage::PIECES; p++) weights.codes[0][p] = s->codes[warp][p][lane];
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) weights.scales[0][g] = s->w_scales[warp][g][lane / 4];
+            UNROLL for (int p = 0; p < OneStage::PIECES; p++) weights.codes[0][p] = s->codes[warp][p][lane];
+            UNROLL for (int g = 0; g < GROUPS; g++) weights.scales[0][g] = s->w_scales[warp][g][lane / 4];
         };
         load(step);
         for (int k = 0; k < w.column_tiles; k++, step++) {
@@ -823,30 +766,25 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
             float2 rows[GROUPS][2];
             /* where token 0 begins, in units of 16 bytes; 8 tokens are 1,024 bytes; swizzled by 128 (PTX ISA, matrix descriptor) */
             uint64_t b = (uint64_t)(shared_address(s->x) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-            unpack(a, weights, 0);
-#pragma unroll
-            for (int i = 0; i < 2 * GROUPS; i++) rows[i / 2][i % 2] = __half22float2(((const __half2 *)weights.scales[0])[i]);
-#pragma unroll
-            for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));      /* all of it before the first instruction */
-#pragma unroll
-            for (int g = 0; g < GROUPS; g++) {
+            weights.unpack(a, 0);
+            UNROLL for (int i = 0; i < 2 * GROUPS; i++)
+                rows[i / 2][i % 2] = __half22float2(((const __half2 *)weights.scales[0])[i]);
+            UNROLL for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));   /* before the first instruction */
+            UNROLL for (int g = 0; g < GROUPS; g++) {
                 int sum[16][4];
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                for (int i = 0; i < COUNT; i++) start_wgmma(sum, a[g * COUNT + i], b + (g * COUNT + i) * 2, i);
+                UNROLL for (int i = 0; i < COUNT; i++) start_wgmma(sum, a[g * COUNT + i], b + (g * COUNT + i) * 2, i);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 if (g == 0 && k + 1 < w.column_tiles) load(step + 1);       /* meanwhile */
                 wait_wgmma(sum);
-#pragma unroll
-                for (int t = 0; t < 16; t++) {
+                UNROLL for (int t = 0; t < 16; t++) {
                     float4 tokens = s->x_scales[g][t * 4 + lane % 4];
-#pragma unroll
-                    for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[g][h], tokens, sum[t] + 2 * h);
+                    UNROLL for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[g][h], tokens, sum[t] + 2 * h);
                 }
             }
             asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + step % WIDE_STAGES * 8) : "memory");
         }
-        store<16>(out, w, total, 1, block / token_blocks * WIDE_ROWS + warp, block % token_blocks * 128, n, units);
+        store<16>(out, w, total, 1, block / token_blocks * WIDE_ROWS + warp, block % token_blocks * 128, n);
     }
 #endif
 }
@@ -855,29 +793,25 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
 
 /* cuBLAS, for prefill with FP16 weights, if it is installed (it is part of the toolkit); opened when needed, so that nothing must
  * be linked. */
-static struct {
-    cublasHandle_t handle;
-    cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *, const void *,
-                           cudaDataType, int, const void *, cudaDataType, int, const void *, void *, cudaDataType, int,
-                           cublasComputeType_t, cublasGemmAlgo_t);
-} cublas;
+static cublasHandle_t cublas;
+static cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *, const void *,
+                              cudaDataType, int, const void *, cudaDataType, int, const void *, void *, cudaDataType, int,
+                              cublasComputeType_t, cublasGemmAlgo_t);
 
 static bool open_cublas(cudaStream_t stream) {
     static bool tried;
-    const char *names[] = {"libcublas.so", "libcublas.so.13", "libcublas.so.12", "libcublas.so.11"};
+    static cublasStatus_t (*create)(cublasHandle_t *), (*set_stream)(cublasHandle_t, cudaStream_t);
     void *library = NULL;
-    for (size_t i = 0; !tried && i < sizeof names / sizeof *names && !library; i++) library = dlopen(names[i], RTLD_NOW);
+    for (const char *name : {"libcublas.so", "libcublas.so.13", "libcublas.so.12", "libcublas.so.11"})
+        if (!tried && !library) library = dlopen(name, RTLD_NOW);
     tried = true;
     if (library) {
-        cublasStatus_t (*create)(cublasHandle_t *);
         *(void **)&create = dlsym(library, "cublasCreate_v2");
-        *(void **)&cublas.gemm = dlsym(library, "cublasGemmEx");
-        if (!create || !cublas.gemm || create(&cublas.handle) != CUBLAS_STATUS_SUCCESS) cublas.handle = NULL;
+        *(void **)&set_stream = dlsym(library, "cublasSetStream_v2");
+        *(void **)&gemm = dlsym(library, "cublasGemmEx");
+        if (!create || !set_stream || !gemm || create(&cublas) != CUBLAS_STATUS_SUCCESS) cublas = NULL;
     }
-    if (!cublas.handle) return false;
-    static cublasStatus_t (*set_stream)(cublasHandle_t, cudaStream_t);
-    if (library) *(void **)&set_stream = dlsym(library, "cublasSetStream_v2");
-    return set_stream && set_stream(cublas.handle, stream) == CUBLAS_STATUS_SUCCESS;
+    return cublas && set_stream(cublas, stream) == CUBLAS_STATUS_SUCCESS;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -891,19 +825,15 @@ typedef struct {
     double random;                      /* what its next id is drawn with */
 } Row;
 
-/* The largest of x >= 0, and the sum of x, over the threads that have a group of activations, 4 each. */
-__device__ inline float group_max(float x, int group) {
+/* The largest of x, or the sum, over the threads that have a group of activations, 4 each. */
+__device__ inline int over_group(int x, bool largest, int group) {
 #if __CUDA_ARCH__ >= 800
-    if (group == COLUMNS) return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));  /* they order as their bits do */
+    if (group == COLUMNS) return largest ? __reduce_max_sync(~0u, x) : __reduce_add_sync(~0u, x);
 #endif
-    for (int other = group / 8; other; other /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, other));
-    return x;
-}
-__device__ inline int group_sum(int x, int group) {
-#if __CUDA_ARCH__ >= 800
-    if (group == COLUMNS) return __reduce_add_sync(~0u, x);
-#endif
-    for (int other = group / 8; other; other /= 2) x += __shfl_xor_sync(~0u, x, other);
+    for (int apart = group / 8; apart; apart /= 2) {
+        int other = __shfl_xor_sync(~0u, x, apart);
+        x = largest ? max(x, other) : x + other;
+    }
     return x;
 }
 
@@ -919,7 +849,7 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
         return;
     }
     for (int i = 0; i < 4; i++) max = fmaxf(max, fabsf(v[i]));
-    max = group_max(max, group);
+    max = __int_as_float(over_group(__float_as_int(max), true, group));         /* floats >= 0 order as their bits do */
     float inverse = max > 0 ? 127.0f / max : 0;
     int sum = 0;
     uint32_t bytes = 0;
@@ -929,7 +859,7 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
         sum += q;
     }
     *(uint32_t *)(in.q + ((size_t)tile * in.stride + token) * COLUMNS + input_place(in, w, token, lane * 4)) = bytes;
-    sum = group_sum(sum, group);
+    sum = over_group(sum, false, group);
     if (lane * 4 % group == 0)
         in.scale[(size_t)((tile * COLUMNS + lane * 4) >> w.shift) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
 }
@@ -946,13 +876,13 @@ __device__ inline float block_sum(float x) {
 }
 
 /* x[token] = the embedding's row; rotations[token] = cos and sin of RoPE's angles. blockIdx.x: the token; y: 0 for the angles, else
- * a part of the row, so that neither waits for the other. width: of x's rows. */
+ * a part of the row, so that neither waits for the other. */
 enum { ROW_BLOCKS = 8 };
-__global__ void embed(float *x, int width, float2 *rotations, const Row *rows, Weights w, const double *frequencies, int half) {
+__global__ void embed(float *x, float2 *rotations, const Row *rows, Weights w, const double *frequencies, int half) {
     wait_for_inputs();
     int token = blockIdx.x, first = ((int)blockIdx.y - 1) * blockDim.x + threadIdx.x;
     for (int i = first; blockIdx.y && i < w.cols; i += ROW_BLOCKS * blockDim.x)
-        x[(size_t)token * width + i] = weight_at(w, rows[token].id, i);
+        x[(size_t)token * w.column_tiles * COLUMNS + i] = weight_at(w, rows[token].id, i);
     for (int i = threadIdx.x; blockIdx.y == 0 && i < half; i += blockDim.x) {
         double sine, cosine;
         sincos(rows[token].pos * frequencies[i], &sine, &cosine);
@@ -960,50 +890,40 @@ __global__ void embed(float *x, int width, float2 *rotations, const Row *rows, W
     }
 }
 
-/* x += the parts of a product; then its norm goes into the product with w. A block for each token, or, with `wanted`, for each
- * wanted one: WARPS warps that take every WARPS-th tile of columns each, TILES at most. It is the time until an answer comes that
- * counts here, not how much comes: all that is read of a tile, or of two, is asked for before any of it is used. PARTS: as many as
- * there can be; one in a prefill, where two blocks fit on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the
- * same]. */
+/* x += the parts of a product; then its norm goes into the product with w. A block for each token, or for each of `wanted`: WARPS
+ * warps, each with every WARPS-th tile of columns, TILES at most. What counts here is the time until an answer comes: all that is
+ * read of a tile, or of two, is asked for before any of it is used. PARTS: as many as there can be; one in a prefill, where two
+ * blocks fit on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
 enum { MAX_PARTS = 8, MAX_DIM = 16384 };
 template <int WARPS, int TILES, int PARTS>
 __global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 2 : 1)
 norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, int dim, float eps, Inputs in, Weights w,
-           const Row *rows, bool wanted) {
+           const Row *wanted) {
     const int STEP = WARPS * COLUMNS, TOGETHER = TILES < 2 ? TILES : 2;
     int warp = threadIdx.x / 32, n_tiles = (w.column_tiles - warp + WARPS - 1) / WARPS;
     auto load = [](const float *from, bool there) { return there ? *(const float4 *)from : make_float4(0, 0, 0, 0); };
     float4 v[TILES], weights[TILES];
-#pragma unroll
-    for (int i = 0; i < TILES; i++) weights[i] = load(weight + threadIdx.x * 4 + i * STEP, i < n_tiles);
+    UNROLL for (int i = 0; i < TILES; i++) weights[i] = load(weight + threadIdx.x * 4 + i * STEP, i < n_tiles);
     wait_for_inputs();
-    int token = wanted ? rows[blockIdx.x].wanted : blockIdx.x;
+    int token = wanted ? wanted[blockIdx.x].wanted : blockIdx.x;
     size_t width = (size_t)w.column_tiles * COLUMNS, first = token * width + threadIdx.x * 4;
     float squares = 0;
-#pragma unroll
-    for (int pair = 0; pair < TILES; pair += TOGETHER) {
+    UNROLL for (int pair = 0; pair < TILES; pair += TOGETHER) {
         float4 part[TOGETHER][PARTS];
         if (pair >= n_tiles) break;
-#pragma unroll
-        for (int i = 0; i < TOGETHER; i++) {
+        UNROLL for (int i = 0; i < TOGETHER; i++) {
             size_t at = first + (pair + i) * STEP;
             v[pair + i] = load(x + at, pair + i < n_tiles);
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) part[i][p] = load(parts + p * n * width + at, p < n_parts && pair + i < n_tiles);
+            UNROLL for (int p = 0; p < PARTS; p++) part[i][p] = load(parts + p * n * width + at, p < n_parts && pair + i < n_tiles);
         }
-#pragma unroll
-        for (int i = 0; i < TOGETHER; i++) {
+        UNROLL for (int i = 0; i < TOGETHER; i++) {
             float4 &sum = v[pair + i];
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) {
-                sum.x += part[i][p].x; sum.y += part[i][p].y; sum.z += part[i][p].z; sum.w += part[i][p].w;
-            }
+            UNROLL for (int p = 0; p < PARTS; p++) add(sum, part[i][p]);
             squares += (sum.x * sum.x + sum.y * sum.y) + (sum.z * sum.z + sum.w * sum.w);
         }
     }
     float scale = 1.0f / sqrtf(block_sum(squares) / (float)dim + eps);
-#pragma unroll
-    for (int i = 0; i < TILES; i++) {
+    UNROLL for (int i = 0; i < TILES; i++) {
         if (i >= n_tiles) break;
         *(float4 *)(x + first + i * STEP) = v[i];
         write_inputs(in, w, blockIdx.x, warp + WARPS * i,
@@ -1018,8 +938,8 @@ norm_input(float *x, const float *parts, int n_parts, int n, const float *weight
  *   keys and values: [slot][n_kv_heads][ring / 32] blocks of 32 positions; keys [32][width], values [width][32]. E, the type of
  *   an element, is FP16, or with --kv q8 bytes, behind which come 32 FP16 scales, one of each position: x is about
  *   scale * (byte - 128)
- * width: head_dim rounded up to a power of two; cache: bytes of a ring. */
-typedef struct { int n_heads, n_kv_heads, head_dim, width, ring, window; float query_scale; size_t cache; } Heads;
+ * group: query heads of a key head; width: head_dim rounded up to a power of two; cache: bytes of a ring. */
+typedef struct { int n_heads, n_kv_heads, group, head_dim, width, ring, window; float query_scale; size_t cache; } Heads;
 template <class E>
 __device__ constexpr size_t block_bytes(int width) { return 32 * (width * sizeof(E) + (sizeof(E) == 1 ? sizeof(__half) : 0)); }
 
@@ -1034,22 +954,18 @@ struct HeadPairs {
         int half = c.head_dim / 2, lane = threadIdx.x % 32;
         const float *of_head = qkv.parts + (size_t)token * qkv.width + head * c.head_dim;
         float2 part[2][MAX_PARTS], turn[2];
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
+        UNROLL for (int j = 0; j < 2; j++) {
             int i = lane + 32 * j;
             bool turned = i < half && head < c.n_heads + c.n_kv_heads;
             turn[j] = turned ? rotations[(size_t)token * half + i] : make_float2(1, 0);
-#pragma unroll
-            for (int p = 0; p < MAX_PARTS; p++) {
+            UNROLL for (int p = 0; p < MAX_PARTS; p++) {
                 const float *at = of_head + (size_t)p * n * qkv.width + i;
                 part[j][p] = i < half && p < qkv.n ? make_float2(at[0], at[half]) : make_float2(0, 0);
             }
         }
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
+        UNROLL for (int j = 0; j < 2; j++) {
             float2 sum = part[j][0];
-#pragma unroll
-            for (int p = 1; p < MAX_PARTS; p++) { sum.x += part[j][p].x; sum.y += part[j][p].y; }
+            UNROLL for (int p = 1; p < MAX_PARTS; p++) { sum.x += part[j][p].x; sum.y += part[j][p].y; }
             x[j] = make_float2(sum.x * turn[j].x - sum.y * turn[j].y, sum.y * turn[j].x + sum.x * turn[j].y);
         }
     }
@@ -1100,27 +1016,21 @@ __global__ void rope_and_cache(__half *queries, unsigned char *keys, unsigned ch
     else pairs.store<E>(keys + slot, values + slot, rows[token].pos, head, c);
 }
 
-/* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. A warp for each tile of columns, 8
- * in a block; blockIdx.y: the token. */
-__global__ void quantize_input(const float *x, Inputs in, Weights w) {
+/* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. With `pairs` they are what cuBLAS
+ * made of w13, [n][pairs], after each gate what it is multiplied with. A warp for each tile of columns, 8 in a block;
+ * blockIdx.y: the token. */
+__global__ void quantize_input(const float *from, Inputs in, Weights w, int pairs) {
     wait_for_inputs();
-    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
-    if (tile < w.column_tiles)
-        write_inputs(in, w, token, tile,
-                     *(const float4 *)(x + ((size_t)token * w.column_tiles + tile) * COLUMNS + threadIdx.x % 32 * 4));
-}
-
-/* The same, of what cuBLAS made of w13: [n][part_width], after each gate what it is multiplied with. */
-__global__ void swiglu_input(const float *h13, int part_width, Inputs in, Weights w) {
-    wait_for_inputs();
-    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y, at = 2 * (tile * COLUMNS + threadIdx.x % 32 * 4);
+    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y, at = tile * COLUMNS + threadIdx.x % 32 * 4;
     if (tile >= w.column_tiles) return;
-    float4 x = make_float4(0, 0, 0, 0), y = x;
-    if (at < part_width) {
-        x = *(const float4 *)(h13 + (size_t)token * part_width + at);
-        y = *(const float4 *)(h13 + (size_t)token * part_width + at + 4);
+    float4 x = make_float4(0, 0, 0, 0);
+    if (!pairs) x = *(const float4 *)(from + (size_t)token * w.column_tiles * COLUMNS + at);
+    else if (2 * at < pairs) {
+        const float4 *two = (const float4 *)(from + (size_t)token * pairs + 2 * at);
+        float4 y = two[0], z = two[1];
+        x = make_float4(silu(y.x) * y.y, silu(y.z) * y.w, silu(z.x) * z.y, silu(z.z) * z.w);
     }
-    write_inputs(in, w, token, tile, make_float4(silu(x.x) * x.y, silu(x.z) * x.w, silu(y.x) * y.y, silu(y.z) * y.w));
+    write_inputs(in, w, token, tile, x);
 }
 
 /* The same, of what attention found in each span. spans: [n_spans][n][n_heads][width]; softmax: [n_spans][n][n_heads] of
@@ -1130,15 +1040,13 @@ __global__ void attention_input(const float *spans, const float2 *softmax, int n
     int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
     float out[4];
     if (tile >= w.column_tiles) return;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         int column = tile * COLUMNS + threadIdx.x % 32 * 4 + i;
         size_t head = (size_t)token * c.n_heads + column / c.head_dim, step = (size_t)n * c.n_heads;
         const float *of_head = spans + head * c.width + column % c.head_dim;
         float max = -INFINITY, sum = 0, x = 0;
         out[i] = 0;
         if (column >= w.cols) continue;
-        if (n_spans == 1) { out[i] = *of_head / softmax[head].y; continue; }
         for (int s = 0; s < n_spans; s++) max = fmaxf(max, softmax[head + s * step].x);
         for (int s = 0; s < n_spans; s++) {
             float2 of = softmax[head + s * step];
@@ -1165,7 +1073,7 @@ __global__ void attention_plain(float *out, float2 *softmax, const __half *queri
     int at = blockIdx.x * blockDim.x + threadIdx.x, token = at / c.n_heads, head = at % c.n_heads;
     if (token >= n) return;
     const __half *q = queries + (size_t)at * c.width;
-    size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + head / (c.n_heads / c.n_kv_heads)) * c.cache;
+    size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + head / c.group) * c.cache;
     auto element = [&](const unsigned char *of, int p, int i) {
         const unsigned char *block = of + cache + p % c.ring / 32 * block_bytes<E>(c.width);
         return sizeof(E) == 1 ? __half2float(((const __half *)(block + 32 * c.width))[p % 32]) * (block[i] - 128)
@@ -1208,12 +1116,10 @@ template <int WIDTH, class E> struct Attention {
     __device__ Attention(const __half *const q[2]) {
         int lane = threadIdx.x % 32;
         memset(sum, 0, sizeof sum);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
+        UNROLL for (int h = 0; h < 2; h++) {
             max[h] = -INFINITY;
             total[h] = 0;
-#pragma unroll
-            for (int j = 0; j < WIDTH / 32; j++) {
+            UNROLL for (int j = 0; j < WIDTH / 32; j++) {
                 uint4 x = make_uint4(0, 0, 0, 0);
                 if (q[h]) x = *(const uint4 *)(q[h] + 32 * j + 8 * (lane % 4));
                 a[j][0][h] = x.x; a[j][0][2 + h] = x.y; a[j][1][h] = x.z; a[j][1][2 + h] = x.w;
@@ -1232,44 +1138,35 @@ template <int WIDTH, class E> struct Attention {
         float score[4][4] = {};
         Eights value[WIDTH / 8];        /* asked for before the scores, which take their time */
         uint4 scales[2];                /* of this thread's eight keys and values */
-#pragma unroll
-        for (int d = 0; d < WIDTH / 8; d++) value[d] = *(const Eights *)(v + (8 * d + g) * 32 + 8 * q);
+        UNROLL for (int d = 0; d < WIDTH / 8; d++) value[d] = *(const Eights *)(v + (8 * d + g) * 32 + 8 * q);
         if (sizeof(E) == 1) {
             scales[0] = *(const uint4 *)(k + 32 * WIDTH + 16 * q);
             scales[1] = *(const uint4 *)(v + 32 * WIDTH + 16 * q);
         }
-#pragma unroll
-        for (int t = 0; t < 4; t++)     /* 8 keys: column 2 q + i of the t-th is key 8 q + 2 t + i, as the values want it */
-#pragma unroll
-            for (int j = 0; j < WIDTH / 32; j++) {
+        UNROLL for (int t = 0; t < 4; t++)      /* 8 keys: column 2 q + i of the t-th is key 8 q + 2 t + i, as the values want it */
+            UNROLL for (int j = 0; j < WIDTH / 32; j++) {
                 uint4 x = eight_halves(*(const Eights *)(k + (8 * (g / 2) + 2 * t + g % 2) * WIDTH + 32 * j + 8 * q));
                 mma_halves(score[t], a[j][0], &x.x);
                 mma_halves(score[t], a[j][1], &x.z);
             }
-#pragma unroll
-        for (int i = 0; i < 16 && sizeof(E) == 1; i++)
+        UNROLL for (int i = 0; i < 16 && sizeof(E) == 1; i++)
             score[i / 4][i % 4] *= __half2float(((const __half *)&scales[0])[i / 4 * 2 + i % 2]);
         uint32_t p[4][2];               /* 2^(score - max) as FP16: [t][row g, row g + 8] */
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
+        UNROLL for (int h = 0; h < 2; h++) {
             if (start + 31 > pos[h] || start < first[h])
-#pragma unroll
-                for (int t = 0; t < 4; t++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
+                UNROLL for (int t = 0; t < 4; t++)
+                    UNROLL for (int i = 0; i < 2; i++) {
                         int at = start + 8 * q + 2 * t + i;
                         if (at > pos[h] || at < first[h]) score[t][2 * h + i] = -INFINITY;
                     }
             float largest = max[h];
-#pragma unroll
-            for (int t = 0; t < 4; t++) largest = fmaxf(largest, fmaxf(score[t][2 * h], score[t][2 * h + 1]));
+            UNROLL for (int t = 0; t < 4; t++) largest = fmaxf(largest, fmaxf(score[t][2 * h], score[t][2 * h + 1]));
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
             float base = largest == -INFINITY ? 0 : largest, shrink = exp2f(max[h] - base);
             max[h] = largest;
             total[h] *= shrink;
-#pragma unroll
-            for (int t = 0; t < 4; t++) {
+            UNROLL for (int t = 0; t < 4; t++) {
                 float x = exp2f(score[t][2 * h] - base), y = exp2f(score[t][2 * h + 1] - base);
                 total[h] += x + y;
                 if (sizeof(E) == 1) {
@@ -1280,12 +1177,10 @@ template <int WIDTH, class E> struct Attention {
                 __half2 both = __floats2half2_rn(x, y);
                 p[t][h] = *(uint32_t *)&both;
             }
-#pragma unroll
-            for (int d = 0; d < WIDTH / 8; d++) { sum[d][2 * h] *= shrink; sum[d][2 * h + 1] *= shrink; }
+            UNROLL for (int d = 0; d < WIDTH / 8; d++) { sum[d][2 * h] *= shrink; sum[d][2 * h + 1] *= shrink; }
         }
         const uint32_t p0[4] = {p[0][0], p[0][1], p[1][0], p[1][1]}, p1[4] = {p[2][0], p[2][1], p[3][0], p[3][1]};
-#pragma unroll
-        for (int d = 0; d < WIDTH / 8; d++) {
+        UNROLL for (int d = 0; d < WIDTH / 8; d++) {
             uint4 x = eight_halves(value[d]);
             mma_halves(sum[d], p0, &x.x);
             mma_halves(sum[d], p1, &x.z);
@@ -1293,8 +1188,7 @@ template <int WIDTH, class E> struct Attention {
     }
 
     __device__ inline void finish() {   /* puts together the sums of the four threads that share a row */
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
+        UNROLL for (int h = 0; h < 2; h++) {
             total[h] += __shfl_xor_sync(~0u, total[h], 1);
             total[h] += __shfl_xor_sync(~0u, total[h], 2);
         }
@@ -1322,38 +1216,35 @@ attention_prefill(float *out, float2 *softmax, const __half *queries, const unsi
     __shared__ float4 room[4][16][WIDTH / 4 + 1];
     wait_for_inputs();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, index = blockIdx.x * 4 + warp;
-    int group = c.n_heads / c.n_kv_heads, heads = min(group, 16), kv_head = blockIdx.y;
+    int heads = min(c.group, 16), kv_head = blockIdx.y;
     if (index >= n_tiles * parts) return;
     Row run = rows[index / parts], at_first = rows[run.first];
     size_t cache = ((size_t)at_first.slot * c.n_kv_heads + kv_head) * c.cache;
     const __half *query[2];
     int pos[2], first[2], head[2];      /* of row g, row g + 8; where their output goes, in heads, or -1 */
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
+    UNROLL for (int h = 0; h < 2; h++) {
         int row = lane / 4 + 8 * h, of_tile = min(row / heads, run.n - 1), of_group = index % parts * heads + row % heads;
-        bool valid = row < run.n * heads && of_group < group;
+        bool valid = row < run.n * heads && of_group < c.group;
         pos[h] = at_first.pos + of_tile;
         first[h] = first_position(pos[h], c.window);
-        head[h] = valid ? (run.first + of_tile) * c.n_heads + kv_head * group + of_group : -1;
+        head[h] = valid ? (run.first + of_tile) * c.n_heads + kv_head * c.group + of_group : -1;
         query[h] = valid ? queries + (size_t)head[h] * WIDTH : NULL;
     }
     Attention<WIDTH, E> sums(query);
     for (int start = first_position(at_first.pos, c.window) / 32 * 32; start < at_first.pos + run.n; start += 32)
         sums.add(keys + cache, values + cache, c.ring, start, first, pos);
     sums.finish();
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
+    UNROLL for (int h = 0; h < 2; h++) {
         if (head[h] < 0) continue;
         float *to = fused ? (float *)room[warp][lane / 4 + 8 * h] : out + (size_t)head[h] * WIDTH;
         float share = fused ? 1.0f / sums.total[h] : 1;
         if (!fused && lane % 4 == 0) softmax[head[h]] = make_float2(sums.max[h], sums.total[h]);
-#pragma unroll
-        for (int d = 0; d < WIDTH / 8; d++)
+        UNROLL for (int d = 0; d < WIDTH / 8; d++)
             *(float2 *)(to + 8 * d + 2 * (lane % 4)) = make_float2(sums.sum[d][2 * h] * share, sums.sum[d][2 * h + 1] * share);
     }
     __syncwarp();
     for (int t = 0; t < run.n && fused; t++)
-        write_heads(in, wo, run.first + t, kv_head * group, group, c.head_dim, 0, 1,
+        write_heads(in, wo, run.first + t, kv_head * c.group, c.group, c.head_dim, 0, 1,
                     [&](int h, int d) { return room[warp][t * heads + h][d / 4]; });
 }
 
@@ -1373,8 +1264,8 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
     __shared__ __align__(16) float shared_out[WARPS][HEADS][WIDTH + 4];
     __shared__ float2 shared_softmax[WARPS][HEADS];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / parts, kv_head = blockIdx.y;
-    int group = c.n_heads / c.n_kv_heads, first_head = kv_head * group + (int)blockIdx.x % parts * HEADS;
-    int n_heads = min(HEADS, (kv_head + 1) * group - first_head);
+    int first_head = kv_head * c.group + (int)blockIdx.x % parts * HEADS;
+    int n_heads = min(HEADS, (kv_head + 1) * c.group - first_head);
     int pos = rows[token].pos, from = first_position(pos, c.window), to = pos + 1;      /* no kernel writes rows */
     int start = (from / span + (int)blockIdx.z) * span;
     from = max(from, start);
@@ -1398,11 +1289,9 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
     for (int at = from / 32 * 32 + warp * 32; at < to; at += THREADS)
         sums.add(keys + of_head, values + of_head, c.ring, at, first, until);
     sums.finish();
-#pragma unroll
-    for (int h = 0; h < HEADS / 8; h++) {
+    UNROLL for (int h = 0; h < HEADS / 8; h++) {
         if (lane % 4 == 0) shared_softmax[warp][lane / 4 + 8 * h] = make_float2(sums.max[h], sums.total[h]);
-#pragma unroll
-        for (int d = 0; d < WIDTH / 8; d++)
+        UNROLL for (int d = 0; d < WIDTH / 8; d++)
             *(float2 *)&shared_out[warp][lane / 4 + 8 * h][8 * d + 2 * (lane % 4)] =
                 make_float2(sums.sum[d][2 * h], sums.sum[d][2 * h + 1]);
     }
@@ -1413,10 +1302,8 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
         for (int w = 0; w < WARPS; w++) of_row->x = fmaxf(of_row->x, shared_softmax[w][row].x);
         for (int w = 0; w < WARPS; w++) {
             float2 of = shared_softmax[w][row];
-            float4 more = *(const float4 *)&shared_out[w][row][d];
             float share = of.y == 0 ? 0 : exp2f(of.x - of_row->x);
-            x.x = fmaf(share, more.x, x.x); x.y = fmaf(share, more.y, x.y);
-            x.z = fmaf(share, more.z, x.z); x.w = fmaf(share, more.w, x.w);
+            add(x, *(const float4 *)&shared_out[w][row][d], share);
             of_row->y = fmaf(share, of.y, of_row->y);
         }
         return x;
@@ -1564,8 +1451,8 @@ typedef struct {
     int      multiprocessors;
     bool     overlap;                   /* kernels may start before the one before has ended */
     int      wgmma;                     /* built for, and on, a GPU that has it */
-    size_t   bytes, room;               /* device memory that is taken, the model's included; tokens there is room for, a
-                                           multiple of 128 */
+    Memory   memory, logits_memory;
+    size_t   room;                      /* tokens there is room for, a multiple of 128 */
     Heads    heads;
     float   *x, *h;                     /* [room, dim]; [room, hidden_dim]; widths rounded up to 128, the rest 0 */
     float   *parts, *logits;            /* of products: [parts, n, rows]; [n_want, vocab_size], rows rounded up to 128 */
@@ -1579,10 +1466,10 @@ typedef struct {
     int     *ids;                       /* the next ones, likewise */
     size_t   logits_room;               /* tokens */
     int      span, max_spans;           /* positions that a block of decoding attention takes; most of them in a ring */
-    struct { cudaGraphExec_t exec; int n_spans; float temperature, top_p; } *graphs;    /* [n_slots + 1]: decoding steps of
-                                                                                           so many tokens */
-    cudaEvent_t *events;                /* of -P: after each launch */
-    int     *event_operation;
+    int      n, n_want, n_tiles, n_spans;       /* of this step: tokens; wanted ones; runs; spans, if it is decoding */
+    struct { cudaGraphExec_t exec; int n_spans; float temperature, top_p; double bytes; } *graphs;      /* [n_slots + 1]: decoding
+                                           steps of so many tokens, what they were recorded with, and what they read */
+    struct { cudaEvent_t at; int operation; } *events;          /* of -P: after each launch */
     size_t   n_events, events_room;
     bool     profiled;
 } Device;
@@ -1590,64 +1477,39 @@ typedef struct {
 /* With -P: an event where an operation ends. */
 static void mark(Device *d, int operation) {
     if (!d->profiled) return;
-    if (d->n_events == d->events_room) {
-        size_t room = d->events_room;
-        d->events = (cudaEvent_t *)grow(d->events, room, &d->events_room, sizeof *d->events);
-        d->event_operation = (int *)grow(d->event_operation, room, &room, sizeof(int));
-        for (size_t i = d->n_events; i < d->events_room; i++) CUDA(cudaEventCreate(&d->events[i]));
-    }
-    d->event_operation[d->n_events] = operation;
-    CUDA(cudaEventRecord(d->events[d->n_events++], d->stream));
+    size_t room = d->events_room;
+    d->events = (decltype(d->events))grow(d->events, d->n_events, &d->events_room, sizeof *d->events);
+    for (size_t i = room; i < d->events_room; i++) CUDA(cudaEventCreate(&d->events[i].at));
+    d->events[d->n_events].operation = operation;
+    CUDA(cudaEventRecord(d->events[d->n_events++].at, d->stream));
 }
 
-/* Launches a kernel of operation `operation`; shared: bytes of dynamic shared memory. */
+/* Launches a kernel of operation `operation`. */
+typedef struct { dim3 blocks, threads; size_t shared; } Grid;           /* threads of a block; its bytes of dynamic shared memory */
 template <class... P, class... A>
-static void launch_shared(Device *d, int operation, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
-    cudaLaunchConfig_t config;
-    cudaLaunchAttribute attribute;
-    memset(&config, 0, sizeof config);
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared;
-    config.stream = d->stream;
-    if (shared > 48 * 1024)             /* more than kernels have unasked */
-        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = d->overlap && !d->profiled;
+static void launch(Device *d, int operation, void (*kernel)(P...), Grid grid, A... arguments) {
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {grid.blocks, grid.threads, grid.shared, d->stream, &early, d->overlap && !d->profiled};
+    if (grid.shared > 48 * 1024)        /* more than kernels have unasked */
+        CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)grid.shared));
     CUDA(cudaLaunchKernelEx(&config, kernel, (P)arguments...));
     mark(d, operation);
 }
 
-template <class... P, class... A>
-static void launch(Device *d, int operation, void (*kernel)(P...), dim3 grid, dim3 block, A... arguments) {
-    launch_shared(d, operation, kernel, grid, block, 0, arguments...);
-}
-
 template <int TYPE, int GROUPS>
-static void launch_type(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
+static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n) {
     const int WIDE = TYPE == F16 ? Q8 : TYPE;       /* never F16 */
-    unsigned rows = (unsigned)w.row_tiles / 8, z = (unsigned)parts;
-    auto many = [&](auto kernel, int tokens, int threads) {
-        launch(d, operation, kernel, dim3((n + tokens - 1) / tokens, rows, z), threads, out, w, d->in, n, units);
-    };
-    if (tiles == 1)
-        launch(d, operation, product_few<TYPE, GROUPS>, dim3((unsigned)w.row_tiles / 2, z), units ? 128 : 256, out, w, d->in, n,
-               units);
-    else if (tiles == 2) many(product_many<TYPE, GROUPS, 1, 2, 2, GROUPS == 4 ? 1 : 2, 2>, 16, 256);
-    else if (tiles == 4) many(product_many<TYPE, GROUPS, 1, 4, 2, GROUPS == 4 ? 1 : 2, 4>, 32, 256);
-    else if (tiles == 8) many(product_many<TYPE, GROUPS, 1, 8, 2, 1, 2>, 64, 256);
-    else if (TYPE == F16 || !d->in.swizzled) many(product_many<TYPE, GROUPS, 2, 8, 1, 1, 2>, 128, 256);
-    else launch_shared(d, operation, product_wide<WIDE, GROUPS>, min(d->multiprocessors, (n + 127) / 128 * w.row_tiles / 8),
-                       WIDE_ROWS * 32 + 128, WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>), out, w, d->in, n, units);
-}
-
-template <int TYPE>
-static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n, int units) {
-    if (w.group == 128) launch_type<TYPE, 1>(d, operation, out, w, tiles, parts, n, units);
-    else if (w.group == 64) launch_type<TYPE, 2>(d, operation, out, w, tiles, parts, n, units);
-    else launch_type<TYPE, 4>(d, operation, out, w, tiles, parts, n, units);
+    int tokens = 8 * tiles, token_blocks = (n + tokens - 1) / tokens, row_blocks = w.row_tiles / 8;
+    auto kernel = tiles == 1 ? product_few<TYPE, GROUPS> : tiles == 2 ? product_many<TYPE, GROUPS, 2>
+                : tiles == 4 ? product_many<TYPE, GROUPS, 4> : tiles == 8 ? product_many<TYPE, GROUPS, 8>
+                : TYPE == F16 || !d->in.swizzled ? product_many<TYPE, GROUPS, 16> : product_wide<WIDE, GROUPS>;
+    Grid grid = {dim3(token_blocks, row_blocks, parts), 256};
+    if (tiles == 1) grid = {dim3(4 * row_blocks, parts), w.units ? 128 : 256};
+    if (kernel == product_wide<WIDE, GROUPS>)
+        grid = {min(d->multiprocessors, token_blocks * row_blocks), WIDE_ROWS * 32 + 128, WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>)};
+    launch(d, operation, kernel, grid, out, w, d->in, n);
 }
 
 /* Token tiles of 8 that a decoding step's products are made for: by the slots there are, not by the tokens of this step, so that a
@@ -1672,229 +1534,198 @@ static bool uses_cublas(const State *s, const Weights &w) {
     return w.type == F16 && !s->decoding && open_cublas(((const Device *)s->device)->stream);
 }
 
-/* out: [parts][n][w.row_tiles * 16], or with `units` SwiGLU's [n][units]; returns the number of parts. */
-static int device_product(State *s, int operation, float *out, const Weights &w, int n, int units, bool one_part) {
+/* out: [parts][n][w.row_tiles * 16], or of w13 SwiGLU's [n][w.units]; returns the number of parts. */
+static int device_product(State *s, int operation, float *out, const Weights &w, int n) {
+    static void (*const LAUNCH[][3])(Device *, int, float *, const Weights &, int, int, int) = {    /* groups of 32, 64, 128 */
+        {NULL, NULL, launch_product<F16, 1>}, {launch_product<Q8, 4>, launch_product<Q8, 2>, launch_product<Q8, 1>},
+        {launch_product<Q4, 4>, launch_product<Q4, 2>, launch_product<Q4, 1>},
+        {launch_product<NF4, 4>, launch_product<NF4, 2>, launch_product<NF4, 1>}};
     Device *d = (Device *)s->device;
-    int tiles = token_tiles(s), parts = units || one_part ? 1 : product_parts(s, w);
+    int parts = w.units || operation == CLASSIFIER ? 1 : product_parts(s, w);
     Profile *p = &s->profile[operation];
     p->operations += 2.0 * n * w.rows * w.cols;
     p->bytes += w.bytes;
     s->bytes += w.bytes;
     if (!n) return parts;
-    if (w.type == F16) {
-        if (uses_cublas(s, w)) {
-            float one = 1, none = 0;
-            float *to = units ? d->parts : out;
-            int width = w.column_tiles * COLUMNS;
-            if (cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, w.row_tiles * 16, n, width, &one, w.halves, CUDA_R_16F,
-                            width, d->in.halves, CUDA_R_16F, width, &none, to, CUDA_R_32F, w.row_tiles * 16,
-                            CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
-                die("cuBLAS: a product of [%d, %d] with %d tokens failed", w.rows, w.cols, n);
-            mark(d, operation);
-            return 1;
-        }
-        launch_type<F16, 1>(d, operation, out, w, tiles, parts, n, units);
-    } else if (w.type == Q8) launch_product<Q8>(d, operation, out, w, tiles, parts, n, units);
-    else if (w.type == Q4) launch_product<Q4>(d, operation, out, w, tiles, parts, n, units);
-    else launch_product<NF4>(d, operation, out, w, tiles, parts, n, units);
-    return parts;
+    if (!uses_cublas(s, w)) {
+        LAUNCH[w.type - F16][w.shift - 5](d, operation, out, w, token_tiles(s), parts, n);
+        return parts;
+    }
+    float one = 1, none = 0;
+    int rows = w.row_tiles * 16, width = w.column_tiles * COLUMNS;
+    if (gemm(cublas, CUBLAS_OP_T, CUBLAS_OP_N, rows, n, width, &one, w.halves, CUDA_R_16F, width, d->in.halves, CUDA_R_16F, width,
+             &none, w.units ? d->parts : out, CUDA_R_32F, rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
+        die("cuBLAS: a product of [%d, %d] with %d tokens failed", w.rows, w.cols, n);
+    mark(d, operation);
+    return 1;
 }
 
 /* From wqkv's product to the input of the one with wo. */
 template <int WIDTH, class E>
-static void launch_width(State *s, Product qkv, unsigned char *keys, unsigned char *values, int n, int n_tiles, int n_spans,
-                         const Weights &wo) {
+static void launch_attention(State *s, size_t layer, int n_parts) {
     Device *d = (Device *)s->device;
     const Heads &c = d->heads;
-    int group = c.n_heads / c.n_kv_heads;
-    unsigned kv_heads = (unsigned)c.n_kv_heads, tokens = (unsigned)n;
-    bool fused = group * c.head_dim % COLUMNS == 0 && c.head_dim % 4 == 0;              /* its heads fill column tiles of wo */
-    bool few = s->n_slots * kv_heads <= (size_t)d->multiprocessors;                     /* each block has one of its own */
-    auto decode = [&](auto kernel, int warps) {
-        unsigned parts = (unsigned)ceil_div((size_t)group, (size_t)decode_heads(warps));
-        fused = fused && n_spans == 1 && parts == 1;
-        launch(d, ATTENTION, kernel, dim3(tokens * parts, kv_heads, (unsigned)n_spans), 32 * warps, d->spans, d->softmax, qkv,
-               d->rotations, keys, values, d->rows, n, (int)parts, d->span, c, d->in, wo, fused);
-    };
-    if (s->decoding && few) decode(attention_decode<WIDTH, E, 8>, 8);
-    else if (s->decoding) decode(attention_decode<WIDTH, E, 4>, 4);
-    else {
-        int parts = (int)ceil_div((size_t)group, 16);
+    const DeviceLayer &w = ((const DeviceModel *)s->model->device)->layers[layer];
+    size_t cache = layer * s->n_slots * c.n_kv_heads * c.cache;
+    unsigned char *keys = d->keys + cache, *values = d->values + cache;
+    Product qkv = {d->parts, n_parts, w.wqkv.row_tiles * 16};
+    int n = d->n;
+    bool fused = c.group * c.head_dim % COLUMNS == 0 && c.head_dim % 4 == 0;            /* its heads fill column tiles of wo */
+    bool few = s->n_slots * c.n_kv_heads <= (size_t)d->multiprocessors;                 /* each block has one of its own */
+    if (s->decoding) {
+        int warps = few ? 8 : 4, parts = (int)ceil_div(c.group, decode_heads(warps));
+        fused = fused && d->n_spans == 1 && parts == 1;
+        launch(d, ATTENTION, few ? attention_decode<WIDTH, E, 8> : attention_decode<WIDTH, E, 4>,
+               {dim3(n * parts, c.n_kv_heads, d->n_spans), 32 * warps}, d->spans, d->softmax, qkv, d->rotations, keys, values,
+               d->rows, n, parts, d->span, c, d->in, w.wo, fused);
+    } else {
+        int parts = (int)ceil_div(c.group, 16);
         fused = fused && parts == 1;
-        launch(d, ROPE, rope_and_cache<E>, dim3((unsigned)(c.n_heads + 2 * c.n_kv_heads + 7) / 8, tokens), 256, d->queries,
-               keys, values, qkv, n, d->rotations, d->rows, c);
-        launch(d, ATTENTION, attention_prefill<WIDTH, E>, dim3((n_tiles * parts + 3) / 4, kv_heads), 128, d->spans, d->softmax,
-               d->queries, keys, values, d->rows, n_tiles, parts, c, d->in, wo, fused);
+        launch(d, ROPE, rope_and_cache<E>, {dim3((c.n_heads + 2 * c.n_kv_heads + 7) / 8, n), 256}, d->queries, keys, values, qkv,
+               n, d->rotations, d->rows, c);
+        launch(d, ATTENTION, attention_prefill<WIDTH, E>, {dim3((d->n_tiles * parts + 3) / 4, c.n_kv_heads), 128}, d->spans,
+               d->softmax, d->queries, keys, values, d->rows, d->n_tiles, parts, c, d->in, w.wo, fused);
     }
     if (!fused)
-        launch(d, ATTENTION, attention_input, dim3((unsigned)(wo.column_tiles + 7) / 8, tokens), 256, d->spans, d->softmax,
-               s->decoding ? n_spans : 1, n, c, d->in, wo);
+        launch(d, ATTENTION, attention_input, {dim3((w.wo.column_tiles + 7) / 8, n), 256}, d->spans, d->softmax,
+               s->decoding ? d->n_spans : 1, n, c, d->in, w.wo);
 }
 
-template <class E>
-static void launch_attention(State *s, Product qkv, unsigned char *keys, unsigned char *values, int n, int n_tiles, int n_spans,
-                             const Weights &wo) {
-    if (s->head_width == 32) launch_width<32, E>(s, qkv, keys, values, n, n_tiles, n_spans, wo);
-    else if (s->head_width == 64) launch_width<64, E>(s, qkv, keys, values, n, n_tiles, n_spans, wo);
-    else launch_width<128, E>(s, qkv, keys, values, n, n_tiles, n_spans, wo);
-}
-
-/* All launches of a forward over n tokens, n_want of them wanted. The logits are in d->logits afterwards. */
-static void launch_forward(State *s, int n, int n_want, int n_tiles, int n_spans) {
+/* All launches of a forward over the tokens of prepare(), below. The logits are in d->logits afterwards. */
+static void launch_forward(State *s) {
+    static void (*const ATTEND[][3])(State *, size_t, int) = {      /* heads of 32, 64, 128 elements */
+        {launch_attention<32, __half>, launch_attention<64, __half>, launch_attention<128, __half>},
+        {launch_attention<32, uint8_t>, launch_attention<64, uint8_t>, launch_attention<128, uint8_t>}};
     Device *d = (Device *)s->device;
     const Header *c = &s->model->c;
     const DeviceModel *m = (const DeviceModel *)s->model->device;
-    int half = (int)c->head_dim / 2, n_parts = 0, width = (int)round_up(c->dim, COLUMNS);
-    unsigned tokens = (unsigned)n;
+    int n = d->n, n_parts = 0;
     d->in.swizzled = d->wgmma && token_tiles(s) == 16;
-    size_t layer_cache = s->n_slots * c->n_kv_heads * d->heads.cache;
 
-    auto norm = [&](const float *weight, const Weights &next, bool wanted) {        /* of x and the parts of the last product */
-        auto of = [&](auto kernel, int warps) {
-            launch(d, NORM, kernel, dim3(wanted ? (unsigned)n_want : tokens), 32 * warps, d->x, d->parts, n_parts, n, weight,
-                   (int)c->dim, c->norm_eps, d->in, next, d->rows, wanted);
-        };
-        if (c->dim > 32 * COLUMNS) of(norm_input<16, MAX_DIM / COLUMNS / 16, MAX_PARTS>, 16);
-        else if (s->decoding) of(norm_input<32, 1, MAX_PARTS>, 32);
-        else of(norm_input<16, 2, 1>, 16);
+    bool large = c->dim > 32 * COLUMNS;
+    auto norm = [&](const float *weight, const Weights &next, const Row *wanted) {  /* of x and the parts of the last product */
+        launch(d, NORM, large ? norm_input<16, MAX_DIM / COLUMNS / 16, MAX_PARTS>
+                        : s->decoding ? norm_input<32, 1, MAX_PARTS> : norm_input<16, 2, 1>,
+               {wanted ? d->n_want : n, !large && s->decoding ? 1024 : 512}, d->x, d->parts, n_parts, n, weight, (int)c->dim,
+               c->norm_eps, d->in, next, wanted);
     };
 
+    CUDA(cudaMemcpyAsync(d->rows, d->rows_host, (size_t)n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
     mark(d, EMBEDDING);                 /* where the first begins */
-    launch(d, EMBEDDING, embed, dim3(tokens, 1 + ROW_BLOCKS), 128, d->x, width, d->rotations, d->rows, m->embedding,
-           d->frequencies, half);
+    launch(d, EMBEDDING, embed, {dim3(n, 1 + ROW_BLOCKS), 128}, d->x, d->rotations, d->rows, m->embedding, d->frequencies,
+           (int)c->head_dim / 2);
     for (size_t l = 0; l < c->n_layers; l++) {
-        unsigned char *keys = d->keys + l * layer_cache, *values = d->values + l * layer_cache;
-        norm(m->rms_att[l], m->wqkv[l], false);
-        n_parts = device_product(s, WQKV, d->parts, m->wqkv[l], n, 0, false);
-        Product qkv = {d->parts, n_parts, m->wqkv[l].row_tiles * 16};
-        if (s->model->kv_type == Q8) launch_attention<uint8_t>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
-        else launch_attention<__half>(s, qkv, keys, values, n, n_tiles, n_spans, m->wo[l]);
-        n_parts = device_product(s, WO, d->parts, m->wo[l], n, 0, false);
-        norm(m->rms_ffn[l], m->w13[l], false);
-        device_product(s, W13, d->h, m->w13[l], n, m->w2[l].column_tiles * COLUMNS, false);
-        if (!uses_cublas(s, m->w13[l]))
-            launch(d, SWIGLU, quantize_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->h, d->in, m->w2[l]);
-        else
-            launch(d, SWIGLU, swiglu_input, dim3((unsigned)(m->w2[l].column_tiles + 7) / 8, tokens), 256, d->parts,
-                   m->w13[l].row_tiles * 16, d->in, m->w2[l]);
-        n_parts = device_product(s, W2, d->parts, m->w2[l], n, 0, false);
+        const DeviceLayer &w = m->layers[l];
+        norm(w.rms_att, w.wqkv, NULL);
+        n_parts = device_product(s, WQKV, d->parts, w.wqkv, n);
+        ATTEND[s->model->kv_type == Q8][s->head_width / 64](s, l, n_parts);
+        n_parts = device_product(s, WO, d->parts, w.wo, n);
+        norm(w.rms_ffn, w.w13, NULL);
+        device_product(s, W13, d->h, w.w13, n);
+        bool pairs = uses_cublas(s, w.w13);
+        launch(d, SWIGLU, quantize_input, {dim3((w.w2.column_tiles + 7) / 8, n), 256}, pairs ? d->parts : d->h, d->in, w.w2,
+               pairs ? w.w13.row_tiles * 16 : 0);
+        n_parts = device_product(s, W2, d->parts, w.w2, n);
     }
-    if (!n_want) return;
-    norm(m->rms_final, m->wcls, true);
-    device_product(s, CLASSIFIER, d->logits, m->wcls, n_want, 0, true);
+    if (!d->n_want) return;
+    norm(m->rms_final, m->wcls, d->rows);
+    device_product(s, CLASSIFIER, d->logits, m->wcls, d->n_want);
 }
 
 /* Copies the tokens to where the device reads them, and the tiles of queries, which are the runs among them; counts these, and
  * the spans of positions that decoding needs, rounded up to a power of two. Books what attention computes and reads. */
-static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws, int *n_want, int *n_tiles, int *n_spans) {
+static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws) {
     Device *d = (Device *)s->device;
     const Header *c = &s->model->c;
-    size_t group = c->n_heads / c->n_kv_heads, needed, spans = 1;
+    size_t needed, spans = 1, most = (size_t)max(16 / d->heads.group, 1);
     double n_keys, n_reads;
-    *n_tiles = (int)find_runs(s->runs, tokens, n, 16 / min_size(group, 16), c->window, (size_t)d->span, &n_keys, &n_reads, &needed);
+    d->profiled = s->profiled;
+    d->n = (int)n;
+    d->n_tiles = (int)find_runs(s->runs, tokens, n, most, c->window, (size_t)d->span, &n_keys, &n_reads, &needed);
     while (spans < needed) spans *= 2;
-    *n_spans = (int)min_size(spans, (size_t)d->max_spans);
-    *n_want = 0;
+    d->n_spans = (int)min_size(spans, (size_t)d->max_spans);
+    d->n_want = 0;
     for (size_t i = 0; i < n; i++) {
-        Row *r = &d->rows_host[i];
-        r->id = tokens[i].id;
-        r->pos = (int)tokens[i].pos;
-        r->slot = (int)tokens[i].slot;
-        if (i < (size_t)*n_tiles) { r->first = (int)s->runs[i].first; r->n = (int)s->runs[i].n; }
-        if (!tokens[i].want) continue;
-        d->rows_host[*n_want].wanted = (int)i;
-        d->rows_host[*n_want].random = draws ? draws[*n_want].random : 0;
-        ++*n_want;
+        const Token *t = &tokens[i];
+        const Run *run = &s->runs[i];   /* what it holds where there is none is read by nobody */
+        d->rows_host[i] = {t->id, (int)t->pos, (int)t->slot, (int)run->first, (int)run->n, 0, 0};
+        if (!t->want) continue;
+        d->rows_host[d->n_want].wanted = (int)i;
+        d->rows_host[d->n_want].random = draws ? draws[d->n_want].random : 0;
+        d->n_want++;
     }
     double bytes = 2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row * c->n_layers);
     s->profile[ATTENTION].operations += 4.0 * n_keys * c->n_heads * c->head_dim * c->n_layers;
     s->profile[ATTENTION].bytes += bytes;
     s->bytes += bytes;
-    if ((size_t)*n_want <= d->logits_room) return;
-    size_t row = round_up(c->vocab_size, 128) * sizeof(float);
-    cudaFree(d->logits);                /* graphs that hold it are recorded anew */
+    if ((size_t)d->n_want <= d->logits_room) return;
+    device_free(&d->logits_memory);     /* graphs that hold it are recorded anew */
     for (size_t i = 0; i <= s->n_slots; i++)
         if (d->graphs[i].exec) { CUDA(cudaGraphExecDestroy(d->graphs[i].exec)); d->graphs[i].exec = NULL; }
-    d->bytes -= d->logits_room ? d->logits_room * row + 256 : 0;
-    d->logits_room = (size_t)*n_want;
-    d->logits = (float *)device_allocate(d->logits_room * row, &d->bytes, s->model->path);
+    d->logits_room = (size_t)d->n_want;
+    d->logits = (float *)device_allocate(d->logits_room * round_up(c->vocab_size, 128) * sizeof(float), &d->logits_memory,
+                                         s->model->path);
     CUDA(cudaDeviceSynchronize());      /* it is zeroed in another stream */
 }
 
-/* Adds the times between the events of a step to its operations. */
-static void read_events(State *s) {
+/* Waits for the step, and adds the times between its events to its operations. */
+static void finish(State *s) {
     Device *d = (Device *)s->device;
+    CUDA(cudaStreamSynchronize(d->stream));
     for (size_t i = 1; i < d->n_events; i++) {
         float ms;
-        CUDA(cudaEventElapsedTime(&ms, d->events[i - 1], d->events[i]));
-        s->profile[d->event_operation[i]].seconds += 1e-3 * ms;
+        CUDA(cudaEventElapsedTime(&ms, d->events[i - 1].at, d->events[i].at));
+        s->profile[d->events[i].operation].seconds += 1e-3 * ms;
     }
     d->n_events = 0;
 }
 
 static void cuda_forward(State *s, const Token *tokens, size_t n, float *logits) {
     Device *d = (Device *)s->device;
-    int n_want, n_tiles, n_spans;
-    d->profiled = s->profiled;
-    prepare(s, tokens, n, NULL, &n_want, &n_tiles, &n_spans);
-    CUDA(cudaMemcpyAsync(d->rows, d->rows_host, n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
-    launch_forward(s, (int)n, n_want, n_tiles, n_spans);
-    size_t vocab = s->model->c.vocab_size * sizeof(float);
-    size_t pitch = (size_t)((const DeviceModel *)s->model->device)->wcls.row_tiles * 16 * sizeof(float);
-    if (n_want) CUDA(cudaMemcpy2DAsync(logits, vocab, d->logits, pitch, vocab, (size_t)n_want, cudaMemcpyDeviceToHost, d->stream));
-    CUDA(cudaStreamSynchronize(d->stream));
-    read_events(s);
-}
-
-static void launch_step(State *s, int n, int n_want, int n_tiles, int n_spans, float temperature, float top_p) {
-    Device *d = (Device *)s->device;
-    CUDA(cudaMemcpyAsync(d->rows, d->rows_host, (size_t)n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
-    launch_forward(s, n, n_want, n_tiles, n_spans);
-    if (!n_want) return;
-    launch(d, SAMPLING, sample_kernel, dim3((unsigned)n_want), 1024, d->logits,
-           ((const DeviceModel *)s->model->device)->wcls.row_tiles * 16, (int)s->model->c.vocab_size, temperature, top_p,
-           d->rows, d->ids);
+    size_t vocab = s->model->c.vocab_size * sizeof(float), pitch = round_up(s->model->c.vocab_size, 128) * sizeof(float);
+    prepare(s, tokens, n, NULL);
+    launch_forward(s);
+    if (d->n_want)
+        CUDA(cudaMemcpy2DAsync(logits, vocab, d->logits, pitch, vocab, (size_t)d->n_want, cudaMemcpyDeviceToHost, d->stream));
+    finish(s);
 }
 
 /* A decoding step's some 300 launches take the CPU longer than the GPU: they are recorded once, as a graph, for each number of
  * tokens, and again whenever what they were recorded with has changed. */
 static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p) {
     Device *d = (Device *)s->device;
-    int n_want, n_tiles, n_spans;
-    d->profiled = s->profiled;
-    prepare(s, tokens, n, draws, &n_want, &n_tiles, &n_spans);
-    if (s->decoding && n <= s->n_slots && (size_t)n_want == n && !s->profiled) {
+    int vocab = (int)s->model->c.vocab_size;
+    auto launch_step = [&] {
+        launch_forward(s);
+        if (d->n_want)
+            launch(d, SAMPLING, sample_kernel, {d->n_want, 1024}, d->logits, (int)round_up(vocab, 128), vocab, temperature, top_p,
+                   d->rows, d->ids);
+    };
+    prepare(s, tokens, n, draws);
+    if (s->decoding && n <= s->n_slots && (size_t)d->n_want == n && !s->profiled) {
         auto *g = &d->graphs[n];
-        if (!g->exec || g->n_spans != n_spans || g->temperature != temperature || g->top_p != top_p) {
+        if (g->exec && g->n_spans == d->n_spans && g->temperature == temperature && g->top_p == top_p) s->bytes += g->bytes;
+        else {
             cudaGraph_t graph;
-            double bytes = s->bytes;
-            Profile profile[N_OPERATIONS];
-            memcpy(profile, s->profile, sizeof profile);
+            double before = s->bytes;   /* recording books what the step reads */
             if (g->exec) CUDA(cudaGraphExecDestroy(g->exec));
             CUDA(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal));
-            launch_step(s, (int)n, n_want, n_tiles, n_spans, temperature, top_p);
+            launch_step();
             CUDA(cudaStreamEndCapture(d->stream, &graph));
             CUDA(cudaGraphInstantiate(&g->exec, graph, 0));
             CUDA(cudaGraphDestroy(graph));
-            g->n_spans = n_spans;
-            g->temperature = temperature;
-            g->top_p = top_p;
-            s->bytes = bytes;
-            memcpy(s->profile, profile, sizeof profile);
+            *g = {g->exec, d->n_spans, temperature, top_p, s->bytes - before};
         }
-        const DeviceModel *m = (const DeviceModel *)s->model->device;
-        s->bytes += m->wcls.bytes;
-        for (size_t i = 0; i < 4 * s->model->c.n_layers; i++) s->bytes += m->wqkv[i].bytes;     /* wqkv, wo, w13, w2: one array */
         CUDA(cudaGraphLaunch(g->exec, d->stream));
-    } else launch_step(s, (int)n, n_want, n_tiles, n_spans, temperature, top_p);
-    CUDA(cudaStreamSynchronize(d->stream));
-    read_events(s);
-    for (int i = 0; i < n_want; i++) draws[i].id = d->ids[i];
+    } else launch_step();
+    finish(s);
+    for (int i = 0; i < d->n_want; i++) draws[i].id = d->ids[i];
 }
 
 static double cuda_peak(const State *s) {
-    size_t now = ((const Device *)s->device)->bytes, before = ((const DeviceModel *)s->model->device)->peak;
-    return (double)max_size(now, before);
+    const DeviceModel *m = (const DeviceModel *)s->model->device;
+    const Device *d = (const Device *)s->device;
+    return (double)max_size(m->memory.bytes + d->memory.bytes + d->logits_memory.bytes, m->peak);
 }
 
 static void cuda_open(State *s) {
@@ -1918,9 +1749,8 @@ static void cuda_open(State *s) {
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
     if (c->dim > MAX_DIM) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, MAX_DIM);
     if (s->n_slots > 65535) die("-b %zu: run_cuda takes up to 65535", s->n_slots);
-    Heads heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)c->head_dim, (int)s->head_width, (int)s->ring, (int)c->window,
-                   1.44269504f / sqrtf((float)c->head_dim), s->ring * s->kv_row};
-    d->heads = heads;
+    d->heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)(c->n_heads / c->n_kv_heads), (int)c->head_dim, (int)s->head_width,
+                (int)s->ring, (int)c->window, 1.44269504f / sqrtf((float)c->head_dim), s->ring * s->kv_row};
     d->room = round_up(s->chunk, 128);
     d->span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 256;
     d->max_spans = (int)(s->ring / (size_t)d->span + 2);
@@ -1930,15 +1760,12 @@ static void cuda_open(State *s) {
     size_t slots = min_size(s->n_slots, d->room);
     size_t widest_out = round_up(max_size(qkv_dim, c->dim), 128), part_rows = max_size(d->room, MAX_PARTS * 64);
     size_t widest_in = round_up(max_size(max_size(c->dim, q_dim), c->hidden_dim), COLUMNS);
-    bool half_weights = m->wcls.type < Q8;      /* each tensor has a type of its own */
-    for (size_t l = 0; l < c->n_layers; l++) {
-        const Layer *w = &m->layers[l];
-        half_weights |= w->wqkv.type < Q8 || w->wo.type < Q8 || w->w13.type < Q8 || w->w2.type < Q8;
-    }
-    size_t parts = part_rows * widest_out;
-    if (half_weights && d->room * round_up(2 * c->hidden_dim, 128) > parts) parts = d->room * round_up(2 * c->hidden_dim, 128);
+    bool half_weights = m->wcls.type < Q8;      /* each tensor has a type of its own; the norms, of one column, are FP32 */
+    for (const Matrix *w = (const Matrix *)m->layers, *end = w + 6 * c->n_layers; w < end; w++)
+        half_weights |= w->cols > 1 && w->type < Q8;
+    size_t parts = max_size(part_rows * widest_out, half_weights ? d->room * round_up(2 * c->hidden_dim, 128) : 0);
     size_t span_rows = max_size(slots * (size_t)d->max_spans, d->room);
-    s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * heads.cache;
+    s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * d->heads.cache;
     const struct { void **to; size_t bytes; } all[] = {
         {(void **)&d->x, d->room * round_up(c->dim, COLUMNS) * sizeof(float)}, {(void **)&d->parts, parts * sizeof(float)},
         {(void **)&d->h, d->room * round_up(c->hidden_dim, COLUMNS) * sizeof(float)},
@@ -1952,7 +1779,7 @@ static void cuda_open(State *s) {
         {(void **)&d->rows, d->room * sizeof(Row)}};
     double need = (double)slots * c->vocab_size * sizeof(float), per_slot = (double)s->kv_bytes / (double)s->n_slots;
     size_t free_bytes, total;
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) need += (double)all[i].bytes;
+    for (const auto &one : all) need += (double)one.bytes;
     CUDA(cudaMemGetInfo(&free_bytes, &total));
     if (need > (double)free_bytes) {
         double left = (double)free_bytes - (need - (double)s->kv_bytes);
@@ -1961,13 +1788,11 @@ static void cuda_open(State *s) {
             (double)total / 1e9, left >= per_slot ? "-b " : "-b 1 -c ",
             left >= per_slot ? floor(left / per_slot) : left > 0 ? floor(left / per_slot * (double)s->ring / KEYS) * KEYS : 0);
     }
-    d->bytes = ((const DeviceModel *)m->device)->bytes;
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) *all[i].to = device_allocate(all[i].bytes, &d->bytes, m->path);
+    for (const auto &one : all) *one.to = device_allocate(one.bytes, &d->memory, m->path);
     d->in.stride = (int)d->room;
     CUDA(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
     CUDA(cudaMallocHost((void **)&d->rows_host, d->room * sizeof(Row)));
     CUDA(cudaMallocHost((void **)&d->ids, d->room * sizeof(int)));
-    memset(d->rows_host, 0, d->room * sizeof(Row));
     d->graphs = (decltype(d->graphs))allocate(s->n_slots + 1, sizeof *d->graphs, m->path);
     double frequencies[MAX_HEAD_DIM / 2];
     for (size_t i = 0; i < c->head_dim / 2; i++) frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
@@ -1977,17 +1802,15 @@ static void cuda_open(State *s) {
 
 static void cuda_close(State *s) {
     Device *d = (Device *)s->device;
-    void *all[] = {d->x, d->parts, d->h, d->spans, d->softmax, d->rotations, d->queries, d->keys, d->values, d->frequencies,
-                   d->in.q, d->in.scale, d->in.halves, d->rows, d->logits};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) cudaFree(all[i]);
+    device_free(&d->memory);
+    device_free(&d->logits_memory);
     for (size_t i = 0; i <= s->n_slots; i++) if (d->graphs[i].exec) cudaGraphExecDestroy(d->graphs[i].exec);
-    for (size_t i = 0; i < d->events_room; i++) cudaEventDestroy(d->events[i]);
+    for (size_t i = 0; i < d->events_room; i++) cudaEventDestroy(d->events[i].at);
     cudaFreeHost(d->rows_host);
     cudaFreeHost(d->ids);
     cudaStreamDestroy(d->stream);
     free(d->graphs);
     free(d->events);
-    free(d->event_operation);
     free(d);
 }
 

@@ -1124,7 +1124,7 @@ static void test_cuda_products(void) {
     enum { ROOM = 256 };
     for (size_t kind = 0; kind < N_KINDS; kind++)
         for (size_t shape = 0; shape < sizeof SHAPES / sizeof *SHAPES; shape++) {
-            size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1], none = 0;
+            size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1];
             size_t width = round_up(cols, COLUMNS), out_width = round_up(rows, 128);
             float *w = (float *)allocate(rows * cols, 4, "test"), *x = (float *)allocate(ROOM * width, 4, "test");
             float *expect = (float *)allocate(ROOM * rows, 4, "test");
@@ -1148,14 +1148,15 @@ static void test_cuda_products(void) {
             s.device = &d;
             d.multiprocessors = 20;
             CUDA(cudaMemcpyFromSymbol(&d.wgmma, has_wgmma, sizeof d.wgmma));
-            void *staging = device_allocate(m.bytes, &none, "test");
-            Weights weights = upload(&m, 0, staging, &none, "test");
-            float *device_x = (float *)device_allocate(ROOM * width * 4, &none, "test");
-            float *device_out = (float *)device_allocate(MAX_PARTS * ROOM * out_width * 4, &none, "test");
+            Memory memory = {};
+            void *staging = device_allocate(m.bytes, &memory, "test");
+            Weights weights = upload(&m, false, staging, &memory, "test");
+            float *device_x = (float *)device_allocate(ROOM * width * 4, &memory, "test");
+            float *device_out = (float *)device_allocate(MAX_PARTS * ROOM * out_width * 4, &memory, "test");
             d.parts = device_out;
-            d.in.q = (int8_t *)device_allocate(ROOM * width, &none, "test");
-            d.in.scale = (float2 *)device_allocate(ROOM * width / 32 * 8, &none, "test");
-            d.in.halves = (__half *)device_allocate(ROOM * width * 2, &none, "test");
+            d.in.q = (int8_t *)device_allocate(ROOM * width, &memory, "test");
+            d.in.scale = (float2 *)device_allocate(ROOM * width / 32 * 8, &memory, "test");
+            d.in.halves = (__half *)device_allocate(ROOM * width * 2, &memory, "test");
             d.in.stride = ROOM;
             CUDA(cudaMemcpy(device_x, x, ROOM * width * 4, cudaMemcpyHostToDevice));
             double tolerance = m.type < Q8 ? 2e-3 : 2e-5;
@@ -1166,7 +1167,8 @@ static void test_cuda_products(void) {
                 for (size_t i = 0; i < n * rows; i++) largest = fmax(largest, fabs(expect[i]));
                 for (int way = 0; way < 3 + d.wgmma; way++) {   /* plainly; as decoding does; as prefill does, and on a Hopper */
                     d.in.swizzled = way == 3;
-                    quantize_input<<<dim3((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n), 256>>>(device_x, d.in, weights);
+                    dim3 tiles((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n);
+                    quantize_input<<<tiles, 256>>>(device_x, d.in, weights, 0);
                     s.decoding = way == 1;
                     s.n_slots = n;
                     CUDA(cudaMemset(device_out, 0xff, MAX_PARTS * ROOM * out_width * 4));       /* NaN */
@@ -1174,7 +1176,7 @@ static void test_cuda_products(void) {
                     if (way == 0) {
                         product_plain<<<dim3((unsigned)(rows + 127) / 128, (unsigned)n), 128>>>(device_out, weights, d.in, (int)n);
                         stride = (int)rows;
-                    } else parts = device_product(&s, WQKV, device_out, weights, (int)n, 0, false);
+                    } else parts = device_product(&s, WQKV, device_out, weights, (int)n);
                     CUDA(cudaMemcpy(got, device_out, MAX_PARTS * ROOM * out_width * 4, cudaMemcpyDeviceToHost));
                     double worst = 0;
                     for (size_t t = 0; t < n; t++)
@@ -1188,9 +1190,7 @@ static void test_cuda_products(void) {
                           KINDS[kind].type, KINDS[kind].group, rows, cols, n, way, worst, largest);
                 }
             }
-            void *on_device[] = {staging, device_x, device_out, d.in.q, d.in.scale, d.in.halves};
-            for (size_t i = 0; i < 6; i++) cudaFree(on_device[i]);
-            free_weights(&weights);
+            device_free(&memory);
             void *on_host[] = {w, x, expect, got, packed, a.x, a.scale, a.sum, (void *)m.data, model.layers};
             for (size_t i = 0; i < 10; i++) free(on_host[i]);
         }
@@ -1327,11 +1327,12 @@ static void test_cuda_attention(void) {
         Token tokens[N];
         for (size_t i = 0; i < N; i++) { Token token = {(int)random_below(m.c.vocab_size), i, 1, false}; tokens[i] = token; }
         m.backend->forward(&s, tokens, N, NULL);
-        size_t rows = N * m.c.n_heads, n = rows * s.head_width, none = 0;
+        size_t rows = N * m.c.n_heads, n = rows * s.head_width;
         size_t layer = (m.c.n_layers - 1) * s.n_slots * m.c.n_kv_heads * d->heads.cache;
         float *fast = (float *)allocate(n, 4, "test"), *plain = (float *)allocate(n, 4, "test");
-        float *to = (float *)device_allocate(n * 4, &none, "test"), worst = 0, largest = 0;
-        float2 *sums = (float2 *)device_allocate(rows * 8, &none, "test");
+        Memory memory = {};
+        float *to = (float *)device_allocate(n * 4, &memory, "test"), worst = 0, largest = 0;
+        float2 *sums = (float2 *)device_allocate(rows * 8, &memory, "test");
         float2 *fast_sums = (float2 *)allocate(rows, 8, "test"), *plain_sums = (float2 *)allocate(rows, 8, "test");
         unsigned blocks = (unsigned)(rows + 63) / 64;
         if (kv) attention_plain<uint8_t><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer,
@@ -1350,8 +1351,7 @@ static void test_cuda_attention(void) {
         }
         CHECK(worst <= 2e-3f * largest && largest > 0,      /* the exponentials are FP16 */
               "cache %s: off by %g of %g", TYPE_NAMES[m.kv_type], worst, largest);
-        cudaFree(to);
-        cudaFree(sums);
+        device_free(&memory);
         void *all[] = {fast, plain, fast_sums, plain_sums};
         for (int i = 0; i < 4; i++) free(all[i]);
         free_state(&s);
@@ -1387,10 +1387,10 @@ static void test_cuda_batch(void) {
 static void test_cuda_sampler(void) {
     enum { N = 3001, DRAWS = 4000 };
     static float logits[N], copy[N];
-    size_t none = 0;
-    float *device_logits = (float *)device_allocate(N * 4, &none, "test"), tops[] = {1, 0.95f, 0.5f, 0};
-    Row *row = (Row *)device_allocate(sizeof(Row), &none, "test"), host;
-    int *device_id = (int *)device_allocate(4, &none, "test"), id;
+    Memory memory = {};
+    float *device_logits = (float *)device_allocate(N * 4, &memory, "test"), tops[] = {1, 0.95f, 0.5f, 0};
+    Row *row = (Row *)device_allocate(sizeof(Row), &memory, "test"), host;
+    int *device_id = (int *)device_allocate(4, &memory, "test"), id;
     for (int i = 0; i < N; i++) logits[i] = 6 * random_float();
     logits[17] = logits[18] = logits[19] = 5.9f;
     memset(&host, 0, sizeof host);
@@ -1415,9 +1415,7 @@ static void test_cuda_sampler(void) {
     sample_kernel<<<1, 1024>>>(device_logits, N, N, 0.8f, 0.9f, row, device_id);
     CUDA(cudaMemcpy(&id, device_id, 4, cudaMemcpyDeviceToHost));
     CHECK(id >= 0 && id < N, "NaN logits give id %d", id);
-    cudaFree(device_logits);
-    cudaFree(row);
-    cudaFree(device_id);
+    device_free(&memory);
 }
 #endif
 
