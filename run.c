@@ -453,9 +453,10 @@ static void cache_product(size_t T, float *out, int type, const unsigned char *b
         number_tiles(T, type, part, block, a->x, stride, n, ahead);
         for (size_t i = 0; i < T * PANEL; i++) out[i] += part[i];
     } else for (size_t k = 0; k < n; k += MAX_GROUP) {
-        size_t at = k / MAX_GROUP * T;
+        size_t at = k / MAX_GROUP * T, n_k = min_size(n - k, MAX_GROUP);
         Activations group = {NULL, a->q + T * k, a->scale + at, a->sum + at};
-        group_product(T, out, Q8, block + k * PANEL, scale, group, round_up(min_size(n - k, MAX_GROUP), PANEL), ahead);
+        Ahead its_share = {(const char *)ahead.at + ahead.bytes * k / n, ahead.bytes * n_k / n};
+        group_product(T, out, Q8, block + k * PANEL, scale, group, round_up(n_k, PANEL), its_share);
     }
 }
 
@@ -485,7 +486,7 @@ static void add_values(float *sums, const Activations *weights, size_t n_rows, C
     for (size_t i = 0; i < PANEL; i++) { scale[i] = 1; scale[PANEL + i] = 128; }
     for (size_t d = 0; d < c.width; d += PANEL) {
         const unsigned char *panel = values + header + d / PANEL * panel_bytes;
-        Ahead next = {panel + panel_bytes, panel_bytes};
+        Ahead next = {panel + panel_bytes, panel_bytes * n / KEYS};
         cache_product(n_rows, sums + d * n_rows, c.type, panel, scale, weights, KEYS, n, next);
     }
 }

@@ -406,13 +406,13 @@ template <int TYPE, int GROUPS> struct Stage {
 
 /* A group's sum as FP32. Where converting is slow (a T4 does 16 a cycle, and 64 additions) the sum starts at the bits that
  * 1.5 * 2^23 has as a float: then the integer's bits, read as a float, are 1.5 * 2^23 more than it is (it is less than 2^22:
- * 128 * 255 * 127). TWO: blocks of product_many that a multiprocessor shall hold at once; a T4's shared memory often holds one,
- * which may then have twice the registers. */
+ * 128 * 255 * 127). BLOCKS_HELD: blocks of product_many that a multiprocessor shall hold at once; a T4's shared memory often
+ * holds one, which may then have twice the registers. */
 #if __CUDA_ARCH__ >= 800
-enum { SUM_START = 0, TWO = 2 };
+enum { SUM_START = 0, BLOCKS_HELD = 2 };
 __device__ inline float sum_value(int sum) { return (float)sum; }
 #else
-enum { SUM_START = 0x4b400000, TWO = 1 };
+enum { SUM_START = 0x4b400000, BLOCKS_HELD = 1 };
 __device__ inline float sum_value(int sum) { return __int_as_float(sum) - 12582912.0f; }
 #endif
 
@@ -573,7 +573,7 @@ template <int LATEST> __device__ inline void wait_for_copies() {}
  * eight different banks. ABREAST: how many token tiles a warp computes side by side. gridDim.x: blocks of tokens; y: of 128 rows;
  * z: parts of the columns, as above. */
 template <int TYPE, int GROUPS, int TILES>
-__global__ void __launch_bounds__(256, TILES < 8 && GROUPS < 4 ? TWO : 1)
+__global__ void __launch_bounds__(256, TILES < 8 && GROUPS < 4 ? BLOCKS_HELD : 1)
 product_many(float *out, Weights w, Inputs in, int n) {
     const int TOKEN_WARPS = TILES == 16 ? 2 : 1, COLUMN_WARPS = 3 - TOKEN_WARPS, TOKEN_TILES = TILES / TOKEN_WARPS;
     const int TOKENS = 8 * TILES, DEPTH = TILES < 8 ? 3 : 1, ABREAST = TILES == 4 ? 4 : 2, ODD = TYPE == F16 ? 4 : 1;
@@ -591,7 +591,7 @@ product_many(float *out, Weights w, Inputs in, int n) {
     s.start(w, row_tile);
     s.load(w, min(k, end - 1), TOKEN_WARPS == 1);               /* two: many tokens, and blocks of them */
 
-    /* what this thread copies: COPIES pieces, `apart` from one another, and of the scales, if it is one of the first, one */
+    /* what this thread copies: COPIES pieces, 32 tokens or a tile from one another, and, if it is among the first, a scale */
     Copy copies[COPIES + 1];
     int piece = threadIdx.x % 8, t0 = threadIdx.x / 8 % TOKENS, tile0 = threadIdx.x / 8 / TOKENS;
     int scale_row = threadIdx.x / (TOKENS / 2);
@@ -653,12 +653,12 @@ product_many(float *out, Weights w, Inputs in, int n) {
         store<TOKEN_TILES>(out, w, total[0] + m, 2, row_tile + m, token + token_warp * TOKEN_TILES * 8, n);
 }
 
-/* ---- For 65 tokens and more on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores
- * do twice the work if a group of four warps gives it to them at once (wgmma, PTX ISA). A block makes 128 rows by 128 tokens: two
- * such groups of 64 rows each, and a thread of a third that fetches, WIDE_STAGES steps of 128 columns ahead, all that they read,
- * with copies that need no thread once they are begun, and report to a barrier in shared memory. Activations lie in memory as
- * this instruction wants them, Inputs.swizzled. As many blocks as there are multiprocessors go over all of the output, so that
- * the next tiles arrive while the last are stored. On other GPUs this kernel is empty. */
+/* ---- For prefill, and for more than 64 slots, on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading.
+ * Its tensor cores do twice the work if a group of four warps gives it to them at once (wgmma, PTX ISA). A block makes 128 rows by
+ * 128 tokens: two such groups of 64 rows each, and a thread of a third that fetches, WIDE_STAGES steps of 128 columns ahead, all
+ * that they read, with copies that need no thread once they are begun, and report to a barrier in shared memory. Activations lie in
+ * memory as this instruction wants them, Inputs.swizzled. As many blocks as there are multiprocessors go over all of the output, so
+ * that the next tiles arrive while the last are stored. On other GPUs this kernel is empty. */
 enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block, and so many warps that compute */
 template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
     static const int PIECES = Stage<TYPE, GROUPS>::PIECES;
@@ -1622,9 +1622,9 @@ static void launch_forward(State *s) {
         n_parts = device_product(s, WO, d->parts, w.wo, n);
         norm(w.rms_ffn, w.w13, NULL);
         device_product(s, W13, d->h, w.w13, n);
-        bool pairs = uses_cublas(s, w.w13);
+        int pairs = uses_cublas(s, w.w13) ? w.w13.row_tiles * 16 : 0;       /* cuBLAS leaves gates beside what they gate */
         launch(d, SWIGLU, quantize_input, {dim3((w.w2.column_tiles + 7) / 8, n), 256}, pairs ? d->parts : d->h, d->in, w.w2,
-               pairs ? w.w13.row_tiles * 16 : 0);
+               pairs);
         n_parts = device_product(s, W2, d->parts, w.w2, n);
     }
     if (!d->n_want) return;
@@ -1707,7 +1707,7 @@ static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, floa
         if (g->exec && g->n_spans == d->n_spans && g->temperature == temperature && g->top_p == top_p) s->bytes += g->bytes;
         else {
             cudaGraph_t graph;
-            double before = s->bytes;   /* recording books what the step reads */
+            double before = s->bytes;   /* recording books what the step reads (and a profile, which none but -P prints) */
             if (g->exec) CUDA(cudaGraphExecDestroy(g->exec));
             CUDA(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal));
             launch_step();

@@ -126,7 +126,8 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
             for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
         for (size_t k = 0; k < n; k++) {
             Floats of_k[PANEL / WIDTH];
-            if (k % PASSES == 0) __builtin_prefetch((const char *)ahead.at + (row / WIDTH / R * n + k) / PASSES * ahead.bytes / 32, 0, 2);
+            size_t column = row / WIDTH / R * n + k;            /* of all that this tile goes over: see ask() */
+            if (column % PASSES == 0) __builtin_prefetch((const char *)ahead.at + column / PASSES * ahead.bytes / 32, 0, 2);
             UNROLL
             for (size_t r = 0; r < R; r++) {
                 size_t at = k * PANEL + row + r * WIDTH;
@@ -168,10 +169,10 @@ static void number_tiles(size_t T, int type, float *out, const void *w, const fl
                ahead);
 }
 
-/* Asks for what goes with n columns of codes from k on, each line of it once: one too few is waited for, one twice is in the way of
- * others. (FP16 has a line a column for one token, and tile() asks by columns.) A tile goes over its columns once for each PASSES-th
- * of the rows; `first` of them are behind it: it asks evenly in all, or what one asks for at once waits for memory while the next
- * leaves it idle. */
+/* Asks for what goes with n columns of codes from k on, each line of it once: one too few is waited for, one twice is in the way
+ * of others. (FP16 has a line a column for one token, and tile() asks by columns.) A tile goes over its columns once for each
+ * PASSES-th of the rows, and has gone over `first` of them before: it asks evenly in all passes, or what one asks for at once waits
+ * for memory while the next leaves it idle. */
 INLINE void ask(Ahead ahead, size_t first, size_t k, size_t n, const size_t PASSES) {
     uintptr_t at = (uintptr_t)ahead.at + (first + k) * ahead.bytes / (32 * PASSES);
     uintptr_t end = (uintptr_t)ahead.at + (first + k + n) * ahead.bytes / (32 * PASSES);
