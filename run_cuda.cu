@@ -775,8 +775,10 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 UNROLL for (int i = 0; i < COUNT; i++) start_wgmma(sum, a[g * COUNT + i], b + (g * COUNT + i) * 2, i);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                if (g == 0 && k + 1 < w.column_tiles) load(step + 1);       /* meanwhile */
+                /* meanwhile; but q8's codes are what the instructions read: ptxas would load the next into the same registers */
+                if (TYPE != Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
                 wait_wgmma(sum);
+                if (TYPE == Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
                 UNROLL for (int t = 0; t < 16; t++) {
                     float4 tokens = s->x_scales[g][t * 4 + lane % 4];
                     UNROLL for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[g][h], tokens, sum[t] + 2 * h);
