@@ -1218,9 +1218,10 @@ static Model load_on(const Backend *where, const char *path) {
 
 /* Where weights are codes an activation may round to the other of two neighbours when its last bits differ, which moves single
  * logits by up to 2% of the largest, and their root mean square by a tenth of that (SPEED.md). A wrong kernel therefore shows with
- * FP16 weights, whose tolerance is narrow; those for codes have test_cuda_products. With heads of 128 and a dim of 4,200 random
- * weights and codes were seen 4.7% apart (0.8%); a tile of columns left out would be 16%. Where keys and values are codes the CPU
- * also rounds queries and probabilities, the GPU does not. */
+ * FP16 weights, whose tolerance is narrow; those for codes have test_cuda_products. Random weights of the shape "wide"
+ * as codes were seen 4.7% apart (0.8%), and, in q8's prefill on a Hopper, 8.9% (1.3%), which is under suspicion (SPEED.md); a tile
+ * of columns left out would be 16%. Where keys and values are codes the CPU also rounds queries and probabilities, the GPU does
+ * not. */
 static double cuda_tolerance(const Model *m) {
     bool codes = m->layers[0].w2.type >= Q8;
     return codes && m->c.head_dim == 128 ? 8e-2 : m->kv_type == Q8 ? 4e-2 : codes ? 2e-2 : 2e-3;
@@ -1299,11 +1300,10 @@ static void compare_greedy(const Model *cpu, const Model *gpu, const int *prompt
 }
 
 /* Models without one even dimension, whose window is crossed four times, of each type; one of several types; the demo model; and
- * one with a large dim and heads of 128, as a 7B has, in FP16 and, with a cache of FP16 alone (where
- * the CPU rounds no more than the GPU), in q8. */
+ * one with a large dim and heads of 128, as a 7B has, in FP16 and in q8. */
 static void test_cuda_forward(void) {
     int ids[LENGTH];
-    for (size_t k = 0; k < 2 * N_KINDS + 7; k++) {
+    for (size_t k = 0; k < 2 * N_KINDS + 8; k++) {
         size_t kind = k / 2;
         const char *path = kind < N_KINDS ? odd_model(KINDS[kind].type, KINDS[kind].group)
                          : kind == N_KINDS ? odd_model("q4", 64)
