@@ -21,6 +21,7 @@
 #define RUN_NO_MAIN
 #include "run.c"
 #include <cublas_v2.h>
+#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -34,7 +35,18 @@ static void cuda_check(cudaError_t error, const char *call) {
 #undef UNROLL                           /* simd.h's, which for nvcc is nothing */
 #define UNROLL _Pragma("unroll")
 
-enum { COLUMNS = 128 };                 /* of a tile of weights; activations are padded to a multiple */
+/* Whether this is built for a Hopper's own instructions (sm_90a). has_wgmma: for the host to ask. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HAS_WGMMA 1
+#else
+#define HAS_WGMMA 0
+#endif
+__device__ int has_wgmma = HAS_WGMMA;
+
+enum {
+    COLUMNS = 128,                      /* of a tile of weights; activations are padded to a multiple */
+    MAX_PARTS = 8                       /* into which a product's columns are cut, for more blocks to have something to do */
+};
 
 /* Programmatic dependent launch: lets the next kernel begin, and waits until the one before, and with it all before that, has
  * ended. Until then a kernel may only read weights. Before 9.0 kernels simply follow one another. */
@@ -57,9 +69,9 @@ __device__ inline void wait_for_inputs() {
  *           columns, the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on in
  *           their order.
  *   scales  [8 row tiles][column tile][row tile][group][16 rows] of (scale, zero)
- * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it. All are padded to multiples of 128 rows and columns. The
- * rows of w13 change places: after each of the gate comes that of up which it is multiplied with. So both stand in the same
- * thread. */
+ * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it. All are padded to multiples of 128 rows (w13: of 256) and
+ * columns. The rows of w13 change places: after each of the gate comes that of up which it is multiplied with. So both stand in
+ * the same thread. */
 typedef struct {
     int     type, group, shift;         /* F16, Q8, Q4 or NF4; shift: group is 2^shift */
     int     rows, cols, row_tiles, column_tiles;
@@ -67,6 +79,9 @@ typedef struct {
     uint4  *codes;
     __half2 *scales;
     __half *halves;
+    CUtensorMap map;                    /* of halves, for product_halves, where there is a Hopper */
+    int     block_tiles, parts;         /* row tiles of one of its blocks; parts of the columns */
+    bool    to_halves;                  /* of w13: w2 is FP16 as well, so that SwiGLU's output can be left as its input */
     double  bytes;                      /* in the file: what a step counts as read */
 } Weights;
 
@@ -181,6 +196,32 @@ static void device_free(Memory *m) {
     memset(m, 0, sizeof *m);
 }
 
+/* Describes halves for the copies of product_halves: a box of up to 128 rows by 64 columns, which puts the rows of each 16 in the
+ * order 0, 2 ... 14, 1, 3 ... 15, so that a thread gets two neighbours, and is swizzled as wgmma wants it (CUDA driver API, tensor
+ * maps). How high a box is, and into how many parts columns are cut, is chosen so that all multiprocessors end together; a part
+ * more must bring 2%. The function is the driver's, which is not linked. */
+static void make_map(Weights *w) {
+    int multiprocessors, most = w->units ? 1 : max(1, min((int)MAX_PARTS, w->column_tiles / 4));
+    CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    double least = INFINITY;
+    for (int tiles = 8; tiles > 4; tiles--)
+        for (int parts = 1; parts <= most; parts++) {
+            size_t rounds = ceil_div(ceil_div(w->row_tiles, tiles) * parts, multiprocessors);
+            double time = (double)rounds * tiles / parts * (1 + 0.02 * parts);
+            if (time < least) { least = time; w->block_tiles = tiles; w->parts = parts; }
+        }
+    static decltype(&cuTensorMapEncodeTiled) encode_map;
+    void *driver = encode_map ? NULL : dlopen("libcuda.so.1", RTLD_NOW);
+    if (driver) *(void **)&encode_map = dlsym(driver, "cuTensorMapEncodeTiled");
+    cuuint64_t width = (cuuint64_t)w->column_tiles * COLUMNS, row = width * sizeof(__half);
+    cuuint64_t sizes[] = {width, 8, 2, (cuuint64_t)w->row_tiles}, apart[] = {2 * row, row, 16 * row};
+    cuuint32_t box[] = {64, 8, 2, (cuuint32_t)w->block_tiles}, every[] = {1, 1, 1, 1};
+    if (!encode_map || encode_map(&w->map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, w->halves, sizes, apart, box, every,
+                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+        die("CUDA: no tensor map for [%d, %d] (the driver is older than CUDA 12?)", w->rows, w->cols);
+}
+
 static Weights upload(const Matrix *m, bool gated, void *staging, Memory *memory, const char *path) {
     Weights w = {};
     w.type = m->type < Q8 ? F16 : m->type;
@@ -188,9 +229,9 @@ static Weights upload(const Matrix *m, bool gated, void *staging, Memory *memory
     w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
     w.rows = (int)m->rows;
     w.cols = (int)m->cols;
-    w.row_tiles = (int)ceil_div(m->rows, 128) * 8;
-    w.column_tiles = (int)ceil_div(m->cols, COLUMNS);
     w.units = gated ? (int)round_up(m->rows / 2, COLUMNS) : 0;
+    w.row_tiles = gated ? w.units / 8 : (int)ceil_div(m->rows, 128) * 8;
+    w.column_tiles = (int)ceil_div(m->cols, COLUMNS);
     w.bytes = (double)m->bytes;
     size_t tiles = (size_t)w.row_tiles * w.column_tiles, n = tiles * 16 * COLUMNS;
     Matrix raw = *m;
@@ -199,6 +240,9 @@ static Weights upload(const Matrix *m, bool gated, void *staging, Memory *memory
     if (w.type == F16) {
         w.halves = (__half *)device_allocate(n * sizeof(__half), memory, path);
         tile_halves<<<ceil_div(n, 256), 256>>>(w, raw);
+        int wgmma;
+        CUDA(cudaMemcpyFromSymbol(&wgmma, has_wgmma, sizeof wgmma));
+        if (wgmma) make_map(&w);
     } else {
         size_t codes = tiles * (m->type == Q8 ? 128 : 64), scales = n / m->group;
         w.codes = (uint4 *)device_allocate(codes * sizeof(uint4), memory, path);
@@ -250,6 +294,7 @@ static void cuda_load(Model *m) {
         const Layer &w = m->layers[l];
         d->layers[l] = {matrix(w.wqkv, false), matrix(w.wo, false), matrix(w.w13, true), matrix(w.w2, false),
                         norm(w.rms_att_weight), norm(w.rms_ffn_weight)};
+        d->layers[l].w13.to_halves = d->layers[l].w13.type == F16 && d->layers[l].w2.type == F16;
     }
     CUDA(cudaDeviceSynchronize());
     d->peak = d->memory.bytes + for_now.bytes;
@@ -273,9 +318,10 @@ typedef struct {
     float2 *scale;                      /* [group][stride tokens] of (scale, sum of q) */
     __half *halves;                     /* [stride tokens][128 * column tiles], for FP16 weights */
     int     stride;                     /* room for so many tokens, a multiple of 128 */
-    bool    swizzled;                   /* for product_wide: the columns that the threads of a quarter give to one instruction
-                                           lie together, and pieces of 16 bytes change places by token, so that 8 tokens' lie
-                                           in different banks */
+    bool    swizzled;                   /* for wgmma, which finds in shared memory what a copy leaves there: pieces of 16 bytes
+                                           change places by token, so that 8 tokens' lie in different banks. Of codes
+                                           (product_wide) those lie together that a quarter's threads give to one instruction;
+                                           halves (product_halves) become [64 columns][stride tokens][64] */
 } Inputs;
 
 /* Where column `column` of a tile stands among the 128 bytes of a token; 4 neighbours stand together. */
@@ -283,6 +329,12 @@ __device__ inline int input_place(const Inputs &in, const Weights &w, int token,
     int c = column & (w.group - 1), quarter = w.shift - 2, q = c >> quarter;
     int j = ((column >> w.shift) << quarter) + (c & ((1 << quarter) - 1));
     return in.swizzled ? ((j / 4) ^ (token % 8)) * 16 + q * 4 + j % 4 : q * 32 + j;
+}
+
+/* Where the FP16 activation of a column stands; 8 neighbours stand together. */
+__device__ inline __half *halves_at(const Inputs &in, int width, int token, int column) {
+    if (!in.swizzled) return in.halves + (size_t)token * width + column;
+    return in.halves + ((size_t)(column / 64) * in.stride + token) * 64 + (column / 8 ^ token) % 8 * 8 + column % 8;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -456,18 +508,25 @@ __device__ inline float silu(float x) {
 }
 
 /* Stores what a warp has of 16 rows by 8 N tokens, the first of them `token`; tile t of 8 tokens is total[t * apart]. out: [n]
- * [w.row_tiles * 16]; or, of w13, where an even row is the gate of the next, h = silu(gate) * up, [n][w.units]. */
-template <int N>
-__device__ inline void store(float *out, const Weights &w, const float total[][4], int apart, int row_tile, int token, int n) {
+ * [w.row_tiles * 16]; or, of w13, where an even row is the gate of the next, h = silu(gate) * up, [n][w.units], or (w.to_halves) as
+ * halves that lie as `in` do. */
+template <int TYPE, int N>
+__device__ inline void store(float *out, const Weights &w, Inputs in, const float total[][4], int apart, int row_tile, int token,
+                             int n) {
     int lane = threadIdx.x % 32, left = n - (token + lane % 4 * 2), unit = row_tile * 8 + lane / 4;
     uint32_t width = w.units ? w.units : w.row_tiles * 16;
     float *to = out + (size_t)(n - left) * width + (w.units ? unit : 2 * unit);
+    in.halves = (__half *)out;
     if (w.units) {
         float h[N][2];                  /* all of them at once, since each takes long */
         UNROLL for (int i = 0; i < 2 * N; i++)
             h[i / 2][i % 2] = silu(total[i / 2 * apart][i % 2]) * total[i / 2 * apart][i % 2 + 2];
-        UNROLL for (int i = 0; i < 2 * N; i++)
-            if (i / 2 * 8 + i % 2 < left) to[(size_t)width * (i / 2 * 8 + i % 2)] = h[i / 2][i % 2];
+        UNROLL for (int i = 0; i < 2 * N; i++) {
+            int t = i / 2 * 8 + i % 2;
+            if (t >= left) continue;
+            if (TYPE == F16 && w.to_halves) *halves_at(in, width, n - left + t, unit) = to_half(h[i / 2][i % 2]);
+            else to[(size_t)width * t] = h[i / 2][i % 2];
+        }
     } else
         UNROLL for (int i = 0; i < 2 * N; i++)
             if (i / 2 * 8 + i % 2 < left)
@@ -534,7 +593,7 @@ product_few(float *out, Weights w, Inputs in, int n) {
     }
     add_warps<1>(total, room, warp, warps, 0, 1);
     for (int m = 0; m < 2 && warp == 0; m++)
-        store<1>(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, total[0] + m, 0, row_tile + m, 0, n);
+        store<TYPE, 1>(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, in, total[0] + m, 0, row_tile + m, 0, n);
 }
 
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -650,7 +709,7 @@ product_many(float *out, Weights w, Inputs in, int n) {
     if (column_warp) return;
     out += (size_t)blockIdx.z * n * w.row_tiles * 16;
     UNROLL for (int m = 0; m < 2; m++)
-        store<TOKEN_TILES>(out, w, total[0] + m, 2, row_tile + m, token + token_warp * TOKEN_TILES * 8, n);
+        store<TYPE, TOKEN_TILES>(out, w, in, total[0] + m, 2, row_tile + m, token + token_warp * TOKEN_TILES * 8, n);
 }
 
 /* ---- For prefill, and for more than 64 slots, on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading.
@@ -668,17 +727,42 @@ template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; 
     uint2  w_scales[WIDE_ROWS][GROUPS][8];
 };
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define HAS_WGMMA 1
-__device__ inline void await(uint32_t barrier, int phase) {         /* until the barrier has ended its phase of this parity */
-    uint32_t done = 0;
-    while (!done)
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
-}
-__device__ inline void arrive(uint32_t barrier, int bytes) {        /* and announce so many bytes */
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
+#if HAS_WGMMA
+/* Stages in shared memory that one thread fills, ahead, with copies that need no thread once they are begun, and others read: a
+ * step's is step % STAGES. Barriers tell when all bytes of a stage have come and when all threads have read them. */
+template <int STAGES> struct Pipeline {
+    uint32_t full, empty;               /* shared addresses: of STAGES barriers each */
+
+    __device__ inline void start(uint64_t *barriers, int readers) {
+        full = shared_address(barriers);
+        asm volatile("" : "+r"(full));  /* in a register: else each step asks a slow one, of the block's number in its cluster */
+        empty = full + 8 * STAGES;
+        for (int i = 0; i < STAGES && threadIdx.x == 0; i++)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], %2;"
+                         ::"r"(full + 8 * i), "r"(empty + 8 * i), "r"(readers));
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        __syncthreads();
+    }
+    static __device__ inline void await(uint32_t barrier, int phase) {      /* until it has ended its phase of this parity */
+        uint32_t done = 0;
+        while (!done)
+            asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                         : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
+    }
+    __device__ inline uint32_t at(unsigned step) const { return full + 8 * (step % STAGES); }   /* what copies report to */
+    __device__ inline void wait_empty(unsigned step) const {
+        if (step >= STAGES) await(empty + 8 * (step % STAGES), (step / STAGES - 1) & 1);
+    }
+    __device__ inline void fill(unsigned step, int bytes) const {           /* once it is empty: announces so many bytes */
+        wait_empty(step);
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at(step)), "r"(bytes) : "memory");
+    }
+    __device__ inline void wait_full(unsigned step) const { await(at(step), step / STAGES & 1); }
+    __device__ inline void release(unsigned step) const {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * (step % STAGES)) : "memory");
+    }
+};
+
 __device__ inline void bulk_copy(void *to, const void *from, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
@@ -702,10 +786,11 @@ __device__ inline void wait_wgmma(int sum[16][4]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     UNROLL for (int i = 0; i < 64; i++) asm volatile("" : "+r"(sum[i / 4][i % 4]));    /* not to be read before */
 }
-#else
-#define HAS_WGMMA 0
+
+/* Where a tile of 8 rows or tokens of 128 bytes begins in shared memory; the next 8 are 1,024 bytes on (PTX ISA, wgmma, matrix
+ * descriptor, in units of 16 bytes, swizzled by 128). */
+__device__ inline uint64_t descriptor(uint32_t address) { return (uint64_t)(address >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 #endif
-__device__ int has_wgmma = HAS_WGMMA;               /* what this was built for, for the host to ask */
 
 template <int TYPE, int GROUPS>
 __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *out, Weights w, Inputs in, int n) {
@@ -713,22 +798,15 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
     typedef Wide<TYPE, GROUPS> OneStage;
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ uint64_t barriers[2 * WIDE_STAGES];
-    /* addresses, in registers: else each step asks a slow one, of the block's number in its cluster, to make them anew */
-    uint32_t first_stage = shared_address(shared), full = shared_address(barriers);
-    asm volatile("" : "+r"(first_stage), "+r"(full));
-    uint32_t empty = full + 8 * WIDE_STAGES;        /* full: all bytes have come; empty: all threads have read them */
+    uint32_t first_stage = shared_address(shared);
+    asm volatile("" : "+r"(first_stage));           /* in a register, as Pipeline's */
     OneStage *stages = (OneStage *)__cvta_shared_to_generic(first_stage);
     const int COUNT = 4 / GROUPS;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned step = 0;
     int token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < WIDE_STAGES; i++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], %2;"
-                         ::"r"(full + 8 * i), "r"(empty + 8 * i), "r"(32 * WIDE_ROWS));
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
+    Pipeline<WIDE_STAGES> pipeline;
+    pipeline.start(barriers, 32 * WIDE_ROWS);
     if (warp >= WIDE_ROWS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");    /* for the others */
         wait_for_inputs();              /* the others need not: what they read comes from here, and then they store */
@@ -736,10 +814,9 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
         for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)
             for (int k = 0; k < w.column_tiles; k++, step++) {
                 OneStage *s = stages + step % WIDE_STAGES;
-                uint32_t barrier = full + step % WIDE_STAGES * 8;
+                uint32_t barrier = pipeline.at(step);
                 size_t tile = tile_index(w, block / token_blocks * WIDE_ROWS, k), token = block % token_blocks * 128;
-                if (step >= WIDE_STAGES) await(empty + step % WIDE_STAGES * 8, (step / WIDE_STAGES - 1) & 1);
-                arrive(barrier, (int)(sizeof s->x + sizeof s->codes + sizeof s->x_scales + sizeof s->w_scales));
+                pipeline.fill(step, (int)(sizeof s->x + sizeof s->codes + sizeof s->x_scales + sizeof s->w_scales));
                 bulk_copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS, sizeof s->x, barrier);
                 bulk_copy(s->codes, w.codes + tile * (OneStage::PIECES * 32), sizeof s->codes, barrier);
                 bulk_copy(s->w_scales, w.scales + tile * (GROUPS * 16), sizeof s->w_scales, barrier);
@@ -755,7 +832,7 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
         Stage<TYPE, GROUPS> weights;
         auto load = [&](unsigned step) {            /* this warp's weights, once they have come */
             const OneStage *s = stages + step % WIDE_STAGES;
-            await(full + step % WIDE_STAGES * 8, step / WIDE_STAGES & 1);
+            pipeline.wait_full(step);
             UNROLL for (int p = 0; p < OneStage::PIECES; p++) weights.codes[0][p] = s->codes[warp][p][lane];
             UNROLL for (int g = 0; g < GROUPS; g++) weights.scales[0][g] = s->w_scales[warp][g][lane / 4];
         };
@@ -764,8 +841,7 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
             const OneStage *s = stages + step % WIDE_STAGES;
             uint32_t a[4][4];
             float2 rows[GROUPS][2];
-            /* where token 0 begins, in units of 16 bytes; 8 tokens are 1,024 bytes; swizzled by 128 (PTX ISA, matrix descriptor) */
-            uint64_t b = (uint64_t)(shared_address(s->x) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+            uint64_t b = descriptor(shared_address(s->x));
             weights.unpack(a, 0);
             UNROLL for (int i = 0; i < 2 * GROUPS; i++)
                 rows[i / 2][i % 2] = __half22float2(((const __half2 *)weights.scales[0])[i]);
@@ -775,7 +851,7 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 UNROLL for (int i = 0; i < COUNT; i++) start_wgmma(sum, a[g * COUNT + i], b + (g * COUNT + i) * 2, i);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                /* meanwhile; but q8's codes are what the instructions read: ptxas would load the next into the same registers */
+                /* meanwhile; but q8's codes are what the instructions read, and ptxas gives their registers to the next at once */
                 if (TYPE != Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
                 wait_wgmma(sum);
                 if (TYPE == Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
@@ -784,9 +860,84 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
                     UNROLL for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[g][h], tokens, sum[t] + 2 * h);
                 }
             }
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + step % WIDE_STAGES * 8) : "memory");
+            pipeline.release(step);
         }
-        store<16>(out, w, total, 1, block / token_blocks * WIDE_ROWS + warp, block % token_blocks * 128, n);
+        store<TYPE, 16>(out, w, in, total, 1, block / token_blocks * WIDE_ROWS + warp, block % token_blocks * 128, n);
+    }
+#endif
+}
+
+/* For decoding with FP16 weights. Weights and activations lie in shared memory as wgmma reads them, and no other instruction sees
+ * them: a thread asks for boxes of up to 128 rows by 64 columns, as far ahead as there is room, the first before the kernel before
+ * this one has ended; another for the activations. Two groups of four warps have 64 rows each. As many blocks as there are
+ * multiprocessors go over the boxes' rows and, if the columns are cut into parts, these. n: up to 8 TILES. */
+template <int TILES> struct Halves {                /* a stage */
+    uint4 w[128 * 8], x[TILES * 8 * 8];             /* [row], [token] of 8 pieces of 16 bytes */
+    static const int STAGES = 184 / (16 + TILES);   /* of KB: 40 are left for a block of attention to wait in */
+};
+#if HAS_WGMMA
+/* sum = (more ? sum : 0) + a b for a of 64 rows by 16 columns of halves and b of 16 columns by 32 or 64 tokens, both in shared
+ * memory. The sums of 8 tokens are spread as mma_halves gives them. Runs on by itself. */
+#define SUM(t) "+f"(sum[t][0]), "+f"(sum[t][1]), "+f"(sum[t][2]), "+f"(sum[t][3])
+#define SIXTEEN "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+__device__ inline void start_wgmma(float (&sum)[4][4], uint64_t a, uint64_t b, int more) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+                 "{" SIXTEEN "}, %16, %17, p, 1, 1, 0, 0;}"
+                 : SUM(0), SUM(1), SUM(2), SUM(3) : "l"(a), "l"(b), "r"(more));
+}
+__device__ inline void start_wgmma(float (&sum)[8][4], uint64_t a, uint64_t b, int more) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+                 "{" SIXTEEN ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, "
+                 "1, 1, 0, 0;}"
+                 : SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7) : "l"(a), "l"(b), "r"(more));
+}
+#undef SUM
+#endif
+
+template <int TILES>
+__global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1)
+product_halves(float *out, const __grid_constant__ Weights w, Inputs in, int n, int parts) {
+#if HAS_WGMMA
+    typedef Halves<TILES> OneStage;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ uint64_t barriers[2 * OneStage::STAGES];
+    OneStage *stages = (OneStage *)shared;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = 2 * w.column_tiles;
+    int row_blocks = (w.row_tiles + w.block_tiles - 1) / w.block_tiles;
+    unsigned step = 0;
+    float sum[TILES][4];
+    Pipeline<OneStage::STAGES> pipeline;
+    pipeline.start(barriers, 32 * WIDE_ROWS);
+    bool fetches = warp >= WIDE_ROWS, weights = warp == WIDE_ROWS;
+    if (fetches && lane) return;
+    if (weights) cudaTriggerProgrammaticLaunchCompletion();
+    else wait_for_inputs();
+    for (int block = blockIdx.x; block < row_blocks * parts; block += gridDim.x) {
+        int row_tile = block % row_blocks * w.block_tiles, part = block / row_blocks;
+        int first = (int)((long long)all * part / parts), end = (int)((long long)all * (part + 1) / parts);
+        for (int k = first; k < end; k++, step++) {
+            OneStage &s = stages[step % OneStage::STAGES];
+            if (weights) {
+                pipeline.fill(step, w.block_tiles * 2048 + (int)sizeof s.x);
+                asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                             "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(s.w)), "l"(&w.map), "r"(k * 64), "r"(0),
+                             "r"(row_tile), "r"(pipeline.at(step)) : "memory");
+            } else if (fetches) {
+                pipeline.wait_empty(step);
+                bulk_copy(s.x, in.halves + (size_t)k * in.stride * 64, sizeof s.x, pipeline.at(step));
+            } else {
+                uint64_t a = descriptor(shared_address(s.w) + warp / 4 * 8192), b = descriptor(shared_address(s.x));
+                pipeline.wait_full(step);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                UNROLL for (int i = 0; i < 4; i++) start_wgmma(sum, a + 2 * i, b + 2 * i, k > first || i);
+                asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                UNROLL for (int i = 0; i < 4 * TILES; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
+                pipeline.release(step);
+            }
+        }
+        row_tile += warp;
+        if (fetches || warp >= w.block_tiles || row_tile >= w.row_tiles) continue;
+        store<F16, TILES>(out + (size_t)part * n * w.row_tiles * 16, w, in, sum, 1, row_tile, 0, n);
     }
 #endif
 }
@@ -846,7 +997,7 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
     float v[4] = {x.x, x.y, x.z, x.w}, max = 0;
     if (w.type == F16) {
         __half2 low = __halves2half2(to_half(v[0]), to_half(v[1])), high = __halves2half2(to_half(v[2]), to_half(v[3]));
-        *(uint2 *)(in.halves + ((size_t)token * w.column_tiles + tile) * COLUMNS + lane * 4) =
+        *(uint2 *)halves_at(in, w.column_tiles * COLUMNS, token, tile * COLUMNS + lane * 4) =
             make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
         return;
     }
@@ -896,7 +1047,7 @@ __global__ void embed(float *x, float2 *rotations, const Row *rows, Weights w, c
  * warps, each with every WARPS-th tile of columns, TILES at most. What counts here is the time until an answer comes: all that is
  * read of a tile, or of two, is asked for before any of it is used. PARTS: as many as there can be; one in a prefill, where two
  * blocks fit on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
-enum { MAX_PARTS = 8, MAX_DIM = 16384 };
+enum { MAX_DIM = 16384 };
 template <int WARPS, int TILES, int PARTS>
 __global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 2 : 1)
 norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, int dim, float eps, Inputs in, Weights w,
@@ -1500,20 +1651,6 @@ static void launch(Device *d, int operation, void (*kernel)(P...), Grid grid, A.
     mark(d, operation);
 }
 
-template <int TYPE, int GROUPS>
-static void launch_product(Device *d, int operation, float *out, const Weights &w, int tiles, int parts, int n) {
-    const int WIDE = TYPE == F16 ? Q8 : TYPE;       /* never F16 */
-    int tokens = 8 * tiles, token_blocks = (n + tokens - 1) / tokens, row_blocks = w.row_tiles / 8;
-    auto kernel = tiles == 1 ? product_few<TYPE, GROUPS> : tiles == 2 ? product_many<TYPE, GROUPS, 2>
-                : tiles == 4 ? product_many<TYPE, GROUPS, 4> : tiles == 8 ? product_many<TYPE, GROUPS, 8>
-                : TYPE == F16 || !d->in.swizzled ? product_many<TYPE, GROUPS, 16> : product_wide<WIDE, GROUPS>;
-    Grid grid = {dim3(token_blocks, row_blocks, parts), 256};
-    if (tiles == 1) grid = {dim3(4 * row_blocks, parts), w.units ? 128 : 256};
-    if (kernel == product_wide<WIDE, GROUPS>)
-        grid = {min(d->multiprocessors, token_blocks * row_blocks), WIDE_ROWS * 32 + 128, WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>)};
-    launch(d, operation, kernel, grid, out, w, d->in, n);
-}
-
 /* Token tiles of 8 that a decoding step's products are made for: by the slots there are, not by the tokens of this step, so that a
  * sequence does not notice when another ends. 16: a prefill's, and those of more than 64 slots. */
 static int token_tiles(const State *s) {
@@ -1521,14 +1658,48 @@ static int token_tiles(const State *s) {
     return !s->decoding || n > 64 ? 16 : n > 32 ? 8 : n > 16 ? 4 : n > 8 ? 2 : 1;
 }
 
+/* Whether product_wide or product_halves makes the product with w; how its inputs are to lie. */
+static bool uses_wgmma(const State *s, const Weights &w) {
+    int tiles = token_tiles(s);
+    return ((const Device *)s->device)->wgmma && (w.type == F16 ? tiles > 1 && tiles < 16 : tiles == 16);
+}
+static Inputs inputs(const State *s, const Weights &w) {
+    Inputs in = ((const Device *)s->device)->in;
+    in.swizzled = uses_wgmma(s, w);
+    return in;
+}
+
+template <int TYPE, int GROUPS>
+static void launch_product(State *s, int operation, float *out, const Weights &w, Inputs in, int parts, int n) {
+    const int WIDE = TYPE == F16 ? Q8 : TYPE;       /* never F16 */
+    Device *d = (Device *)s->device;
+    int tiles = token_tiles(s), token_blocks = (n + 8 * tiles - 1) / (8 * tiles), row_blocks = w.row_tiles / 8;
+    auto kernel = tiles == 1 ? product_few<TYPE, GROUPS> : tiles == 2 ? product_many<TYPE, GROUPS, 2>
+                : tiles == 4 ? product_many<TYPE, GROUPS, 4> : tiles == 8 ? product_many<TYPE, GROUPS, 8>
+                : product_many<TYPE, GROUPS, 16>;
+    Grid grid = {dim3(token_blocks, row_blocks, parts), 256};
+    if (tiles == 1) grid = {dim3(4 * row_blocks, parts), w.units ? 128 : 256};
+    if (in.swizzled) {
+        kernel = product_wide<WIDE, GROUPS>;
+        grid = {min(d->multiprocessors, token_blocks * row_blocks), WIDE_ROWS * 32 + 128, WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>)};
+    }
+    launch(d, operation, kernel, grid, out, w, in, n);
+}
+
+template <int TILES>
+static void launch_halves(Device *d, int operation, float *out, const Weights &w, Inputs in, int parts, int n) {
+    size_t room = Halves<TILES>::STAGES * sizeof(Halves<TILES>);
+    int blocks = min(d->multiprocessors, (int)ceil_div(w.row_tiles, w.block_tiles) * parts);
+    launch(d, operation, product_halves<TILES>, {blocks, WIDE_ROWS * 32 + 64, room}, out, w, in, n, parts);
+}
+
 /* Into how many parts the columns are cut so that there are two or three blocks for each multiprocessor, MAX_PARTS at most. */
 static int product_parts(const State *s, const Weights &w) {
-    const Device *d = (const Device *)s->device;
-    int tiles = token_tiles(s), blocks = w.row_tiles / (tiles == 1 ? 2 : 8);
-    int parts = (tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3) * d->multiprocessors / blocks;
-    int most = w.column_tiles / 4;
-    parts = parts < most ? parts : most;
-    return tiles == 16 || parts < 1 ? 1 : parts > MAX_PARTS ? MAX_PARTS : parts;
+    int tiles = token_tiles(s), held = tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3;
+    if (w.type == F16 && uses_wgmma(s, w)) return w.parts;
+    int parts = held * ((const Device *)s->device)->multiprocessors / (w.row_tiles / (tiles == 1 ? 2 : 8));
+    parts = min(min(parts, w.column_tiles / 4), (int)MAX_PARTS);
+    return tiles == 16 || parts < 1 ? 1 : parts;
 }
 
 /* Whether a product is given to cuBLAS, which knows no SwiGLU: w13's comes out as it is, in d->parts. */
@@ -1536,9 +1707,9 @@ static bool uses_cublas(const State *s, const Weights &w) {
     return w.type == F16 && !s->decoding && open_cublas(((const Device *)s->device)->stream);
 }
 
-/* out: [parts][n][w.row_tiles * 16], or of w13 SwiGLU's [n][w.units]; returns the number of parts. */
-static int device_product(State *s, int operation, float *out, const Weights &w, int n) {
-    static void (*const LAUNCH[][3])(Device *, int, float *, const Weights &, int, int, int) = {    /* groups of 32, 64, 128 */
+/* out: [parts][n][w.row_tiles * 16], or of w13 SwiGLU's, as store() leaves it; returns the number of parts. */
+static int device_product(State *s, int operation, float *out, const Weights &w, Inputs in, int n) {
+    static void (*const LAUNCH[][3])(State *, int, float *, const Weights &, Inputs, int, int) = {      /* groups of 32, 64, 128 */
         {NULL, NULL, launch_product<F16, 1>}, {launch_product<Q8, 4>, launch_product<Q8, 2>, launch_product<Q8, 1>},
         {launch_product<Q4, 4>, launch_product<Q4, 2>, launch_product<Q4, 1>},
         {launch_product<NF4, 4>, launch_product<NF4, 2>, launch_product<NF4, 1>}};
@@ -1550,12 +1721,14 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
     s->bytes += w.bytes;
     if (!n) return parts;
     if (!uses_cublas(s, w)) {
-        LAUNCH[w.type - F16][w.shift - 5](d, operation, out, w, token_tiles(s), parts, n);
+        if (w.type == F16 && in.swizzled)
+            (token_tiles(s) <= 4 ? launch_halves<4> : launch_halves<8>)(d, operation, out, w, in, parts, n);
+        else LAUNCH[w.type - F16][w.shift - 5](s, operation, out, w, in, parts, n);
         return parts;
     }
     float one = 1, none = 0;
     int rows = w.row_tiles * 16, width = w.column_tiles * COLUMNS;
-    if (gemm(cublas, CUBLAS_OP_T, CUBLAS_OP_N, rows, n, width, &one, w.halves, CUDA_R_16F, width, d->in.halves, CUDA_R_16F, width,
+    if (gemm(cublas, CUBLAS_OP_T, CUBLAS_OP_N, rows, n, width, &one, w.halves, CUDA_R_16F, width, in.halves, CUDA_R_16F, width,
              &none, w.units ? d->parts : out, CUDA_R_32F, rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
         die("cuBLAS: a product of [%d, %d] with %d tokens failed", w.rows, w.cols, n);
     mark(d, operation);
@@ -1579,18 +1752,18 @@ static void launch_attention(State *s, size_t layer, int n_parts) {
         fused = fused && d->n_spans == 1 && parts == 1;
         launch(d, ATTENTION, few ? attention_decode<WIDTH, E, 8> : attention_decode<WIDTH, E, 4>,
                {dim3(n * parts, c.n_kv_heads, d->n_spans), 32 * warps}, d->spans, d->softmax, qkv, d->rotations, keys, values,
-               d->rows, n, parts, d->span, c, d->in, w.wo, fused);
+               d->rows, n, parts, d->span, c, inputs(s, w.wo), w.wo, fused);
     } else {
         int parts = (int)ceil_div(c.group, 16);
         fused = fused && parts == 1;
         launch(d, ROPE, rope_and_cache<E>, {dim3((c.n_heads + 2 * c.n_kv_heads + 7) / 8, n), 256}, d->queries, keys, values, qkv,
                n, d->rotations, d->rows, c);
         launch(d, ATTENTION, attention_prefill<WIDTH, E>, {dim3((d->n_tiles * parts + 3) / 4, c.n_kv_heads), 128}, d->spans,
-               d->softmax, d->queries, keys, values, d->rows, d->n_tiles, parts, c, d->in, w.wo, fused);
+               d->softmax, d->queries, keys, values, d->rows, d->n_tiles, parts, c, inputs(s, w.wo), w.wo, fused);
     }
     if (!fused)
         launch(d, ATTENTION, attention_input, {dim3((w.wo.column_tiles + 7) / 8, n), 256}, d->spans, d->softmax,
-               s->decoding ? d->n_spans : 1, n, c, d->in, w.wo);
+               s->decoding ? d->n_spans : 1, n, c, inputs(s, w.wo), w.wo);
 }
 
 /* All launches of a forward over the tokens of prepare(), below. The logits are in d->logits afterwards. */
@@ -1602,14 +1775,13 @@ static void launch_forward(State *s) {
     const Header *c = &s->model->c;
     const DeviceModel *m = (const DeviceModel *)s->model->device;
     int n = d->n, n_parts = 0;
-    d->in.swizzled = d->wgmma && token_tiles(s) == 16;
 
     bool large = c->dim > 32 * COLUMNS;
     auto norm = [&](const float *weight, const Weights &next, const Row *wanted) {  /* of x and the parts of the last product */
         launch(d, NORM, large ? norm_input<16, MAX_DIM / COLUMNS / 16, MAX_PARTS>
                         : s->decoding ? norm_input<32, 1, MAX_PARTS> : norm_input<16, 2, 1>,
                {wanted ? d->n_want : n, !large && s->decoding ? 1024 : 512}, d->x, d->parts, n_parts, n, weight, (int)c->dim,
-               c->norm_eps, d->in, next, wanted);
+               c->norm_eps, inputs(s, next), next, wanted);
     };
 
     CUDA(cudaMemcpyAsync(d->rows, d->rows_host, (size_t)n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
@@ -1619,19 +1791,21 @@ static void launch_forward(State *s) {
     for (size_t l = 0; l < c->n_layers; l++) {
         const DeviceLayer &w = m->layers[l];
         norm(w.rms_att, w.wqkv, NULL);
-        n_parts = device_product(s, WQKV, d->parts, w.wqkv, n);
+        n_parts = device_product(s, WQKV, d->parts, w.wqkv, inputs(s, w.wqkv), n);
         ATTEND[s->model->kv_type == Q8][s->head_width / 64](s, l, n_parts);
-        n_parts = device_product(s, WO, d->parts, w.wo, n);
+        n_parts = device_product(s, WO, d->parts, w.wo, inputs(s, w.wo), n);
         norm(w.rms_ffn, w.w13, NULL);
-        device_product(s, W13, d->h, w.w13, n);
-        int pairs = uses_cublas(s, w.w13) ? w.w13.row_tiles * 16 : 0;       /* cuBLAS leaves gates beside what they gate */
-        launch(d, SWIGLU, quantize_input, {dim3((w.w2.column_tiles + 7) / 8, n), 256}, pairs ? d->parts : d->h, d->in, w.w2,
-               pairs);
-        n_parts = device_product(s, W2, d->parts, w.w2, n);
+        Inputs h = inputs(s, w.w2);
+        device_product(s, W13, d->h, w.w13, inputs(s, w.w13), n);
+        int pairs = uses_cublas(s, w.w13) ? w.w13.row_tiles * 16 : 0;           /* cuBLAS leaves gates beside what they gate */
+        if (w.w13.to_halves && !pairs) h.halves = (__half *)d->h;
+        else launch(d, SWIGLU, quantize_input, {dim3((w.w2.column_tiles + 7) / 8, n), 256}, pairs ? d->parts : d->h, h, w.w2,
+                    pairs);
+        n_parts = device_product(s, W2, d->parts, w.w2, h, n);
     }
     if (!d->n_want) return;
     norm(m->rms_final, m->wcls, d->rows);
-    device_product(s, CLASSIFIER, d->logits, m->wcls, d->n_want);
+    device_product(s, CLASSIFIER, d->logits, m->wcls, inputs(s, m->wcls), d->n_want);
 }
 
 /* Copies the tokens to where the device reads them, and the tiles of queries, which are the runs among them; counts these, and
@@ -1765,7 +1939,7 @@ static void cuda_open(State *s) {
     bool half_weights = m->wcls.type < Q8;      /* each tensor has a type of its own; the norms, of one column, are FP32 */
     for (const Matrix *w = (const Matrix *)m->layers, *end = w + 6 * c->n_layers; w < end; w++)
         half_weights |= w->cols > 1 && w->type < Q8;
-    size_t parts = max_size(part_rows * widest_out, half_weights ? d->room * round_up(2 * c->hidden_dim, 128) : 0);
+    size_t parts = max_size(part_rows * widest_out, half_weights ? d->room * 2 * round_up(c->hidden_dim, COLUMNS) : 0);
     size_t span_rows = max_size(slots * (size_t)d->max_spans, d->room);
     s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * d->heads.cache;
     const struct { void **to; size_t bytes; } all[] = {

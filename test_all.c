@@ -1147,7 +1147,8 @@ static void test_cuda_products(void) {
             s.model = &model;
             s.device = &d;
             d.multiprocessors = 20;
-            CUDA(cudaMemcpyFromSymbol(&d.wgmma, has_wgmma, sizeof d.wgmma));
+            int hopper;
+            CUDA(cudaMemcpyFromSymbol(&hopper, has_wgmma, sizeof hopper));
             Memory memory = {};
             void *staging = device_allocate(m.bytes, &memory, "test");
             Weights weights = upload(&m, false, staging, &memory, "test"), gated = upload(&m, true, staging, &memory, "test");
@@ -1165,18 +1166,18 @@ static void test_cuda_products(void) {
                 matmul(expect, packed, &m, &a, n);
                 double largest = 0;
                 for (size_t i = 0; i < n * rows; i++) largest = fmax(largest, fabs(expect[i]));
-                for (int way = 0; way < 3 + d.wgmma; way++) {   /* plainly; as decoding does; as prefill does, and on a Hopper */
-                    d.in.swizzled = way == 3;
+                for (int way = 0; way < 3 + 2 * hopper; way++) {    /* plainly; as decoding does, as prefill; on a Hopper, both */
+                    d.wgmma = way > 2;
                     dim3 tiles((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n);
-                    quantize_input<<<tiles, 256>>>(device_x, d.in, weights, 0);
-                    s.decoding = way == 1;
+                    s.decoding = way % 2;
                     s.n_slots = n;
+                    quantize_input<<<tiles, 256>>>(device_x, inputs(&s, weights), weights, 0);
                     CUDA(cudaMemset(device_out, 0xff, MAX_PARTS * ROOM * out_width * 4));       /* NaN */
                     int parts = 1, stride = weights.row_tiles * 16;
                     if (way == 0) {
                         product_plain<<<dim3((unsigned)(rows + 127) / 128, (unsigned)n), 128>>>(device_out, weights, d.in, (int)n);
                         stride = (int)rows;
-                    } else parts = device_product(&s, WQKV, device_out, weights, (int)n);
+                    } else parts = device_product(&s, WQKV, device_out, weights, inputs(&s, weights), (int)n);
                     CUDA(cudaMemcpy(got, device_out, MAX_PARTS * ROOM * out_width * 4, cudaMemcpyDeviceToHost));
                     double worst = 0;
                     for (size_t t = 0; t < n; t++)
@@ -1188,19 +1189,23 @@ static void test_cuda_products(void) {
                         }
                     CHECK(worst <= tolerance * largest, "%s groups of %u [%zu, %zu], %zu tokens, way %d: off by %g of %g",
                           KINDS[kind].type, KINDS[kind].group, rows, cols, n, way, worst, largest);
-                    if (rows % 2 || way == 0 || (way > 1 && m.type < Q8)) continue;     /* SwiGLU; cuBLAS leaves it to others */
-                    device_product(&s, W13, device_out, gated, (int)n);
-                    CUDA(cudaMemcpy(got, device_out, ROOM * out_width * 4, cudaMemcpyDeviceToHost));
-                    worst = 0;
-                    for (size_t t = 0; t < n; t++)
-                        for (size_t i = 0; i < rows / 2; i++) {
-                            double gate = expect[t * rows + i], h = gate / (1 + exp(-gate)) * expect[t * rows + rows / 2 + i];
-                            double off = fabs(got[t * (size_t)gated.units + i] - h);
-                            if (!(off <= worst)) worst = off;
-                        }
-                    CHECK(worst <= 2 * tolerance * largest * largest,
-                          "%s groups of %u [%zu, %zu], %zu tokens, way %d: SwiGLU off by %g",
-                          KINDS[kind].type, KINDS[kind].group, rows, cols, n, way, worst);
+                    if (rows % 2 || way == 0 || (!s.decoding && m.type < Q8)) continue;     /* SwiGLU; cuBLAS leaves it to others */
+                    for (int halves = 0; halves < 1 + (way == 1 && m.type < Q8); halves++) {    /* as the input of FP16 weights */
+                        gated.to_halves = halves;
+                        device_product(&s, W13, device_out, gated, inputs(&s, gated), (int)n);
+                        CUDA(cudaMemcpy(got, device_out, ROOM * out_width * 4, cudaMemcpyDeviceToHost));
+                        worst = 0;
+                        for (size_t t = 0; t < n; t++)
+                            for (size_t i = 0; i < rows / 2; i++) {
+                                double gate = expect[t * rows + i], h = gate / (1 + exp(-gate)) * expect[t * rows + rows / 2 + i];
+                                size_t at = t * (size_t)gated.units + i;
+                                double off = fabs((halves ? (double)__half2float(((const __half *)got)[at]) : (double)got[at]) - h);
+                                if (!(off <= worst)) worst = off;
+                            }
+                        CHECK(worst <= 2 * tolerance * largest * largest,
+                              "%s groups of %u [%zu, %zu], %zu tokens, way %d: SwiGLU off by %g",
+                              KINDS[kind].type, KINDS[kind].group, rows, cols, n, way, worst);
+                    }
                 }
             }
             device_free(&memory);
@@ -1218,13 +1223,12 @@ static Model load_on(const Backend *where, const char *path) {
 
 /* Where weights are codes an activation may round to the other of two neighbours when its last bits differ, which moves single
  * logits by up to 2% of the largest, and their root mean square by a tenth of that (SPEED.md). A wrong kernel therefore shows with
- * FP16 weights, whose tolerance is narrow; those for codes have test_cuda_products. Random weights of the shape "wide"
- * as codes were seen 4.7% apart (0.8%), and, in q8's prefill on a Hopper, 8.9% (1.3%), which is under suspicion (SPEED.md); a tile
- * of columns left out would be 16%. Where keys and values are codes the CPU also rounds queries and probabilities, the GPU does
- * not. */
+ * FP16 weights, whose tolerance is narrow; those for codes have test_cuda_products. The shape "wide" rounds more activations: 2.2%
+ * were seen (and 5.5 to 8.9% where registers were overwritten; a tile of columns left out is 16%). Where keys and values are codes
+ * the CPU also rounds queries and probabilities, the GPU does not: 3.6%, and "wide" 4.7%. */
 static double cuda_tolerance(const Model *m) {
-    bool codes = m->layers[0].w2.type >= Q8;
-    return codes && m->c.head_dim == 128 ? 8e-2 : m->kv_type == Q8 ? 4e-2 : codes ? 2e-2 : 2e-3;
+    bool codes = m->layers[0].w2.type >= Q8, wide = codes && m->c.head_dim == 128;
+    return m->kv_type == Q8 ? (wide ? 6e-2 : 4e-2) : wide ? 3e-2 : codes ? 2e-2 : 2e-3;
 }
 
 /* The GPU's logits beside the CPU's, in prefill of all sizes and in decoding, beside other sequences and alone. */
