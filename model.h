@@ -44,13 +44,13 @@ static void die(const char *format, ...) {
 
 static_assert(sizeof(size_t) == 8, "sizes are computed in 64 bits");
 
-/* Zeroed memory for n elements of `size` bytes, aligned to 64 (a cache line, the widest vector), and 64 bytes more, so that
+/* Zeroed memory for n elements of `size` bytes, aligned to 128 (two cache lines; CUDA's tensor maps), and 64 bytes more, so that
  * no size is 0; dies if there is none. */
 static void *allocate(size_t n, size_t size, const char *what) {
     size_t bytes;
     void *p = NULL;
     if (__builtin_mul_overflow(n, size, &bytes) || bytes > SIZE_MAX / 2 ||
-        posix_memalign(&p, 64, bytes + 64) != 0)
+        posix_memalign(&p, 128, bytes + 64) != 0)
         die("%s: no memory for %zu x %zu bytes", what, n, size);
     return memset(p, 0, bytes + 64);
 }

@@ -35,11 +35,14 @@ static void cuda_check(cudaError_t error, const char *call) {
 #undef UNROLL                           /* simd.h's, which for nvcc is nothing */
 #define UNROLL _Pragma("unroll")
 
-/* Whether this is built for a Hopper's own instructions (sm_90a). has_wgmma: for the host to ask. */
+/* Whether this is built for a Hopper's own instructions (sm_90a). has_wgmma: for the host to ask. GRID_CONSTANT: a parameter of
+ * which the address is taken, which old GPUs cannot. */
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HAS_WGMMA 1
+#define GRID_CONSTANT __grid_constant__
 #else
 #define HAS_WGMMA 0
+#define GRID_CONSTANT
 #endif
 __device__ int has_wgmma = HAS_WGMMA;
 
@@ -321,7 +324,7 @@ typedef struct {
     bool    swizzled;                   /* for wgmma, which finds in shared memory what a copy leaves there: pieces of 16 bytes
                                            change places by token, so that 8 tokens' lie in different banks. Of codes
                                            (product_wide) those lie together that a quarter's threads give to one instruction;
-                                           halves (product_halves) become [64 columns][stride tokens][64] */
+                                           halves (product_halves) lie as [column / 64][stride tokens][64] */
 } Inputs;
 
 /* Where column `column` of a tile stands among the 128 bytes of a token; 4 neighbours stand together. */
@@ -509,7 +512,7 @@ __device__ inline float silu(float x) {
 
 /* Stores what a warp has of 16 rows by 8 N tokens, the first of them `token`; tile t of 8 tokens is total[t * apart]. out: [n]
  * [w.row_tiles * 16]; or, of w13, where an even row is the gate of the next, h = silu(gate) * up, [n][w.units], or (w.to_halves) as
- * halves that lie as `in` do. */
+ * w2's input, which lies as w13's does, since both are FP16 in the same step. */
 template <int TYPE, int N>
 __device__ inline void store(float *out, const Weights &w, Inputs in, const float total[][4], int apart, int row_tile, int token,
                              int n) {
@@ -712,12 +715,13 @@ product_many(float *out, Weights w, Inputs in, int n) {
         store<TYPE, TOKEN_TILES>(out, w, in, total[0] + m, 2, row_tile + m, token + token_warp * TOKEN_TILES * 8, n);
 }
 
-/* ---- For prefill, and for more than 64 slots, on compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading.
- * Its tensor cores do twice the work if a group of four warps gives it to them at once (wgmma, PTX ISA). A block makes 128 rows by
- * 128 tokens: two such groups of 64 rows each, and a thread of a third that fetches, WIDE_STAGES steps of 128 columns ahead, all
- * that they read, with copies that need no thread once they are begun, and report to a barrier in shared memory. Activations lie in
+/* ---- For compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores do twice the work if a
+ * group of four warps gives it to them at once (wgmma, PTX ISA), and can take it from shared memory.
+ *
+ * product_wide is for prefill, and for more than 64 slots, with codes. A block makes 128 rows by 128 tokens: two such groups of 64
+ * rows each, and a thread of a third that fetches, WIDE_STAGES steps of 128 columns ahead, all that they read. Activations lie in
  * memory as this instruction wants them, Inputs.swizzled. As many blocks as there are multiprocessors go over all of the output, so
- * that the next tiles arrive while the last are stored. On other GPUs this kernel is empty. */
+ * that the next tiles arrive while the last are stored. On other GPUs these kernels are empty. */
 enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block, and so many warps that compute */
 template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
     static const int PIECES = Stage<TYPE, GROUPS>::PIECES;
@@ -728,8 +732,9 @@ template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; 
 };
 
 #if HAS_WGMMA
-/* Stages in shared memory that one thread fills, ahead, with copies that need no thread once they are begun, and others read: a
- * step's is step % STAGES. Barriers tell when all bytes of a stage have come and when all threads have read them. */
+/* Stages in shared memory that one or two threads fill, ahead, with copies that need no thread once they are begun, and others
+ * read: a step's is step % STAGES. Barriers tell when all bytes of a stage have come and when all threads have read them. Copies
+ * may report to the first before announce(): it cannot open without that. */
 template <int STAGES> struct Pipeline {
     uint32_t full, empty;               /* shared addresses: of STAGES barriers each */
 
@@ -749,15 +754,15 @@ template <int STAGES> struct Pipeline {
             asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
                          : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
     }
-    __device__ inline uint32_t at(unsigned step) const { return full + 8 * (step % STAGES); }   /* what copies report to */
+    __device__ inline uint32_t full_at(unsigned step) const { return full + 8 * (step % STAGES); }  /* what copies report to */
     __device__ inline void wait_empty(unsigned step) const {
         if (step >= STAGES) await(empty + 8 * (step % STAGES), (step / STAGES - 1) & 1);
     }
-    __device__ inline void fill(unsigned step, int bytes) const {           /* once it is empty: announces so many bytes */
+    __device__ inline void announce(unsigned step, int bytes) const {       /* so many bytes, once it is empty */
         wait_empty(step);
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at(step)), "r"(bytes) : "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full_at(step)), "r"(bytes) : "memory");
     }
-    __device__ inline void wait_full(unsigned step) const { await(at(step), step / STAGES & 1); }
+    __device__ inline void wait_full(unsigned step) const { await(full_at(step), step / STAGES & 1); }
     __device__ inline void release(unsigned step) const {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * (step % STAGES)) : "memory");
     }
@@ -814,9 +819,9 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
         for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)
             for (int k = 0; k < w.column_tiles; k++, step++) {
                 OneStage *s = stages + step % WIDE_STAGES;
-                uint32_t barrier = pipeline.at(step);
+                uint32_t barrier = pipeline.full_at(step);
                 size_t tile = tile_index(w, block / token_blocks * WIDE_ROWS, k), token = block % token_blocks * 128;
-                pipeline.fill(step, (int)(sizeof s->x + sizeof s->codes + sizeof s->x_scales + sizeof s->w_scales));
+                pipeline.announce(step, (int)(sizeof s->x + sizeof s->codes + sizeof s->x_scales + sizeof s->w_scales));
                 bulk_copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS, sizeof s->x, barrier);
                 bulk_copy(s->codes, w.codes + tile * (OneStage::PIECES * 32), sizeof s->codes, barrier);
                 bulk_copy(s->w_scales, w.scales + tile * (GROUPS * 16), sizeof s->w_scales, barrier);
@@ -869,11 +874,11 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
 
 /* For decoding with FP16 weights. Weights and activations lie in shared memory as wgmma reads them, and no other instruction sees
  * them: a thread asks for boxes of up to 128 rows by 64 columns, as far ahead as there is room, the first before the kernel before
- * this one has ended; another for the activations. Two groups of four warps have 64 rows each. As many blocks as there are
- * multiprocessors go over the boxes' rows and, if the columns are cut into parts, these. n: up to 8 TILES. */
+ * this one has ended; another for the activations. Two groups of four warps have 64 rows each. At most as many blocks as there are
+ * multiprocessors go over all pairs of a part of the columns and the rows of a box. n: up to 8 TILES. */
 template <int TILES> struct Halves {                /* a stage */
     uint4 w[128 * 8], x[TILES * 8 * 8];             /* [row], [token] of 8 pieces of 16 bytes */
-    static const int STAGES = 184 / (16 + TILES);   /* of KB: 40 are left for a block of attention to wait in */
+    static const int STAGES = 184 / (16 + TILES);   /* of KB: over 40 are left for a block of attention to wait in */
 };
 #if HAS_WGMMA
 /* sum = (more ? sum : 0) + a b for a of 64 rows by 16 columns of halves and b of 16 columns by 32 or 64 tokens, both in shared
@@ -892,11 +897,12 @@ __device__ inline void start_wgmma(float (&sum)[8][4], uint64_t a, uint64_t b, i
                  : SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7) : "l"(a), "l"(b), "r"(more));
 }
 #undef SUM
+#undef SIXTEEN
 #endif
 
 template <int TILES>
 __global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1)
-product_halves(float *out, const __grid_constant__ Weights w, Inputs in, int n, int parts) {
+product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n, int parts) {
 #if HAS_WGMMA
     typedef Halves<TILES> OneStage;
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -908,23 +914,23 @@ product_halves(float *out, const __grid_constant__ Weights w, Inputs in, int n, 
     float sum[TILES][4];
     Pipeline<OneStage::STAGES> pipeline;
     pipeline.start(barriers, 32 * WIDE_ROWS);
-    bool fetches = warp >= WIDE_ROWS, weights = warp == WIDE_ROWS;
+    bool fetches = warp >= WIDE_ROWS, fetches_weights = warp == WIDE_ROWS;
     if (fetches && lane) return;
-    if (weights) cudaTriggerProgrammaticLaunchCompletion();
+    if (fetches_weights) cudaTriggerProgrammaticLaunchCompletion();
     else wait_for_inputs();
     for (int block = blockIdx.x; block < row_blocks * parts; block += gridDim.x) {
         int row_tile = block % row_blocks * w.block_tiles, part = block / row_blocks;
         int first = (int)((long long)all * part / parts), end = (int)((long long)all * (part + 1) / parts);
         for (int k = first; k < end; k++, step++) {
             OneStage &s = stages[step % OneStage::STAGES];
-            if (weights) {
-                pipeline.fill(step, w.block_tiles * 2048 + (int)sizeof s.x);
+            if (fetches_weights) {
+                pipeline.announce(step, w.block_tiles * 2048 + (int)sizeof s.x);
                 asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                              "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(s.w)), "l"(&w.map), "r"(k * 64), "r"(0),
-                             "r"(row_tile), "r"(pipeline.at(step)) : "memory");
+                             "r"(row_tile), "r"(pipeline.full_at(step)) : "memory");
             } else if (fetches) {
                 pipeline.wait_empty(step);
-                bulk_copy(s.x, in.halves + (size_t)k * in.stride * 64, sizeof s.x, pipeline.at(step));
+                bulk_copy(s.x, in.halves + (size_t)k * in.stride * 64, sizeof s.x, pipeline.full_at(step));
             } else {
                 uint64_t a = descriptor(shared_address(s.w) + warp / 4 * 8192), b = descriptor(shared_address(s.x));
                 pipeline.wait_full(step);
@@ -951,11 +957,12 @@ static cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation
                               cudaDataType, int, const void *, cudaDataType, int, const void *, void *, cudaDataType, int,
                               cublasComputeType_t, cublasGemmAlgo_t);
 
+static bool without_cublas;             /* for test_all.c */
 static bool open_cublas(cudaStream_t stream) {
     static bool tried;
     static cublasStatus_t (*create)(cublasHandle_t *), (*set_stream)(cublasHandle_t, cudaStream_t);
     void *library = NULL;
-    for (const char *name : {"libcublas.so", "libcublas.so.13", "libcublas.so.12", "libcublas.so.11"})
+    for (const char *name : {"libcublas.so", "libcublas.so.13", "libcublas.so.12"})
         if (!tried && !library) library = dlopen(name, RTLD_NOW);
     tried = true;
     if (library) {
@@ -964,7 +971,7 @@ static bool open_cublas(cudaStream_t stream) {
         *(void **)&gemm = dlsym(library, "cublasGemmEx");
         if (!create || !set_stream || !gemm || create(&cublas) != CUBLAS_STATUS_SUCCESS) cublas = NULL;
     }
-    return cublas && set_stream(cublas, stream) == CUBLAS_STATUS_SUCCESS;
+    return !without_cublas && cublas && set_stream(cublas, stream) == CUBLAS_STATUS_SUCCESS;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -1607,7 +1614,8 @@ typedef struct {
     Memory   memory, logits_memory;
     size_t   room;                      /* tokens there is room for, a multiple of 128 */
     Heads    heads;
-    float   *x, *h;                     /* [room, dim]; [room, hidden_dim]; widths rounded up to 128, the rest 0 */
+    float   *x, *h;                     /* [room, dim]; [room, hidden_dim], or that as w2's input; widths rounded up to 128,
+                                           the rest 0 */
     float   *parts, *logits;            /* of products: [parts, n, rows]; [n_want, vocab_size], rows rounded up to 128 */
     float   *spans;                     /* of attention: [spans, n, n_heads, head_width] */
     float2  *softmax, *rotations;       /* [spans, n, n_heads] of (maximum, sum); [n, head_dim / 2] of (cos, sin) */
@@ -1693,7 +1701,8 @@ static void launch_halves(Device *d, int operation, float *out, const Weights &w
     launch(d, operation, product_halves<TILES>, {blocks, WIDE_ROWS * 32 + 64, room}, out, w, in, n, parts);
 }
 
-/* Into how many parts the columns are cut so that there are two or three blocks for each multiprocessor, MAX_PARTS at most. */
+/* Into how many parts the columns are cut so that there are two or three blocks for each multiprocessor, MAX_PARTS at most; for
+ * product_halves as make_map chose. */
 static int product_parts(const State *s, const Weights &w) {
     int tiles = token_tiles(s), held = tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3;
     if (w.type == F16 && uses_wgmma(s, w)) return w.parts;

@@ -1166,8 +1166,9 @@ static void test_cuda_products(void) {
                 matmul(expect, packed, &m, &a, n);
                 double largest = 0;
                 for (size_t i = 0; i < n * rows; i++) largest = fmax(largest, fabs(expect[i]));
-                for (int way = 0; way < 3 + 2 * hopper; way++) {    /* plainly; as decoding does, as prefill; on a Hopper, both */
-                    d.wgmma = way > 2;
+                for (int way = 0; way < 5; way++) {     /* plainly; as decoding does, as prefill; on a Hopper, with cuBLAS */
+                    without_cublas = way < 3;
+                    d.wgmma = hopper && !without_cublas;
                     dim3 tiles((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n);
                     s.decoding = way % 2;
                     s.n_slots = n;
@@ -1183,15 +1184,16 @@ static void test_cuda_products(void) {
                     for (size_t t = 0; t < n; t++)
                         for (size_t r = 0; r < rows; r++) {
                             double sum = 0;
-                            for (int p = 0; p < (parts ? parts : 1); p++) sum += got[((size_t)p * n + t) * stride + r];
+                            for (int p = 0; p < parts; p++) sum += got[((size_t)p * n + t) * stride + r];
                             double off = fabs(sum - expect[t * rows + r]);
                             if (!(off <= worst)) worst = off;
                         }
                     CHECK(worst <= tolerance * largest, "%s groups of %u [%zu, %zu], %zu tokens, way %d: off by %g of %g",
                           KINDS[kind].type, KINDS[kind].group, rows, cols, n, way, worst, largest);
-                    if (rows % 2 || way == 0 || (!s.decoding && m.type < Q8)) continue;     /* SwiGLU; cuBLAS leaves it to others */
-                    for (int halves = 0; halves < 1 + (way == 1 && m.type < Q8); halves++) {    /* as the input of FP16 weights */
+                    if (rows % 2 || way == 0 || (way == 4 && m.type < Q8)) continue;        /* SwiGLU; cuBLAS leaves it to others */
+                    for (int halves = 0; halves < 1 + (m.type < Q8); halves++) {            /* as the input of FP16 weights */
                         gated.to_halves = halves;
+                        CUDA(cudaMemset(device_out, 0xff, ROOM * out_width * 4));
                         device_product(&s, W13, device_out, gated, inputs(&s, gated), (int)n);
                         CUDA(cudaMemcpy(got, device_out, ROOM * out_width * 4, cudaMemcpyDeviceToHost));
                         worst = 0;
@@ -1199,6 +1201,8 @@ static void test_cuda_products(void) {
                             for (size_t i = 0; i < rows / 2; i++) {
                                 double gate = expect[t * rows + i], h = gate / (1 + exp(-gate)) * expect[t * rows + rows / 2 + i];
                                 size_t at = t * (size_t)gated.units + i;
+                                if (halves && inputs(&s, gated).swizzled)
+                                    at = (i / 64 * ROOM + t) * 64 + (i / 8 ^ t) % 8 * 8 + i % 8;
                                 double off = fabs((halves ? (double)__half2float(((const __half *)got)[at]) : (double)got[at]) - h);
                                 if (!(off <= worst)) worst = off;
                             }
@@ -1208,6 +1212,7 @@ static void test_cuda_products(void) {
                     }
                 }
             }
+            without_cublas = false;
             device_free(&memory);
             void *on_host[] = {w, x, expect, got, packed, a.x, a.scale, a.sum, (void *)m.data, model.layers};
             for (size_t i = 0; i < 10; i++) free(on_host[i]);
@@ -1259,7 +1264,7 @@ static void compare_logits(const Model *cpu, const Model *gpu, const int *ids) {
               cpu->path, TYPE_NAMES[cpu->kv_type], WAYS[way][0], WAYS[way][2], worst, rms, largest);
         /* however a prompt is cut, a prefill's bits are the same (but cuBLAS's) */
         if (WAYS[way][0] == LENGTH) memcpy(prefill, got, sizeof got);
-        else if (WAYS[way][0] > 1 && cpu->layers[0].w2.type >= Q8 && cpu->layers[0].wqkv.type >= Q8)
+        else if (WAYS[way][0] > 1 && (without_cublas || (cpu->layers[0].w2.type >= Q8 && cpu->layers[0].wqkv.type >= Q8)))
             CHECK(!memcmp(prefill, got, LENGTH * vocab * sizeof(float)), "%s, cache %s: chunks of %zu in %zu slots: other bits",
                   cpu->path, TYPE_NAMES[cpu->kv_type], WAYS[way][0], WAYS[way][2]);
     }
@@ -1331,6 +1336,7 @@ static void test_cuda_forward(void) {
             free(text.text);
         }
         if (k % 2) cpu.kv_type = gpu.kv_type = Q8;
+        without_cublas = k % 2;
         gpu.backend = &GPU;
         GPU.load(&gpu);
         compare_logits(&cpu, &gpu, ids);
@@ -1339,6 +1345,7 @@ static void test_cuda_forward(void) {
         free_model(&gpu);
         free_model(&half);
     }
+    without_cublas = false;
 }
 
 /* The attention of a prefill beside the plain kernel, on what a forward leaves of its last layer in the device's memory. */
@@ -1386,21 +1393,25 @@ static void test_cuda_attention(void) {
 
 /* A sequence of a batch does not depend on the others, nor on when they end; the same batch twice is the same. */
 static void test_cuda_batch(void) {
-    Model m = load_on(&GPU, odd_model("q4", 32));
-    static const size_t slot_counts[] = {1, 5, 12, 32, 12};
-    for (size_t k = 0; k < 5; k++) {
-        size_t slots = slot_counts[k];
-        m.kv_type = k < 4 ? F16 : Q8;
+    static const size_t slot_counts[] = {1, 5, 12, 32, 40, 12};
+    without_cublas = true;              /* which chooses its kernels by the number of tokens */
+    for (size_t k = 0; k < 12; k++) {
+        Model m = load_on(&GPU, k % 2 ? odd_model("f16", 0) : odd_model("q4", 32));
+        size_t slots = slot_counts[k / 2];
+        m.kv_type = k / 2 < 5 ? F16 : Q8;
         Sequence *all = run_batch(&m, 32, 0, slots, 40, 110, 90), *again = run_batch(&m, 32, 0, slots, 40, 110, 90);
         for (size_t i = 0; i < 32; i++) {
-            CHECK(same_sequence(&all[i], &again[i]), "sequence %zu of the same batch of %zu differs", i, slots);
+            CHECK(same_sequence(&all[i], &again[i]), "%s: sequence %zu of the same batch of %zu differs", m.path, i, slots);
             Sequence *one = run_batch(&m, 1, i, slots, 40, 110, 90);
-            CHECK(same_sequence(&all[i], one), "sequence %zu in %zu slots differs when it is alone", i, slots);
+            CHECK(same_sequence(&all[i], one), "%s: sequence %zu in %zu slots differs when it is alone", m.path, i, slots);
             free_sequences(one, 1);
         }
         free_sequences(all, 32);
         free_sequences(again, 32);
+        free_model(&m);
     }
+    without_cublas = false;
+    Model m = load_on(&GPU, odd_model("q4", 32));
     Sequence *none = run_batch(&m, 3, 0, 2, 0, 4000, 90);
     for (size_t i = 0; i < 3; i++)
         CHECK(none[i].n_ids == none[i].n_prompt && none[i].n_fed == none[i].n_prompt, "no tokens asked for");
