@@ -5,7 +5,7 @@
  * Includes run.c for all that is not GPU, and gives the same command line. From top to bottom:
  *   1. Weights        uploaded once, laid out as the tensor cores read them
  *   2. Tensor cores   the two instructions everything rests on, and what they do in plain C
- *   3. Products       plain; for up to 8 tokens; for more of them, of many sequences or of a prefill
+ *   3. Products       plain; for up to 8 tokens; for more of them, of many sequences or of a prefill; both again for a Hopper
  *   4. Between        embedding, norms, RoPE, quantizing: one kernel each
  *   5. Attention      plain; and on the tensor cores, for both decoding and prefill
  *   6. The sampler
