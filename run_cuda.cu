@@ -199,10 +199,11 @@ static void device_free(Memory *m) {
     memset(m, 0, sizeof *m);
 }
 
-/* Describes halves for the copies of product_halves: a box of up to 128 rows by 64 columns, which puts the rows of each 16 in the
- * order 0, 2 ... 14, 1, 3 ... 15, so that a thread gets two neighbours, and is swizzled as wgmma wants it (CUDA driver API, tensor
- * maps). How high a box is, and into how many parts columns are cut, is chosen so that all multiprocessors end together; a part
- * more must bring 2%. The function is the driver's, which is not linked. */
+/* Describes halves for the copies of product_halves: a box of up to 128 rows by 64 columns, which puts the rows of each 16 in
+ * the order 0, 2 ... 14, 1, 3 ... 15, so that a thread gets two neighbours, and is swizzled as wgmma wants it (CUDA driver API,
+ * tensor maps; that strides do not grow from dimension to dimension is nowhere forbidden, and works). How high a box is, and
+ * into how many parts columns are cut, is chosen so that all multiprocessors end together; a part more must bring 2%. The
+ * function is the driver's, which is not linked. */
 static void make_map(Weights *w) {
     int multiprocessors, most = w->units ? 1 : max(1, min((int)MAX_PARTS, w->column_tiles / 4));
     CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
