@@ -45,6 +45,11 @@ static void cuda_check(cudaError_t error, const char *call) {
 #define GRID_CONSTANT
 #endif
 __device__ int has_wgmma = HAS_WGMMA;
+static int built_for_wgmma(void) {
+    int has;
+    CUDA(cudaMemcpyFromSymbol(&has, has_wgmma, sizeof has));
+    return has;
+}
 
 enum {
     COLUMNS = 128,                      /* of a tile of weights; activations are padded to a multiple */
@@ -52,7 +57,8 @@ enum {
 };
 
 /* Programmatic dependent launch: lets the next kernel begin, and waits until the one before, and with it all before that, has
- * ended. Until then a kernel may only read weights. Before 9.0 kernels simply follow one another. */
+ * ended. Until then a kernel may only read weights, and the step's rows, which no kernel writes. Before 9.0 kernels simply follow
+ * one another. */
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
@@ -244,9 +250,7 @@ static Weights upload(const Matrix *m, bool gated, void *staging, Memory *memory
     if (w.type == F16) {
         w.halves = (__half *)device_allocate(n * sizeof(__half), memory, path);
         tile_halves<<<ceil_div(n, 256), 256>>>(w, raw);
-        int wgmma;
-        CUDA(cudaMemcpyFromSymbol(&wgmma, has_wgmma, sizeof wgmma));
-        if (wgmma) make_map(&w);
+        if (built_for_wgmma()) make_map(&w);
     } else {
         size_t codes = tiles * (m->type == Q8 ? 128 : 64), scales = n / m->group;
         w.codes = (uint4 *)device_allocate(codes * sizeof(uint4), memory, path);
@@ -1927,7 +1931,7 @@ static void cuda_open(State *s) {
         fprintf(stderr, "%s: built for old GPUs, without tensor cores: "
                 "nvcc -O3 -arch=native run_cuda.cu -o run_cuda makes it many times as fast\n", program);
     d->overlap = properties.major >= 9 && built_for >= 90;
-    CUDA(cudaMemcpyFromSymbol(&d->wgmma, has_wgmma, sizeof d->wgmma));
+    d->wgmma = built_for_wgmma();
     d->multiprocessors = properties.multiProcessorCount;
     s->device = d;
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;

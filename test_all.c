@@ -1147,8 +1147,7 @@ static void test_cuda_products(void) {
             s.model = &model;
             s.device = &d;
             d.multiprocessors = 20;
-            int hopper;
-            CUDA(cudaMemcpyFromSymbol(&hopper, has_wgmma, sizeof hopper));
+            int hopper = built_for_wgmma();
             Memory memory = {};
             void *staging = device_allocate(m.bytes, &memory, "test");
             Weights weights = upload(&m, false, staging, &memory, "test"), gated = upload(&m, true, staging, &memory, "test");
