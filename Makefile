@@ -33,11 +33,11 @@ build/test_all_sanitized: test_all.c quantize.c calibrate.h run.c model.h simd.h
 	$(CC) $(SANITIZE) $(OPENMP) test_all.c -lm -o $@
 
 # for the GPU at hand; ARCH=75 for a T4, ARCH=90a for an H200
-run_cuda build/run_cuda: run_cuda.cu run.c model.h simd.h report.h
+run_cuda build/run_cuda: run_cuda.cu hopper.h run.c model.h simd.h report.h
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) run_cuda.cu -o $@
 
-build/test_cuda: test_all.c quantize.c calibrate.h run_cuda.cu run.c model.h simd.h report.h
+build/test_cuda: test_all.c quantize.c calibrate.h run_cuda.cu hopper.h run.c model.h simd.h report.h
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) -x cu test_all.c -o $@
 

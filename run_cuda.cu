@@ -5,7 +5,7 @@
  * Includes run.c for all that is not GPU, and gives the same command line. From top to bottom:
  *   1. Weights        uploaded once, laid out as the tensor cores read them
  *   2. Tensor cores   the two instructions everything rests on, and what they do in plain C
- *   3. Products       plain; for up to 8 tokens; for more of them, of many sequences or of a prefill; both again for a Hopper
+ *   3. Products       plain; for up to 8 tokens; for more of them, of many sequences or of a prefill; hopper.h: a Hopper's
  *   4. Between        embedding, norms, RoPE, quantizing: one kernel each
  *   5. Attention      plain; and on the tensor cores, for both decoding and prefill
  *   6. The sampler
@@ -25,6 +25,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
+#include <type_traits>
 
 /* Ends the program with one line if a call to CUDA fails. */
 #define CUDA(call) cuda_check(call, #call)
@@ -35,30 +36,14 @@ static void cuda_check(cudaError_t error, const char *call) {
 #undef UNROLL                           /* simd.h's, which for nvcc is nothing */
 #define UNROLL _Pragma("unroll")
 
-/* Whether this is built for a Hopper's own instructions (sm_90a). has_wgmma: for the host to ask. GRID_CONSTANT: a parameter of
- * which the address is taken, which old GPUs cannot. */
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define HAS_WGMMA 1
-#define GRID_CONSTANT __grid_constant__
-#else
-#define HAS_WGMMA 0
-#define GRID_CONSTANT
-#endif
-__device__ int has_wgmma = HAS_WGMMA;
-static int built_for_wgmma(void) {
-    int has;
-    CUDA(cudaMemcpyFromSymbol(&has, has_wgmma, sizeof has));
-    return has;
-}
-
 enum {
     COLUMNS = 128,                      /* of a tile of weights; activations are padded to a multiple */
     MAX_PARTS = 8                       /* into which a product's columns are cut, for more blocks to have something to do */
 };
 
 /* Programmatic dependent launch: lets the next kernel begin, and waits until the one before, and with it all before that, has
- * ended. Until then a kernel may only read weights, and the step's rows, which no kernel writes. Before 9.0 kernels simply follow
- * one another. */
+ * ended. Until then a kernel may only read weights, and the step's entries, which no kernel writes. Before 9.0 kernels simply
+ * follow one another. */
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
@@ -88,8 +73,9 @@ typedef struct {
     uint4  *codes;
     __half2 *scales;
     __half *halves;
+    int     parts, most_parts;          /* into which a launch cuts the columns; which are possible */
     CUtensorMap map;                    /* of halves, for product_halves, where there is a Hopper */
-    int     block_tiles, parts;         /* row tiles of one of its blocks; parts of the columns */
+    int     block_tiles;                /* row tiles of one of its blocks */
     bool    to_halves;                  /* of w13: w2 is FP16 as well, so that SwiGLU's output can be left as its input */
     double  bytes;                      /* in the file: what a step counts as read */
 } Weights;
@@ -205,34 +191,10 @@ static void device_free(Memory *m) {
     memset(m, 0, sizeof *m);
 }
 
-/* Describes halves for the copies of product_halves: a box of up to 128 rows by 64 columns, which puts the rows of each 16 in
- * the order 0, 2 ... 14, 1, 3 ... 15, so that a thread gets two neighbours, and is swizzled as wgmma wants it (CUDA driver API,
- * tensor maps; that strides do not grow from dimension to dimension is nowhere forbidden, and works). How high a box is, and
- * into how many parts columns are cut, is chosen so that all multiprocessors end together; a part more must bring 2%. The
- * function is the driver's, which is not linked. */
-static void make_map(Weights *w) {
-    int multiprocessors, most = w->units ? 1 : max(1, min((int)MAX_PARTS, w->column_tiles / 4));
-    CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
-    double least = INFINITY;
-    for (int tiles = 8; tiles > 4; tiles--)
-        for (int parts = 1; parts <= most; parts++) {
-            size_t rounds = ceil_div(ceil_div(w->row_tiles, tiles) * parts, multiprocessors);
-            double time = (double)rounds * tiles / parts * (1 + 0.02 * parts);
-            if (time < least) { least = time; w->block_tiles = tiles; w->parts = parts; }
-        }
-    static decltype(&cuTensorMapEncodeTiled) encode_map;
-    void *driver = encode_map ? NULL : dlopen("libcuda.so.1", RTLD_NOW);
-    if (driver) *(void **)&encode_map = dlsym(driver, "cuTensorMapEncodeTiled");
-    cuuint64_t width = (cuuint64_t)w->column_tiles * COLUMNS, row = width * sizeof(__half);
-    cuuint64_t sizes[] = {width, 8, 2, (cuuint64_t)w->row_tiles}, apart[] = {2 * row, row, 16 * row};
-    cuuint32_t box[] = {64, 8, 2, (cuuint32_t)w->block_tiles}, every[] = {1, 1, 1, 1};
-    if (!encode_map || encode_map(&w->map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, w->halves, sizes, apart, box, every,
-                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-        die("CUDA: no tensor map for [%d, %d] (the driver is older than CUDA 12?)", w->rows, w->cols);
-}
+static void make_map(Weights *w);       /* in hopper.h, for a Hopper */
 
-static Weights upload(const Matrix *m, bool gated, void *staging, Memory *memory, const char *path) {
+/* m on the device. gated: it is w13; whole: whoever reads its output adds up no parts. staging: room for m there. */
+static Weights upload(const Matrix *m, bool gated, bool whole, void *staging, Memory *memory, const char *path) {
     Weights w = {};
     w.type = m->type < Q8 ? F16 : m->type;
     w.group = (int)m->group;
@@ -242,6 +204,7 @@ static Weights upload(const Matrix *m, bool gated, void *staging, Memory *memory
     w.units = gated ? (int)round_up(m->rows / 2, COLUMNS) : 0;
     w.row_tiles = gated ? w.units / 8 : (int)ceil_div(m->rows, 128) * 8;
     w.column_tiles = (int)ceil_div(m->cols, COLUMNS);
+    w.most_parts = gated || whole ? 1 : max(1, min((int)MAX_PARTS, w.column_tiles / 4));
     w.bytes = (double)m->bytes;
     size_t tiles = (size_t)w.row_tiles * w.column_tiles, n = tiles * 16 * COLUMNS;
     Matrix raw = *m;
@@ -250,7 +213,7 @@ static Weights upload(const Matrix *m, bool gated, void *staging, Memory *memory
     if (w.type == F16) {
         w.halves = (__half *)device_allocate(n * sizeof(__half), memory, path);
         tile_halves<<<ceil_div(n, 256), 256>>>(w, raw);
-        if (built_for_wgmma()) make_map(&w);
+        make_map(&w);
     } else {
         size_t codes = tiles * (m->type == Q8 ? 128 : 64), scales = n / m->group;
         w.codes = (uint4 *)device_allocate(codes * sizeof(uint4), memory, path);
@@ -268,6 +231,7 @@ typedef struct {
     Weights embedding, wcls;
     DeviceLayer *layers;                                        /* [n_layers] */
     float  *rms_final;
+    bool    has_halves;                                         /* each matrix has a type of its own */
     Memory  memory;
     size_t  peak;                                               /* bytes of device memory while they were uploaded */
 } DeviceModel;
@@ -289,19 +253,22 @@ static void cuda_load(Model *m) {
     d->layers = (DeviceLayer *)allocate(n, sizeof *d->layers, m->path);
     Memory for_now = {};
     void *staging = device_allocate(largest, &for_now, m->path);
-    auto matrix = [&](const Matrix &of, bool gated) { return upload(&of, gated, staging, &d->memory, m->path); };
+    auto matrix = [&](const Matrix &of, bool gated = false, bool whole = false) {
+        d->has_halves |= of.type < Q8;
+        return upload(&of, gated, whole, staging, &d->memory, m->path);
+    };
     auto norm = [&](const Matrix &of) {
         float *p = (float *)device_allocate(round_up(of.rows, COLUMNS) * sizeof(float), &d->memory, m->path);
         CUDA(cudaMemcpy(p, of.data, of.rows * sizeof(float), cudaMemcpyHostToDevice));
         return p;
     };
-    d->embedding = d->wcls = matrix(m->token_embedding, false);
-    if (m->wcls.data != m->token_embedding.data) d->wcls = matrix(m->wcls, false);
+    d->embedding = d->wcls = matrix(m->token_embedding, false, true);
+    if (m->wcls.data != m->token_embedding.data) d->wcls = matrix(m->wcls, false, true);
     d->rms_final = norm(m->rms_final_weight);
     for (size_t l = 0; l < n; l++) {
         const Layer &w = m->layers[l];
-        d->layers[l] = {matrix(w.wqkv, false), matrix(w.wo, false), matrix(w.w13, true), matrix(w.w2, false),
-                        norm(w.rms_att_weight), norm(w.rms_ffn_weight)};
+        d->layers[l] = {matrix(w.wqkv), matrix(w.wo), matrix(w.w13, true), matrix(w.w2), norm(w.rms_att_weight),
+                        norm(w.rms_ffn_weight)};
         d->layers[l].w13.to_halves = d->layers[l].w13.type == F16 && d->layers[l].w2.type == F16;
     }
     CUDA(cudaDeviceSynchronize());
@@ -426,7 +393,8 @@ template <int TYPE, int GROUPS> struct Stage {
     static const int PIECES = TYPE == Q4 || TYPE == NF4 ? 2 : 4;        /* of 16 bytes a thread, of 16 rows */
     uint4 codes[2][PIECES];
     uint2 scales[2][TYPE == F16 ? 1 : GROUPS];              /* (scale, zero) of row 2 g, of row 2 g + 1 */
-    uint32_t codes_at, scales_at;       /* of the rows' first tile, in pieces of 16 bytes and of 8: fewer than 2^32 */
+    uint32_t codes_at, scales_at;       /* of the rows' first tile (f16: of row 2 g), in pieces of 16 bytes and of 8: fewer than
+                                           2^32 */
 
     __device__ inline void start(const Weights &w, int row_tile) {
         int lane = threadIdx.x % 32;
@@ -521,9 +489,9 @@ __device__ inline float silu(float x) {
 template <int TYPE, int N>
 __device__ inline void store(float *out, const Weights &w, Inputs in, const float total[][4], int apart, int row_tile, int token,
                              int n) {
-    int lane = threadIdx.x % 32, left = n - (token + lane % 4 * 2), unit = row_tile * 8 + lane / 4;
+    int lane = threadIdx.x % 32, first = token + lane % 4 * 2, left = n - first, unit = row_tile * 8 + lane / 4;
     uint32_t width = w.units ? w.units : w.row_tiles * 16;
-    float *to = out + (size_t)(n - left) * width + (w.units ? unit : 2 * unit);
+    float *to = out + (size_t)first * width + (w.units ? unit : 2 * unit);
     in.halves = (__half *)out;
     if (w.units) {
         float h[N][2];                  /* all of them at once, since each takes long */
@@ -532,7 +500,7 @@ __device__ inline void store(float *out, const Weights &w, Inputs in, const floa
         UNROLL for (int i = 0; i < 2 * N; i++) {
             int t = i / 2 * 8 + i % 2;
             if (t >= left) continue;
-            if (TYPE == F16 && w.to_halves) *halves_at(in, width, n - left + t, unit) = to_half(h[i / 2][i % 2]);
+            if (TYPE == F16 && w.to_halves) *halves_at(in, width, first + t, unit) = to_half(h[i / 2][i % 2]);
             else to[(size_t)width * t] = h[i / 2][i % 2];
         }
     } else
@@ -547,19 +515,17 @@ __device__ inline void add(float4 &sum, float4 x, float share = 1) {
     sum.z = fmaf(share, x.z, sum.z); sum.w = fmaf(share, x.w, sum.w);
 }
 
-/* Adds to the sums of the first of the warps that share rows those of the others, in order. room: [warps - 1][row warps]. */
-template <int TOKEN_TILES>
-__device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES * 2][32], int warp, int n_warps, int row_warp,
-                                 int row_warps) {
-    int lane = threadIdx.x % 32;
+/* Adds to the sums of the first ROW_WARPS of a block's warps those of the others that have the same rows, every ROW_WARPS-th, in
+ * order. room: [others]. */
+template <int TOKEN_TILES, int ROW_WARPS>
+__device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES * 2][32], int others) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     __syncthreads();
-    if (warp)
-        UNROLL for (int t = 0; t < TOKEN_TILES * 2; t++)
-            room[(warp - 1) * row_warps + row_warp][t][lane] = *(float4 *)total[t / 2][t % 2];
+    if (warp >= ROW_WARPS)
+        UNROLL for (int t = 0; t < TOKEN_TILES * 2; t++) room[warp - ROW_WARPS][t][lane] = *(float4 *)total[t / 2][t % 2];
     __syncthreads();
-    for (int other = 0; warp == 0 && other < n_warps - 1; other++)
-        UNROLL for (int t = 0; t < TOKEN_TILES * 2; t++)
-            add(*(float4 *)total[t / 2][t % 2], room[other * row_warps + row_warp][t][lane]);
+    for (int other = warp; warp < ROW_WARPS && other < others; other += ROW_WARPS)
+        UNROLL for (int t = 0; t < TOKEN_TILES * 2; t++) add(*(float4 *)total[t / 2][t % 2], room[other][t][lane]);
 }
 
 /* For up to 8 tokens, where reading the weights is all that takes time. A block's warps share 32 rows and take turns at the tiles
@@ -573,7 +539,7 @@ product_few(float *out, Weights w, Inputs in, int n) {
     __shared__ float4 room[7][2][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     int row_tile = blockIdx.x * 2, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
-    int k = (int)((long long)all * blockIdx.y / gridDim.y) + warp, end = (int)((long long)all * (blockIdx.y + 1) / gridDim.y);
+    int k = all * blockIdx.y / gridDim.y + warp, end = all * (blockIdx.y + 1) / gridDim.y;
     Stage<TYPE, GROUPS> s;
     float total[1][2][4] = {};
     s.start(w, row_tile);
@@ -599,7 +565,7 @@ product_few(float *out, Weights w, Inputs in, int n) {
         add_tiles<TYPE, GROUPS, 1>(total, a, s.scales, x, scale);
         if (k + warps < end) { s.load(w, k + warps, true); load_inputs(k + warps); }
     }
-    add_warps<1>(total, room, warp, warps, 0, 1);
+    add_warps<1, 1>(total, room, warps - 1);
     for (int m = 0; m < 2 && warp == 0; m++)
         store<TYPE, 1>(out + (size_t)blockIdx.y * n * w.row_tiles * 16, w, in, total[0] + m, 0, row_tile + m, 0, n);
 }
@@ -624,11 +590,7 @@ __device__ inline void start_copy(Copy &c, uint32_t to, const void *from, bool w
     c.wanted = wanted;
 }
 __device__ inline void land(Copy *copies, int n) {
-    UNROLL for (int i = 0; i < n; i++) {
-        const uint4 &v = copies[i].value;
-        if (copies[i].wanted) asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(copies[i].to), "r"(v.x), "r"(v.y),
-                                           "r"(v.z), "r"(v.w) : "memory");
-    }
+    UNROLL for (int i = 0; i < n; i++) if (copies[i].wanted) *(uint4 *)__cvta_shared_to_generic(copies[i].to) = copies[i].value;
 }
 __device__ inline void end_group() {}
 template <int LATEST> __device__ inline void wait_for_copies() {}
@@ -651,14 +613,15 @@ product_many(float *out, Weights w, Inputs in, int n) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int row_warp = warp % 4, token_warp = warp / 4 % TOKEN_WARPS, column_warp = warp / 4 / TOKEN_WARPS;
     int row_tile = (blockIdx.y * 4 + row_warp) * 2, token = blockIdx.x * TOKENS, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
-    int first = (int)((long long)all * blockIdx.z / gridDim.z), end = (int)((long long)all * (blockIdx.z + 1) / gridDim.z);
+    int first = all * blockIdx.z / gridDim.z, end = all * (blockIdx.z + 1) / gridDim.z;
     int steps = (end - first + COLUMN_WARPS - 1) / COLUMN_WARPS, k = first + column_warp;
     Stage<TYPE, GROUPS> s;
     float total[TOKEN_TILES][2][4] = {};
     s.start(w, row_tile);
     s.load(w, min(k, end - 1), TOKEN_WARPS == 1);               /* two: many tokens, and blocks of them */
 
-    /* what this thread copies: COPIES pieces, 32 tokens or a tile from one another, and, if it is among the first, a scale */
+    /* What this thread copies: COPIES pieces of 16 bytes, 32 tokens or a tile from one another, the first being `piece` of token t0
+     * of tile tile0; and, if it is among the first, a (scale, sum) of two tokens. */
     Copy copies[COPIES + 1];
     int piece = threadIdx.x % 8, t0 = threadIdx.x / 8 % TOKENS, tile0 = threadIdx.x / 8 / TOKENS;
     int scale_row = threadIdx.x / (TOKENS / 2);
@@ -683,6 +646,7 @@ product_many(float *out, Weights w, Inputs in, int n) {
         scale_from += (size_t)COLUMN_WARPS * GROUPS * in.stride;
         end_group();
     };
+    /* What it reads, of token lane / 4 of 8: two pieces, exchanged as above, and two tokens' scales. */
     int b_at = (column_warp * TOKENS + token_warp * TOKEN_TILES * 8 + lane / 4) * 8, odd = lane / 4 % 2 * ODD;
     int b_piece[2] = {b_at + ((TYPE == F16 ? lane % 4 : lane % 4 * 2) ^ odd),
                       b_at + ((TYPE == F16 ? lane % 4 + 4 : lane % 4 * 2 + 1) ^ odd)};
@@ -713,247 +677,14 @@ product_many(float *out, Weights w, Inputs in, int n) {
         }
         land(copies, COPIES + 1);
     }
-    if (COLUMN_WARPS > 1) add_warps<TOKEN_TILES>(total, (float4(*)[TOKEN_TILES * 2][32])x, column_warp, COLUMN_WARPS, row_warp, 4);
+    if (COLUMN_WARPS > 1) add_warps<TOKEN_TILES, 4>(total, (float4(*)[TOKEN_TILES * 2][32])x, 4);
     if (column_warp) return;
     out += (size_t)blockIdx.z * n * w.row_tiles * 16;
     UNROLL for (int m = 0; m < 2; m++)
         store<TYPE, TOKEN_TILES>(out, w, in, total[0] + m, 2, row_tile + m, token + token_warp * TOKEN_TILES * 8, n);
 }
 
-/* ---- For compute capability 9.0 (a Hopper; built for sm_90a): skip on a first reading. Its tensor cores do twice the work if a
- * group of four warps gives it to them at once (wgmma, PTX ISA), and can take it from shared memory.
- *
- * product_wide is for prefill, and for more than 64 slots, with codes. A block makes 128 rows by 128 tokens: two such groups of 64
- * rows each, and a thread of a third that fetches, WIDE_STAGES steps of 128 columns ahead, all that they read. Activations lie in
- * memory as this instruction wants them, Inputs.swizzled. As many blocks as there are multiprocessors go over all of the output, so
- * that the next tiles arrive while the last are stored. On other GPUs these kernels are empty. */
-enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block, and so many warps that compute */
-template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
-    static const int PIECES = Stage<TYPE, GROUPS>::PIECES;
-    uint4  x[128 * 8];                  /* [token][8 pieces of 16 bytes] */
-    uint4  codes[WIDE_ROWS][PIECES][32];
-    float4 x_scales[GROUPS][64];        /* (scale, sum) of two tokens */
-    uint2  w_scales[WIDE_ROWS][GROUPS][8];
-};
-
-#if HAS_WGMMA
-/* Stages in shared memory that one or two threads fill, ahead, with copies that need no thread once they are begun, and others
- * read: a step's is step % STAGES. Barriers tell when all bytes of a stage have come and when all threads have read them. Copies
- * may report to the first before announce(): it cannot open without that. */
-template <int STAGES> struct Pipeline {
-    uint32_t full, empty;               /* shared addresses: of STAGES barriers each */
-
-    __device__ inline void start(uint64_t *barriers, int readers) {
-        full = shared_address(barriers);
-        asm volatile("" : "+r"(full));  /* in a register: else each step asks a slow one, of the block's number in its cluster */
-        empty = full + 8 * STAGES;
-        for (int i = 0; i < STAGES && threadIdx.x == 0; i++)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], %2;"
-                         ::"r"(full + 8 * i), "r"(empty + 8 * i), "r"(readers));
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        __syncthreads();
-    }
-    static __device__ inline void await(uint32_t barrier, int phase) {      /* until it has ended its phase of this parity */
-        uint32_t done = 0;
-        while (!done)
-            asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                         : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
-    }
-    __device__ inline uint32_t full_at(unsigned step) const { return full + 8 * (step % STAGES); }  /* what copies report to */
-    __device__ inline void wait_empty(unsigned step) const {
-        if (step >= STAGES) await(empty + 8 * (step % STAGES), (step / STAGES - 1) & 1);
-    }
-    __device__ inline void announce(unsigned step, int bytes) const {       /* so many bytes, once it is empty */
-        wait_empty(step);
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full_at(step)), "r"(bytes) : "memory");
-    }
-    __device__ inline void wait_full(unsigned step) const { await(full_at(step), step / STAGES & 1); }
-    __device__ inline void release(unsigned step) const {
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * (step % STAGES)) : "memory");
-    }
-};
-
-__device__ inline void bulk_copy(void *to, const void *from, int bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-/* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, 16 of each warp as for mma_codes, and b of 32 columns by
- * 128 tokens in shared memory. Of 8 tokens a thread has four sums, as mma_codes gives them. Runs on by itself. */
-__device__ inline void start_wgmma(int sum[16][4], const uint32_t a[4], uint64_t b, int more) {
-#define SUM(t) "+r"(sum[t][0]), "+r"(sum[t][1]), "+r"(sum[t][2]), "+r"(sum[t][3])
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
-                 "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "{%64, %65, %66, %67}, %68, p;}"
-                 : SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7),
-                   SUM(8), SUM(9), SUM(10), SUM(11), SUM(12), SUM(13), SUM(14), SUM(15)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
-#undef SUM
-}
-__device__ inline void wait_wgmma(int sum[16][4]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    UNROLL for (int i = 0; i < 64; i++) asm volatile("" : "+r"(sum[i / 4][i % 4]));    /* not to be read before */
-}
-
-/* Where a tile of 8 rows or tokens of 128 bytes begins in shared memory; the next 8 are 1,024 bytes on (PTX ISA, wgmma, matrix
- * descriptor, in units of 16 bytes, swizzled by 128). */
-__device__ inline uint64_t descriptor(uint32_t address) { return (uint64_t)(address >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
-#endif
-
-template <int TYPE, int GROUPS>
-__global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *out, Weights w, Inputs in, int n) {
-#if HAS_WGMMA
-    typedef Wide<TYPE, GROUPS> OneStage;
-    extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ uint64_t barriers[2 * WIDE_STAGES];
-    uint32_t first_stage = shared_address(shared);
-    asm volatile("" : "+r"(first_stage));           /* in a register, as Pipeline's */
-    OneStage *stages = (OneStage *)__cvta_shared_to_generic(first_stage);
-    const int COUNT = 4 / GROUPS;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    unsigned step = 0;
-    int token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS;
-    Pipeline<WIDE_STAGES> pipeline;
-    pipeline.start(barriers, 32 * WIDE_ROWS);
-    if (warp >= WIDE_ROWS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");    /* for the others */
-        wait_for_inputs();              /* the others need not: what they read comes from here, and then they store */
-        /* the thread that fetches */
-        for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)
-            for (int k = 0; k < w.column_tiles; k++, step++) {
-                OneStage *s = stages + step % WIDE_STAGES;
-                uint32_t barrier = pipeline.full_at(step);
-                size_t tile = tile_index(w, block / token_blocks * WIDE_ROWS, k), token = block % token_blocks * 128;
-                pipeline.announce(step, (int)(sizeof s->x + sizeof s->codes + sizeof s->x_scales + sizeof s->w_scales));
-                bulk_copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS, sizeof s->x, barrier);
-                bulk_copy(s->codes, w.codes + tile * (OneStage::PIECES * 32), sizeof s->codes, barrier);
-                bulk_copy(s->w_scales, w.scales + tile * (GROUPS * 16), sizeof s->w_scales, barrier);
-                for (int g = 0; g < GROUPS; g++)
-                    bulk_copy(s->x_scales[g], in.scale + ((size_t)k * GROUPS + g) * in.stride + token, sizeof s->x_scales[g],
-                              barrier);
-            }
-        return;
-    }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
-        float total[16][4] = {};
-        Stage<TYPE, GROUPS> weights;
-        auto load = [&](unsigned step) {            /* this warp's weights, once they have come */
-            const OneStage *s = stages + step % WIDE_STAGES;
-            pipeline.wait_full(step);
-            UNROLL for (int p = 0; p < OneStage::PIECES; p++) weights.codes[0][p] = s->codes[warp][p][lane];
-            UNROLL for (int g = 0; g < GROUPS; g++) weights.scales[0][g] = s->w_scales[warp][g][lane / 4];
-        };
-        load(step);
-        for (int k = 0; k < w.column_tiles; k++, step++) {
-            const OneStage *s = stages + step % WIDE_STAGES;
-            uint32_t a[4][4];
-            float2 rows[GROUPS][2];
-            uint64_t b = descriptor(shared_address(s->x));
-            weights.unpack(a, 0);
-            UNROLL for (int i = 0; i < 2 * GROUPS; i++)
-                rows[i / 2][i % 2] = __half22float2(((const __half2 *)weights.scales[0])[i]);
-            UNROLL for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));   /* before the first instruction */
-            UNROLL for (int g = 0; g < GROUPS; g++) {
-                int sum[16][4];
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                UNROLL for (int i = 0; i < COUNT; i++) start_wgmma(sum, a[g * COUNT + i], b + (g * COUNT + i) * 2, i);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                /* meanwhile; but q8's codes are what the instructions read, and ptxas gives their registers to the next at once */
-                if (TYPE != Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
-                wait_wgmma(sum);
-                if (TYPE == Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
-                UNROLL for (int t = 0; t < 16; t++) {
-                    float4 tokens = s->x_scales[g][t * 4 + lane % 4];
-                    UNROLL for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[g][h], tokens, sum[t] + 2 * h);
-                }
-            }
-            pipeline.release(step);
-        }
-        store<TYPE, 16>(out, w, in, total, 1, block / token_blocks * WIDE_ROWS + warp, block % token_blocks * 128, n);
-    }
-#endif
-}
-
-/* For decoding with FP16 weights. Weights and activations lie in shared memory as wgmma reads them, and no other instruction sees
- * them: a thread asks for boxes of up to 128 rows by 64 columns, as far ahead as there is room, the first before the kernel before
- * this one has ended; another for the activations. Two groups of four warps have 64 rows each. At most as many blocks as there are
- * multiprocessors go over all pairs of a part of the columns and the rows of a box. n: up to 8 TILES. */
-template <int TILES> struct Halves {                /* a stage */
-    uint4 w[128 * 8], x[TILES * 8 * 8];             /* [row], [token] of 8 pieces of 16 bytes */
-    static const int STAGES = 184 / (16 + TILES);   /* of KB: over 40 are left for a block of attention to wait in */
-};
-#if HAS_WGMMA
-/* sum = (more ? sum : 0) + a b for a of 64 rows by 16 columns of halves and b of 16 columns by 32 or 64 tokens, both in shared
- * memory. The sums of 8 tokens are spread as mma_halves gives them. Runs on by itself. */
-#define SUM(t) "+f"(sum[t][0]), "+f"(sum[t][1]), "+f"(sum[t][2]), "+f"(sum[t][3])
-#define SIXTEEN "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-__device__ inline void start_wgmma(float (&sum)[4][4], uint64_t a, uint64_t b, int more) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-                 "{" SIXTEEN "}, %16, %17, p, 1, 1, 0, 0;}"
-                 : SUM(0), SUM(1), SUM(2), SUM(3) : "l"(a), "l"(b), "r"(more));
-}
-__device__ inline void start_wgmma(float (&sum)[8][4], uint64_t a, uint64_t b, int more) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-                 "{" SIXTEEN ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, "
-                 "1, 1, 0, 0;}"
-                 : SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7) : "l"(a), "l"(b), "r"(more));
-}
-#undef SUM
-#undef SIXTEEN
-#endif
-
-template <int TILES>
-__global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1)
-product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n, int parts) {
-#if HAS_WGMMA
-    typedef Halves<TILES> OneStage;
-    extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ uint64_t barriers[2 * OneStage::STAGES];
-    OneStage *stages = (OneStage *)shared;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = 2 * w.column_tiles;
-    int row_blocks = (w.row_tiles + w.block_tiles - 1) / w.block_tiles;
-    unsigned step = 0;
-    float sum[TILES][4];
-    Pipeline<OneStage::STAGES> pipeline;
-    pipeline.start(barriers, 32 * WIDE_ROWS);
-    bool fetches = warp >= WIDE_ROWS, fetches_weights = warp == WIDE_ROWS;
-    if (fetches && lane) return;
-    if (fetches_weights) cudaTriggerProgrammaticLaunchCompletion();
-    else wait_for_inputs();
-    for (int block = blockIdx.x; block < row_blocks * parts; block += gridDim.x) {
-        int row_tile = block % row_blocks * w.block_tiles, part = block / row_blocks;
-        int first = (int)((long long)all * part / parts), end = (int)((long long)all * (part + 1) / parts);
-        for (int k = first; k < end; k++, step++) {
-            OneStage &s = stages[step % OneStage::STAGES];
-            if (fetches_weights) {
-                pipeline.announce(step, w.block_tiles * 2048 + (int)sizeof s.x);
-                asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                             "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(s.w)), "l"(&w.map), "r"(k * 64), "r"(0),
-                             "r"(row_tile), "r"(pipeline.full_at(step)) : "memory");
-            } else if (fetches) {
-                pipeline.wait_empty(step);
-                bulk_copy(s.x, in.halves + (size_t)k * in.stride * 64, sizeof s.x, pipeline.full_at(step));
-            } else {
-                uint64_t a = descriptor(shared_address(s.w) + warp / 4 * 8192), b = descriptor(shared_address(s.x));
-                pipeline.wait_full(step);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                UNROLL for (int i = 0; i < 4; i++) start_wgmma(sum, a + 2 * i, b + 2 * i, k > first || i);
-                asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                UNROLL for (int i = 0; i < 4 * TILES; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
-                pipeline.release(step);
-            }
-        }
-        row_tile += warp;
-        if (fetches || warp >= w.block_tiles || row_tile >= w.row_tiles) continue;
-        store<F16, TILES>(out + (size_t)part * n * w.row_tiles * 16, w, in, sum, 1, row_tile, 0, n);
-    }
-#endif
-}
-
-/* ---- end of what may be skipped */
+#include "hopper.h"      /* products on a Hopper; skip it on a first reading */
 
 /* cuBLAS, for prefill with FP16 weights, if it is installed (it is part of the toolkit); opened when needed, so that nothing must
  * be linked. */
@@ -988,7 +719,7 @@ typedef struct {
     int first, n;                       /* the i-th run of tokens, a tile of queries of attention: its first, and how many */
     int wanted;                         /* the i-th token whose logits are wanted */
     double random;                      /* what its next id is drawn with */
-} Row;
+} Entry;
 
 /* The largest of x, or the sum, over the threads that have a group of activations, 4 each. */
 __device__ inline int over_group(int x, bool largest, int group) {
@@ -1043,27 +774,27 @@ __device__ inline float block_sum(float x) {
 /* x[token] = the embedding's row; rotations[token] = cos and sin of RoPE's angles. blockIdx.x: the token; y: 0 for the angles, else
  * a part of the row, so that neither waits for the other. */
 enum { ROW_BLOCKS = 8 };
-__global__ void embed(float *x, float2 *rotations, const Row *rows, Weights w, const double *frequencies, int half) {
+__global__ void embed(float *x, float2 *rotations, const Entry *entries, Weights w, const double *frequencies, int half) {
     wait_for_inputs();
     int token = blockIdx.x, first = ((int)blockIdx.y - 1) * blockDim.x + threadIdx.x;
     for (int i = first; blockIdx.y && i < w.cols; i += ROW_BLOCKS * blockDim.x)
-        x[(size_t)token * w.column_tiles * COLUMNS + i] = weight_at(w, rows[token].id, i);
+        x[(size_t)token * w.column_tiles * COLUMNS + i] = weight_at(w, entries[token].id, i);
     for (int i = threadIdx.x; blockIdx.y == 0 && i < half; i += blockDim.x) {
         double sine, cosine;
-        sincos(rows[token].pos * frequencies[i], &sine, &cosine);
+        sincos(entries[token].pos * frequencies[i], &sine, &cosine);
         rotations[(size_t)token * half + i] = make_float2((float)cosine, (float)sine);
     }
 }
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or for each of `wanted`: WARPS
  * warps, each with every WARPS-th tile of columns, TILES at most. What counts here is the time until an answer comes: all that is
- * read of a tile, or of two, is asked for before any of it is used. PARTS: as many as there can be; one in a prefill, where two
- * blocks fit on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
+ * read of a tile, or of two, is asked for before any of it is used. PARTS: as many as there can be; or one, for a prefill, two
+ * blocks of which then fit on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
 enum { MAX_DIM = 16384 };
 template <int WARPS, int TILES, int PARTS>
 __global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 2 : 1)
-norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, int dim, float eps, Inputs in, Weights w,
-           const Row *wanted) {
+norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, float eps, Inputs in, Weights w,
+           const Entry *wanted) {
     const int STEP = WARPS * COLUMNS, TOGETHER = TILES < 2 ? TILES : 2;
     int warp = threadIdx.x / 32, n_tiles = (w.column_tiles - warp + WARPS - 1) / WARPS;
     auto load = [](const float *from, bool there) { return there ? *(const float4 *)from : make_float4(0, 0, 0, 0); };
@@ -1087,7 +818,7 @@ norm_input(float *x, const float *parts, int n_parts, int n, const float *weight
             squares += (sum.x * sum.x + sum.y * sum.y) + (sum.z * sum.z + sum.w * sum.w);
         }
     }
-    float scale = 1.0f / sqrtf(block_sum(squares) / (float)dim + eps);
+    float scale = rsqrtf(block_sum(squares) / (float)w.cols + eps);
     UNROLL for (int i = 0; i < TILES; i++) {
         if (i >= n_tiles) break;
         *(float4 *)(x + first + i * STEP) = v[i];
@@ -1134,13 +865,12 @@ struct HeadPairs {
             x[j] = make_float2(sum.x * turn[j].x - sum.y * turn[j].y, sum.y * turn[j].x + sum.x * turn[j].y);
         }
     }
+    template <class Use> __device__ inline void each(const Heads &c, Use use) const {       /* use(element, its value) */
+        for (int j = 0, i = threadIdx.x % 32; j < 2; j++, i += 32)
+            if (i < c.head_dim / 2) { use(i, x[j].x); use(i + c.head_dim / 2, x[j].y); }
+    }
     __device__ inline void store_query(__half *to, const Heads &c) const {
-        for (int j = 0; j < 2; j++) {
-            int i = threadIdx.x % 32 + 32 * j;
-            if (i >= c.head_dim / 2) continue;
-            to[i] = to_half(x[j].x * c.query_scale);
-            to[i + c.head_dim / 2] = to_half(x[j].y * c.query_scale);
-        }
+        each(c, [&](int i, float v) { to[i] = to_half(v * c.query_scale); });
     }
     /* Puts a key or value (head: from n_heads on) where attention reads it; keys, values: the slot's. */
     template <class E>
@@ -1156,45 +886,37 @@ struct HeadPairs {
             inverse = __half2float(scale) > 0 ? 1 / __half2float(scale) : 0;
             if (threadIdx.x % 32 == 0) ((__half *)(block + 32 * c.width))[at] = scale;
         }
-        for (int j = 0; j < 2; j++)
-            for (int second = 0; second < 2; second++) {
-                int i = threadIdx.x % 32 + 32 * j + second * c.head_dim / 2;
-                float v = second ? x[j].y : x[j].x;
-                if (threadIdx.x % 32 + 32 * j >= c.head_dim / 2) continue;
-                size_t to = key ? at * c.width + i : i * 32 + at;
-                if (sizeof(E) == 1) block[to] = (unsigned char)(128 + __float2int_rn(fminf(fmaxf(v * inverse, -127.0f), 127.0f)));
-                else ((__half *)block)[to] = to_half(v);
-            }
+        each(c, [&](int i, float v) {
+            size_t to = key ? at * c.width + i : i * 32 + at;
+            if (sizeof(E) == 1) block[to] = (unsigned char)(128 + __float2int_rn(fminf(fmaxf(v * inverse, -127.0f), 127.0f)));
+            else ((__half *)block)[to] = to_half(v);
+        });
     }
 };
 
 /* What attention starts from, in a prefill. A warp for each head, 8 in a block; blockIdx.y: the token. */
 template <class E>
 __global__ void rope_and_cache(__half *queries, unsigned char *keys, unsigned char *values, Product qkv, int n,
-                               const float2 *rotations, const Row *rows, Heads c) {
+                               const float2 *rotations, const Entry *entries, Heads c) {
     wait_for_inputs();
     int head = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
     if (head >= c.n_heads + 2 * c.n_kv_heads) return;
     HeadPairs pairs(qkv, n, rotations, token, head, c);
-    size_t slot = rows[token].slot * c.n_kv_heads * c.cache;
+    size_t slot = entries[token].slot * c.n_kv_heads * c.cache;
     if (head < c.n_heads) pairs.store_query(queries + ((size_t)token * c.n_heads + head) * c.width, c);
-    else pairs.store<E>(keys + slot, values + slot, rows[token].pos, head, c);
+    else pairs.store<E>(keys + slot, values + slot, entries[token].pos, head, c);
 }
 
-/* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. With `pairs` they are what cuBLAS
- * made of w13, [n][pairs], after each gate what it is multiplied with. A warp for each tile of columns, 8 in a block;
- * blockIdx.y: the token. */
-__global__ void quantize_input(const float *from, Inputs in, Weights w, int pairs) {
+/* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. pairs: they are what cuBLAS made of
+ * w13, twice as many, after each gate what it is multiplied with. A warp for each tile of columns, 8 in a block; blockIdx.y: the
+ * token. */
+__global__ void quantize_input(const float *from, Inputs in, Weights w, bool pairs) {
     wait_for_inputs();
-    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y, at = tile * COLUMNS + threadIdx.x % 32 * 4;
+    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
     if (tile >= w.column_tiles) return;
-    float4 x = make_float4(0, 0, 0, 0);
-    if (!pairs) x = *(const float4 *)(from + (size_t)token * w.column_tiles * COLUMNS + at);
-    else if (2 * at < pairs) {
-        const float4 *two = (const float4 *)(from + (size_t)token * pairs + 2 * at);
-        float4 y = two[0], z = two[1];
-        x = make_float4(silu(y.x) * y.y, silu(y.z) * y.w, silu(z.x) * z.y, silu(z.z) * z.w);
-    }
+    const float4 *at = (const float4 *)from + (((size_t)token * w.column_tiles + tile) * 32 + threadIdx.x % 32) * (1 + pairs);
+    float4 x = at[0], y = at[pairs];
+    if (pairs) x = make_float4(silu(x.x) * x.y, silu(x.z) * x.w, silu(y.x) * y.y, silu(y.z) * y.w);
     write_inputs(in, w, token, tile, x);
 }
 
@@ -1220,7 +942,7 @@ __global__ void attention_input(const float *spans, const float2 *softmax, int n
             x = fmaf(share, of_head[s * step * c.width], x);
             sum = fmaf(share, of.y, sum);
         }
-        out[i] = x / sum;
+        out[i] = x * (1.0f / sum);      /* as where attention does it itself */
     }
     write_inputs(in, w, token, tile, make_float4(out[0], out[1], out[2], out[3]));
 }
@@ -1234,11 +956,11 @@ __device__ inline int first_position(int pos, int window) { return window && pos
  * keys. */
 template <class E>
 __global__ void attention_plain(float *out, float2 *softmax, const __half *queries, const unsigned char *keys,
-                                const unsigned char *values, const Row *rows, int n, Heads c) {
+                                const unsigned char *values, const Entry *entries, int n, Heads c) {
     int at = blockIdx.x * blockDim.x + threadIdx.x, token = at / c.n_heads, head = at % c.n_heads;
     if (token >= n) return;
     const __half *q = queries + (size_t)at * c.width;
-    size_t cache = ((size_t)rows[token].slot * c.n_kv_heads + head / c.group) * c.cache;
+    size_t cache = ((size_t)entries[token].slot * c.n_kv_heads + head / c.group) * c.cache;
     auto element = [&](const unsigned char *of, int p, int i) {
         const unsigned char *block = of + cache + p % c.ring / 32 * block_bytes<E>(c.width);
         return sizeof(E) == 1 ? __half2float(((const __half *)(block + 32 * c.width))[p % 32]) * (block[i] - 128)
@@ -1247,7 +969,7 @@ __global__ void attention_plain(float *out, float2 *softmax, const __half *queri
     float max = -INFINITY, sum = 0;
     for (int d = 0; d < c.head_dim; d++) out[(size_t)at * c.width + d] = 0;
     for (int pass = 0; pass < 2; pass++)
-        for (int p = first_position(rows[token].pos, c.window); p <= rows[token].pos; p++) {
+        for (int p = first_position(entries[token].pos, c.window); p <= entries[token].pos; p++) {
             float score = 0;
             for (int d = 0; d < c.head_dim; d++) score += __half2float(q[d]) * element(keys, p, p % 32 * c.width + d);
             if (pass == 0) { max = fmaxf(max, score); continue; }
@@ -1267,8 +989,6 @@ __device__ inline uint4 eight_halves(uint2 x) {
     for (int i = 0; i < 4; i++) *(__half2 *)&words[i] = __hsub2(*(__half2 *)&words[i], zero);
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
-template <class E> struct Eight { typedef uint4 Type; };
-template <> struct Eight<uint8_t> { typedef uint2 Type; };
 
 /* A warp takes 16 queries - neighbouring tokens of a sequence, and the heads that share a key head - and goes over their keys by
  * 32, with a running maximum (FlashAttention-2, Dao 2023). Scores and values are two products on the tensor cores: what the first
@@ -1296,7 +1016,7 @@ template <int WIDTH, class E> struct Attention {
      * pos[1]. */
     __device__ inline void add(const unsigned char *keys, const unsigned char *values, int ring, int start, const int first[2],
                                const int pos[2]) {
-        typedef typename Eight<E>::Type Eights;
+        typedef std::conditional_t<sizeof(E) == 1, uint2, uint4> Eights;
         int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
         size_t block = start % ring / 32 * block_bytes<E>(WIDTH);
         const E *k = (const E *)(keys + block), *v = (const E *)(values + block);
@@ -1371,24 +1091,24 @@ __device__ inline void write_heads(Inputs in, const Weights &wo, int token, int 
     }
 }
 
-/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is the tokens of run i / parts with the heads of
- * part i % parts, 16 at most. The result goes into the product with wo if `fused`; else to out, [n][n_heads][WIDTH], and softmax,
- * [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
+/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is the tokens of run i / head_parts with the heads
+ * of part i % head_parts, 16 at most. The result goes into the product with wo if `fused`; else to out, [n][n_heads][WIDTH], and
+ * softmax, [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
 template <int WIDTH, class E>
 __global__ void __launch_bounds__(128, 1)
 attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
-                  const Row *rows, int n_tiles, int parts, Heads c, Inputs in, Weights wo, bool fused) {
+                  const Entry *entries, int n_runs, int head_parts, Heads c, Inputs in, Weights wo, bool fused) {
     __shared__ float4 room[4][16][WIDTH / 4 + 1];
     wait_for_inputs();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, index = blockIdx.x * 4 + warp;
     int heads = min(c.group, 16), kv_head = blockIdx.y;
-    if (index >= n_tiles * parts) return;
-    Row run = rows[index / parts], at_first = rows[run.first];
+    if (index >= n_runs * head_parts) return;
+    Entry run = entries[index / head_parts], at_first = entries[run.first];
     size_t cache = ((size_t)at_first.slot * c.n_kv_heads + kv_head) * c.cache;
     const __half *query[2];
     int pos[2], first[2], head[2];      /* of row g, row g + 8; where their output goes, in heads, or -1 */
     UNROLL for (int h = 0; h < 2; h++) {
-        int row = lane / 4 + 8 * h, of_tile = min(row / heads, run.n - 1), of_group = index % parts * heads + row % heads;
+        int row = lane / 4 + 8 * h, of_tile = min(row / heads, run.n - 1), of_group = index % head_parts * heads + row % heads;
         bool valid = row < run.n * heads && of_group < c.group;
         pos[h] = at_first.pos + of_tile;
         first[h] = first_position(pos[h], c.window);
@@ -1423,19 +1143,19 @@ __host__ __device__ constexpr int decode_heads(int warps) { return 64 / warps; }
 template <int WIDTH, class E, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS)
 attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, unsigned char *keys, unsigned char *values,
-                 const Row *rows, int n, int parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
+                 const Entry *entries, int n, int head_parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
     const int HEADS = decode_heads(WARPS), THREADS = 32 * WARPS;
     __shared__ __align__(16) __half query[HEADS][WIDTH];
     __shared__ __align__(16) float shared_out[WARPS][HEADS][WIDTH + 4];
     __shared__ float2 shared_softmax[WARPS][HEADS];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / parts, kv_head = blockIdx.y;
-    int first_head = kv_head * c.group + (int)blockIdx.x % parts * HEADS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / head_parts, kv_head = blockIdx.y;
+    int first_head = kv_head * c.group + (int)blockIdx.x % head_parts * HEADS;
     int n_heads = min(HEADS, (kv_head + 1) * c.group - first_head);
-    int pos = rows[token].pos, from = first_position(pos, c.window), to = pos + 1;      /* no kernel writes rows */
+    int pos = entries[token].pos, from = first_position(pos, c.window), to = pos + 1;      /* no kernel writes entries */
     int start = (from / span + (int)blockIdx.z) * span;
     from = max(from, start);
     to = min(to, start + span);
-    size_t slot = rows[token].slot * c.n_kv_heads * c.cache, of_head = slot + kv_head * c.cache;
+    size_t slot = entries[token].slot * c.n_kv_heads * c.cache, of_head = slot + kv_head * c.cache;
     bool last = from <= pos && pos < to;
 
     wait_for_inputs();
@@ -1521,10 +1241,10 @@ __device__ inline Mass scan(Mass x, Mass *all) {
 
 /* The next id, as sample() in run.c finds it; a block of 1,024 threads for each wanted token. logits: [n][width], overwritten. */
 __global__ void __launch_bounds__(1024)
-sample_kernel(float *logits, int width, int vocab, float temperature, float top_p, const Row *rows, int *ids) {
+sample_kernel(float *logits, int width, int vocab, float temperature, float top_p, const Entry *entries, int *ids) {
     __shared__ uint32_t low[1024], high[1024];      /* a digit's mass, 32 bits each: shared memory adds these in one go */
-    __shared__ Mass best_of[32], above_shared;
-    __shared__ int digit_shared;
+    __shared__ Mass best_of[32], above_shared, before_reached, equal_before;
+    __shared__ int digit_shared, reached;
     wait_for_inputs();
     float *p = logits + (size_t)blockIdx.x * width;
     int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -1540,7 +1260,7 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
     __syncthreads();
     for (int w = 0; w < 32; w++) best = best_of[w] > best ? best_of[w] : best;
     int top = (int)(0xffffffffu - (uint32_t)best);
-    if (thread == 0) ids[blockIdx.x] = top;
+    if (thread == 0) { ids[blockIdx.x] = top; reached = 0; }
     if (temperature == 0 || top_p == 0) return;
 
     float max = p[top], scale = 1.0f / temperature;
@@ -1575,35 +1295,37 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
         above = above_shared;
         __syncthreads();
     }
-    /* in the order of ids: all with a larger probability, and as many of just this one as are needed */
+    /* In the order of ids: all with a larger probability, and as many of just this one as are needed. First what each warp has of
+     * both, then, of the warp where the mass reaches r, a thread for each id. */
     Mass each = (Mass)(__uint_as_float(smallest) * 0x1p40f);
     Mass wanted = top_p < 1 && each ? (limit - above + each - 1) / each : (Mass)vocab;
     int chunk = (vocab + 1023) / 1024 * 32, from = min(warp * chunk, vocab), to = min(from + chunk, vocab);     /* a warp's */
-    Mass equal = 0, seen = 0;           /* ids of just this probability: the warp's; those before the next 32 */
-    auto next_mass = [&](int i) {       /* of id i if it is in; for the 32 threads of a warp at once */
-        uint32_t bits = i < to ? __float_as_uint(p[i]) : 0, equals = __ballot_sync(~0u, i < to && bits == smallest);
-        Mass rank = seen + __popc(equals & ((1u << lane) - 1));
-        seen += __popc(equals);
-        return i < to && (bits > smallest || (bits == smallest && rank < wanted)) ? (Mass)(__uint_as_float(bits) * 0x1p40f) : 0;
-    };
+    Mass larger = 0, equal = 0, all_larger, all_equal;
 #pragma unroll 8
-    for (int at = from; at < to; at += 32)
-        equal += __popc(__ballot_sync(~0u, at + lane < to && __float_as_uint(p[at + lane]) == smallest));
-    Mass equal_before = scan(lane ? 0 : equal, &all) - equal;
-    mine = 0;
-    seen = equal_before;
-#pragma unroll 8
-    for (int at = from; at < to; at += 32) mine += next_mass(at + lane);
-    Mass until = __shfl_sync(~0u, scan(mine, &all), 31), passed = until - __shfl_sync(~0u, warp_scan(mine), 31);
-    Mass r = (Mass)(rows[blockIdx.x].random * (double)all);
-    if (r < passed || r >= until) return;
-    seen = equal_before;
-    for (int at = from; at < to; at += 32) {
-        Mass sum = passed + warp_scan(next_mass(at + lane));
-        uint32_t beyond = __ballot_sync(~0u, sum > r);
-        if (beyond && lane == __ffs(beyond) - 1) ids[blockIdx.x] = at + lane;
-        if (beyond) return;
-        passed = __shfl_sync(~0u, sum, 31);
+    for (int i = from + lane; i < to; i += 32) {
+        uint32_t bits = __float_as_uint(p[i]);
+        larger += bits > smallest ? (Mass)(p[i] * 0x1p40f) : 0;
+        equal += bits == smallest;
+    }
+    Mass larger_to = scan(larger, &all_larger), equal_to = scan(equal, &all_equal);
+    auto in_set = [&](Mass larger, Mass equal) { return larger + (equal < wanted ? equal : wanted) * each; };
+    Mass r = (Mass)(entries[blockIdx.x].random * (double)in_set(all_larger, all_equal));
+    Mass before = in_set(larger_to - larger, equal_to - equal);
+    if (lane == 0 && before <= r) atomicMax(&reached, warp);
+    __syncthreads();
+    if (lane == 0 && warp == reached) { before_reached = before; equal_before = equal_to - equal; }
+    __syncthreads();
+    from = reached * chunk;
+    to = min(from + chunk, vocab);
+    for (Mass passed = before_reached, seen = equal_before; from < to && passed <= r; from += 1024) {
+        int i = from + thread;
+        uint32_t bits = i < to ? __float_as_uint(p[i]) : 0;
+        Mass is_equal = i < to && bits == smallest, rank = seen + scan(is_equal, &all_equal) - is_equal;
+        Mass own = (i < to && bits > smallest) || (is_equal && rank < wanted) ? (Mass)(__uint_as_float(bits) * 0x1p40f) : 0;
+        Mass sum = passed + scan(own, &all_larger);
+        if (sum > r && sum - own <= r) ids[blockIdx.x] = i;
+        seen += all_equal;
+        passed += all_larger;
     }
 }
 
@@ -1628,13 +1350,14 @@ typedef struct {
     unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * kv_row bytes] */
     double  *frequencies;
     Inputs   in;
-    Row     *rows, *rows_host;          /* on the device; in the host's memory, which both can reach */
+    Entry   *entries, *entries_host;    /* on the device; in the host's memory, which both can reach */
     int     *ids;                       /* the next ones, likewise */
     size_t   logits_room;               /* tokens */
     int      span, max_spans;           /* positions that a block of decoding attention takes; most of them in a ring */
-    int      n, n_want, n_tiles, n_spans;       /* of this step: tokens; wanted ones; runs; spans, if it is decoding */
-    struct { cudaGraphExec_t exec; int n_spans; float temperature, top_p; double bytes; } *graphs;      /* [n_slots + 1]: decoding
-                                           steps of so many tokens, what they were recorded with, and what they read */
+    int      n, n_want, n_runs, n_spans;       /* of this step: tokens; wanted ones; runs; spans, if it is decoding */
+    struct { cudaGraphExec_t exec; const float *logits; int n_spans; float temperature, top_p; double bytes; } *graphs;
+                                        /* [n_slots + 1]: decoding steps of so many tokens, what they were recorded with, and what
+                                           they read */
     struct { cudaEvent_t at; int operation; } *events;          /* of -P: after each launch */
     size_t   n_events, events_room;
     bool     profiled;
@@ -1671,49 +1394,34 @@ static int token_tiles(const State *s) {
     return !s->decoding || n > 64 ? 16 : n > 32 ? 8 : n > 16 ? 4 : n > 8 ? 2 : 1;
 }
 
-/* Whether product_wide or product_halves makes the product with w; how its inputs are to lie. */
-static bool uses_wgmma(const State *s, const Weights &w) {
-    int tiles = token_tiles(s);
-    return ((const Device *)s->device)->wgmma && (w.type == F16 ? tiles > 1 && tiles < 16 : tiles == 16);
-}
+/* Where a product with w finds its inputs, and how they lie: swizzled if product_wide or product_halves makes it. */
 static Inputs inputs(const State *s, const Weights &w) {
-    Inputs in = ((const Device *)s->device)->in;
-    in.swizzled = uses_wgmma(s, w);
+    const Device *d = (const Device *)s->device;
+    int tiles = token_tiles(s);
+    Inputs in = d->in;
+    in.swizzled = d->wgmma && (w.type == F16 ? tiles > 1 && tiles < 16 : tiles == 16);
     return in;
 }
 
 template <int TYPE, int GROUPS>
-static void launch_product(State *s, int operation, float *out, const Weights &w, Inputs in, int parts, int n) {
-    const int WIDE = TYPE == F16 ? Q8 : TYPE;       /* never F16 */
+static void launch_product(State *s, int operation, float *out, const Weights &w, Inputs in, int n) {
+    const int CODES = TYPE == F16 ? Q8 : TYPE;      /* for product_wide, which is given no FP16, but must compile */
     Device *d = (Device *)s->device;
     int tiles = token_tiles(s), token_blocks = (n + 8 * tiles - 1) / (8 * tiles), row_blocks = w.row_tiles / 8;
     auto kernel = tiles == 1 ? product_few<TYPE, GROUPS> : tiles == 2 ? product_many<TYPE, GROUPS, 2>
                 : tiles == 4 ? product_many<TYPE, GROUPS, 4> : tiles == 8 ? product_many<TYPE, GROUPS, 8>
                 : product_many<TYPE, GROUPS, 16>;
-    Grid grid = {dim3(token_blocks, row_blocks, parts), 256};
-    if (tiles == 1) grid = {dim3(4 * row_blocks, parts), w.units ? 128 : 256};
-    if (in.swizzled) {
-        kernel = product_wide<WIDE, GROUPS>;
-        grid = {min(d->multiprocessors, token_blocks * row_blocks), WIDE_ROWS * 32 + 128, WIDE_STAGES * sizeof(Wide<WIDE, GROUPS>)};
+    Grid grid = {dim3(token_blocks, row_blocks, w.parts), 256};
+    if (tiles == 1) grid = {dim3(4 * row_blocks, w.parts), w.units ? 128 : 256};
+    if (in.swizzled && TYPE == F16) {
+        kernel = tiles == 2 ? product_halves<2> : tiles == 4 ? product_halves<4> : product_halves<8>;
+        grid = {min(d->multiprocessors, (int)ceil_div(w.row_tiles, w.block_tiles) * w.parts), WIDE_ROWS * 32 + 64, HALVES_ROOM};
+    } else if (in.swizzled) {
+        kernel = product_wide<CODES, GROUPS>;
+        grid = {min(d->multiprocessors, token_blocks * row_blocks), WIDE_ROWS * 32 + 128,
+                WIDE_STAGES * sizeof(Wide<CODES, GROUPS>)};
     }
     launch(d, operation, kernel, grid, out, w, in, n);
-}
-
-template <int TILES>
-static void launch_halves(Device *d, int operation, float *out, const Weights &w, Inputs in, int parts, int n) {
-    size_t room = Halves<TILES>::STAGES * sizeof(Halves<TILES>);
-    int blocks = min(d->multiprocessors, (int)ceil_div(w.row_tiles, w.block_tiles) * parts);
-    launch(d, operation, product_halves<TILES>, {blocks, WIDE_ROWS * 32 + 64, room}, out, w, in, n, parts);
-}
-
-/* Into how many parts the columns are cut so that there are two or three blocks for each multiprocessor, MAX_PARTS at most; for
- * product_halves as make_map chose. */
-static int product_parts(const State *s, const Weights &w) {
-    int tiles = token_tiles(s), held = tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3;
-    if (w.type == F16 && uses_wgmma(s, w)) return w.parts;
-    int parts = held * ((const Device *)s->device)->multiprocessors / (w.row_tiles / (tiles == 1 ? 2 : 8));
-    parts = min(min(parts, w.column_tiles / 4), (int)MAX_PARTS);
-    return tiles == 16 || parts < 1 ? 1 : parts;
 }
 
 /* Whether a product is given to cuBLAS, which knows no SwiGLU: w13's comes out as it is, in d->parts. */
@@ -1721,24 +1429,26 @@ static bool uses_cublas(const State *s, const Weights &w) {
     return w.type == F16 && !s->decoding && open_cublas(((const Device *)s->device)->stream);
 }
 
-/* out: [parts][n][w.row_tiles * 16], or of w13 SwiGLU's, as store() leaves it; returns the number of parts. */
+/* out: [parts][n][w.row_tiles * 16], or of w13 SwiGLU's, as store() leaves it; returns the number of parts: so many that there are
+ * two or three blocks for each multiprocessor, or, for product_halves, as make_map chose. */
 static int device_product(State *s, int operation, float *out, const Weights &w, Inputs in, int n) {
-    static void (*const LAUNCH[][3])(State *, int, float *, const Weights &, Inputs, int, int) = {      /* groups of 32, 64, 128 */
+    static void (*const LAUNCH[][3])(State *, int, float *, const Weights &, Inputs, int) = {       /* groups of 32, 64, 128 */
         {NULL, NULL, launch_product<F16, 1>}, {launch_product<Q8, 4>, launch_product<Q8, 2>, launch_product<Q8, 1>},
         {launch_product<Q4, 4>, launch_product<Q4, 2>, launch_product<Q4, 1>},
         {launch_product<NF4, 4>, launch_product<NF4, 2>, launch_product<NF4, 1>}};
     Device *d = (Device *)s->device;
-    int parts = w.units || operation == CLASSIFIER ? 1 : product_parts(s, w);
     Profile *p = &s->profile[operation];
     p->operations += 2.0 * n * w.rows * w.cols;
     p->bytes += w.bytes;
     s->bytes += w.bytes;
-    if (!n) return parts;
     if (!uses_cublas(s, w)) {
-        if (w.type == F16 && in.swizzled)
-            (token_tiles(s) <= 4 ? launch_halves<4> : launch_halves<8>)(d, operation, out, w, in, parts, n);
-        else LAUNCH[w.type - F16][w.shift - 5](s, operation, out, w, in, parts, n);
-        return parts;
+        int tiles = token_tiles(s), held = tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3;
+        Weights cut = w;
+        if (w.type != F16 || !in.swizzled)
+            cut.parts = max(1, min(w.most_parts, held * d->multiprocessors / (w.row_tiles / (tiles == 1 ? 2 : 8))));
+        if (tiles == 16) cut.parts = 1;
+        LAUNCH[w.type - F16][w.shift - 5](s, operation, out, cut, in, n);
+        return cut.parts;
     }
     float one = 1, none = 0;
     int rows = w.row_tiles * 16, width = w.column_tiles * COLUMNS;
@@ -1760,20 +1470,20 @@ static void launch_attention(State *s, size_t layer, int n_parts) {
     Product qkv = {d->parts, n_parts, w.wqkv.row_tiles * 16};
     int n = d->n;
     bool fused = c.group * c.head_dim % COLUMNS == 0 && c.head_dim % 4 == 0;            /* its heads fill column tiles of wo */
-    bool few = s->n_slots * c.n_kv_heads <= (size_t)d->multiprocessors;                 /* each block has one of its own */
+    bool roomy = s->n_slots * c.n_kv_heads <= (size_t)d->multiprocessors;               /* each block has one of its own */
     if (s->decoding) {
-        int warps = few ? 8 : 4, parts = (int)ceil_div(c.group, decode_heads(warps));
-        fused = fused && d->n_spans == 1 && parts == 1;
-        launch(d, ATTENTION, few ? attention_decode<WIDTH, E, 8> : attention_decode<WIDTH, E, 4>,
-               {dim3(n * parts, c.n_kv_heads, d->n_spans), 32 * warps}, d->spans, d->softmax, qkv, d->rotations, keys, values,
-               d->rows, n, parts, d->span, c, inputs(s, w.wo), w.wo, fused);
+        int warps = roomy ? 8 : 4, head_parts = (int)ceil_div(c.group, decode_heads(warps));
+        fused = fused && d->n_spans == 1 && head_parts == 1;
+        launch(d, ATTENTION, roomy ? attention_decode<WIDTH, E, 8> : attention_decode<WIDTH, E, 4>,
+               {dim3(n * head_parts, c.n_kv_heads, d->n_spans), 32 * warps}, d->spans, d->softmax, qkv, d->rotations, keys, values,
+               d->entries, n, head_parts, d->span, c, inputs(s, w.wo), w.wo, fused);
     } else {
-        int parts = (int)ceil_div(c.group, 16);
-        fused = fused && parts == 1;
+        int head_parts = (int)ceil_div(c.group, 16);
+        fused = fused && head_parts == 1;
         launch(d, ROPE, rope_and_cache<E>, {dim3((c.n_heads + 2 * c.n_kv_heads + 7) / 8, n), 256}, d->queries, keys, values, qkv,
-               n, d->rotations, d->rows, c);
-        launch(d, ATTENTION, attention_prefill<WIDTH, E>, {dim3((d->n_tiles * parts + 3) / 4, c.n_kv_heads), 128}, d->spans,
-               d->softmax, d->queries, keys, values, d->rows, d->n_tiles, parts, c, inputs(s, w.wo), w.wo, fused);
+               n, d->rotations, d->entries, c);
+        launch(d, ATTENTION, attention_prefill<WIDTH, E>, {dim3((d->n_runs * head_parts + 3) / 4, c.n_kv_heads), 128}, d->spans,
+               d->softmax, d->queries, keys, values, d->entries, d->n_runs, head_parts, c, inputs(s, w.wo), w.wo, fused);
     }
     if (!fused)
         launch(d, ATTENTION, attention_input, {dim3((w.wo.column_tiles + 7) / 8, n), 256}, d->spans, d->softmax,
@@ -1791,16 +1501,16 @@ static void launch_forward(State *s) {
     int n = d->n, n_parts = 0;
 
     bool large = c->dim > 32 * COLUMNS;
-    auto norm = [&](const float *weight, const Weights &next, const Row *wanted) {  /* of x and the parts of the last product */
+    auto norm = [&](const float *weight, const Weights &next, const Entry *wanted) {  /* of x and the parts of the last product */
         launch(d, NORM, large ? norm_input<16, MAX_DIM / COLUMNS / 16, MAX_PARTS>
                         : s->decoding ? norm_input<32, 1, MAX_PARTS> : norm_input<16, 2, 1>,
-               {wanted ? d->n_want : n, !large && s->decoding ? 1024 : 512}, d->x, d->parts, n_parts, n, weight, (int)c->dim,
+               {wanted ? d->n_want : n, !large && s->decoding ? 1024 : 512}, d->x, d->parts, n_parts, n, weight,
                c->norm_eps, inputs(s, next), next, wanted);
     };
 
-    CUDA(cudaMemcpyAsync(d->rows, d->rows_host, (size_t)n * sizeof(Row), cudaMemcpyHostToDevice, d->stream));
+    CUDA(cudaMemcpyAsync(d->entries, d->entries_host, (size_t)n * sizeof(Entry), cudaMemcpyHostToDevice, d->stream));
     mark(d, EMBEDDING);                 /* where the first begins */
-    launch(d, EMBEDDING, embed, {dim3(n, 1 + ROW_BLOCKS), 128}, d->x, d->rotations, d->rows, m->embedding, d->frequencies,
+    launch(d, EMBEDDING, embed, {dim3(n, 1 + ROW_BLOCKS), 128}, d->x, d->rotations, d->entries, m->embedding, d->frequencies,
            (int)c->head_dim / 2);
     for (size_t l = 0; l < c->n_layers; l++) {
         const DeviceLayer &w = m->layers[l];
@@ -1811,14 +1521,14 @@ static void launch_forward(State *s) {
         norm(w.rms_ffn, w.w13, NULL);
         Inputs h = inputs(s, w.w2);
         device_product(s, W13, d->h, w.w13, inputs(s, w.w13), n);
-        int pairs = uses_cublas(s, w.w13) ? w.w13.row_tiles * 16 : 0;           /* cuBLAS leaves gates beside what they gate */
+        bool pairs = uses_cublas(s, w.w13);     /* which leaves gates beside what they gate */
         if (w.w13.to_halves && !pairs) h.halves = (__half *)d->h;
         else launch(d, SWIGLU, quantize_input, {dim3((w.w2.column_tiles + 7) / 8, n), 256}, pairs ? d->parts : d->h, h, w.w2,
                     pairs);
         n_parts = device_product(s, W2, d->parts, w.w2, h, n);
     }
     if (!d->n_want) return;
-    norm(m->rms_final, m->wcls, d->rows);
+    norm(m->rms_final, m->wcls, d->entries);
     device_product(s, CLASSIFIER, d->logits, m->wcls, inputs(s, m->wcls), d->n_want);
 }
 
@@ -1831,17 +1541,17 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws) 
     double n_keys, n_reads;
     d->profiled = s->profiled;
     d->n = (int)n;
-    d->n_tiles = (int)find_runs(s->runs, tokens, n, most, c->window, (size_t)d->span, &n_keys, &n_reads, &needed);
+    d->n_runs = (int)find_runs(s->runs, tokens, n, most, c->window, (size_t)d->span, &n_keys, &n_reads, &needed);
     while (spans < needed) spans *= 2;
     d->n_spans = (int)min_size(spans, (size_t)d->max_spans);
     d->n_want = 0;
     for (size_t i = 0; i < n; i++) {
         const Token *t = &tokens[i];
         const Run *run = &s->runs[i];   /* what it holds where there is none is read by nobody */
-        d->rows_host[i] = {t->id, (int)t->pos, (int)t->slot, (int)run->first, (int)run->n, 0, 0};
+        d->entries_host[i] = {t->id, (int)t->pos, (int)t->slot, (int)run->first, (int)run->n, 0, 0};
         if (!t->want) continue;
-        d->rows_host[d->n_want].wanted = (int)i;
-        d->rows_host[d->n_want].random = draws ? draws[d->n_want].random : 0;
+        d->entries_host[d->n_want].wanted = (int)i;
+        d->entries_host[d->n_want].random = draws ? draws[d->n_want].random : 0;
         d->n_want++;
     }
     double bytes = 2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row * c->n_layers);
@@ -1849,9 +1559,7 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws) 
     s->profile[ATTENTION].bytes += bytes;
     s->bytes += bytes;
     if ((size_t)d->n_want <= d->logits_room) return;
-    device_free(&d->logits_memory);     /* graphs that hold it are recorded anew */
-    for (size_t i = 0; i <= s->n_slots; i++)
-        if (d->graphs[i].exec) { CUDA(cudaGraphExecDestroy(d->graphs[i].exec)); d->graphs[i].exec = NULL; }
+    device_free(&d->logits_memory);
     d->logits_room = (size_t)d->n_want;
     d->logits = (float *)device_allocate(d->logits_room * round_up(c->vocab_size, 128) * sizeof(float), &d->logits_memory,
                                          s->model->path);
@@ -1889,12 +1597,13 @@ static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, floa
         launch_forward(s);
         if (d->n_want)
             launch(d, SAMPLING, sample_kernel, {d->n_want, 1024}, d->logits, (int)round_up(vocab, 128), vocab, temperature, top_p,
-                   d->rows, d->ids);
+                   d->entries, d->ids);
     };
     prepare(s, tokens, n, draws);
     if (s->decoding && n <= s->n_slots && (size_t)d->n_want == n && !s->profiled) {
         auto *g = &d->graphs[n];
-        if (g->exec && g->n_spans == d->n_spans && g->temperature == temperature && g->top_p == top_p) s->bytes += g->bytes;
+        if (g->exec && g->logits == d->logits && g->n_spans == d->n_spans && g->temperature == temperature && g->top_p == top_p)
+            s->bytes += g->bytes;
         else {
             cudaGraph_t graph;
             double before = s->bytes;   /* recording books what the step reads (and a profile, which none but -P prints) */
@@ -1904,7 +1613,7 @@ static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, floa
             CUDA(cudaStreamEndCapture(d->stream, &graph));
             CUDA(cudaGraphInstantiate(&g->exec, graph, 0));
             CUDA(cudaGraphDestroy(graph));
-            *g = {g->exec, d->n_spans, temperature, top_p, s->bytes - before};
+            *g = {g->exec, d->logits, d->n_spans, temperature, top_p, s->bytes - before};
         }
         CUDA(cudaGraphLaunch(g->exec, d->stream));
     } else launch_step();
@@ -1950,9 +1659,7 @@ static void cuda_open(State *s) {
     size_t slots = min_size(s->n_slots, d->room);
     size_t widest_out = round_up(max_size(qkv_dim, c->dim), 128), part_rows = max_size(d->room, MAX_PARTS * 64);
     size_t widest_in = round_up(max_size(max_size(c->dim, q_dim), c->hidden_dim), COLUMNS);
-    bool half_weights = m->wcls.type < Q8;      /* each tensor has a type of its own; the norms, of one column, are FP32 */
-    for (const Matrix *w = (const Matrix *)m->layers, *end = w + 6 * c->n_layers; w < end; w++)
-        half_weights |= w->cols > 1 && w->type < Q8;
+    bool half_weights = ((const DeviceModel *)m->device)->has_halves;
     size_t parts = max_size(part_rows * widest_out, half_weights ? d->room * 2 * round_up(c->hidden_dim, COLUMNS) : 0);
     size_t span_rows = max_size(slots * (size_t)d->max_spans, d->room);
     s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * d->heads.cache;
@@ -1966,7 +1673,7 @@ static void cuda_open(State *s) {
         {(void **)&d->values, s->kv_bytes / 2}, {(void **)&d->frequencies, c->head_dim / 2 * sizeof(double)},
         {(void **)&d->in.q, d->room * widest_in}, {(void **)&d->in.scale, d->room * widest_in / 32 * sizeof(float2)},
         {(void **)&d->in.halves, half_weights ? d->room * widest_in * sizeof(__half) : 0},
-        {(void **)&d->rows, d->room * sizeof(Row)}};
+        {(void **)&d->entries, d->room * sizeof(Entry)}};
     double need = (double)slots * c->vocab_size * sizeof(float), per_slot = (double)s->kv_bytes / (double)s->n_slots;
     size_t free_bytes, total;
     for (const auto &one : all) need += (double)one.bytes;
@@ -1981,7 +1688,7 @@ static void cuda_open(State *s) {
     for (const auto &one : all) *one.to = device_allocate(one.bytes, &d->memory, m->path);
     d->in.stride = (int)d->room;
     CUDA(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
-    CUDA(cudaMallocHost((void **)&d->rows_host, d->room * sizeof(Row)));
+    CUDA(cudaMallocHost((void **)&d->entries_host, d->room * sizeof(Entry)));
     CUDA(cudaMallocHost((void **)&d->ids, d->room * sizeof(int)));
     d->graphs = (decltype(d->graphs))allocate(s->n_slots + 1, sizeof *d->graphs, m->path);
     double frequencies[MAX_HEAD_DIM / 2];
@@ -1996,7 +1703,7 @@ static void cuda_close(State *s) {
     device_free(&d->logits_memory);
     for (size_t i = 0; i <= s->n_slots; i++) if (d->graphs[i].exec) cudaGraphExecDestroy(d->graphs[i].exec);
     for (size_t i = 0; i < d->events_room; i++) cudaEventDestroy(d->events[i].at);
-    cudaFreeHost(d->rows_host);
+    cudaFreeHost(d->entries_host);
     cudaFreeHost(d->ids);
     cudaStreamDestroy(d->stream);
     free(d->graphs);

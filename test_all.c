@@ -1150,7 +1150,8 @@ static void test_cuda_products(void) {
             int hopper = built_for_wgmma();
             Memory memory = {};
             void *staging = device_allocate(m.bytes, &memory, "test");
-            Weights weights = upload(&m, false, staging, &memory, "test"), gated = upload(&m, true, staging, &memory, "test");
+            Weights weights = upload(&m, false, false, staging, &memory, "test");
+            Weights gated = upload(&m, true, false, staging, &memory, "test");
             float *device_x = (float *)device_allocate(ROOM * width * 4, &memory, "test");
             float *device_out = (float *)device_allocate(MAX_PARTS * ROOM * out_width * 4, &memory, "test");
             d.parts = device_out;
@@ -1171,7 +1172,7 @@ static void test_cuda_products(void) {
                     dim3 tiles((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n);
                     s.decoding = way % 2;
                     s.n_slots = n;
-                    quantize_input<<<tiles, 256>>>(device_x, inputs(&s, weights), weights, 0);
+                    quantize_input<<<tiles, 256>>>(device_x, inputs(&s, weights), weights, false);
                     CUDA(cudaMemset(device_out, 0xff, MAX_PARTS * ROOM * out_width * 4));       /* NaN */
                     int parts = 1, stride = weights.row_tiles * 16;
                     if (way == 0) {
@@ -1367,9 +1368,9 @@ static void test_cuda_attention(void) {
         float2 *fast_sums = (float2 *)allocate(rows, 8, "test"), *plain_sums = (float2 *)allocate(rows, 8, "test");
         unsigned blocks = (unsigned)(rows + 63) / 64;
         if (kv) attention_plain<uint8_t><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer,
-                                                         d->rows, N, d->heads);
+                                                         d->entries, N, d->heads);
         else attention_plain<__half><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer,
-                                                     d->rows, N, d->heads);
+                                                     d->entries, N, d->heads);
         CUDA(cudaMemcpy(plain, to, n * 4, cudaMemcpyDeviceToHost));
         CUDA(cudaMemcpy(fast, d->spans, n * 4, cudaMemcpyDeviceToHost));
         CUDA(cudaMemcpy(plain_sums, sums, rows * 8, cudaMemcpyDeviceToHost));
@@ -1416,6 +1417,26 @@ static void test_cuda_batch(void) {
         CHECK(none[i].n_ids == none[i].n_prompt && none[i].n_fed == none[i].n_prompt, "no tokens asked for");
     free_sequences(none, 3);
     free_model(&m);
+
+    /* Attention leaves wo's input by itself, but for a batch where a sequence has its keys in two spans: to the others the same. */
+    m = load_on(&GPU, random_model("wide", "q8", 64));
+    State s = new_state(&m, 2, 400, 200);
+    float *both = (float *)allocate(2 * m.c.vocab_size, 4, "test"), *alone = (float *)allocate(m.c.vocab_size, 4, "test");
+    for (size_t pos = 0; pos < 257; pos++) {
+        Token fed[] = {{(int)pos, pos, 1, false}, {(int)pos, pos, 0, false}};
+        m.backend->forward(&s, fed, pos < 100 ? 2 : 1, NULL);
+    }
+    s.decoding = true;
+    for (size_t i = 0; i < 20; i++) {
+        Token two[] = {{17, 100 + i, 0, true}, {18, 257 + i, 1, true}};
+        m.backend->forward(&s, two, 2, both);
+        m.backend->forward(&s, two, 1, alone);
+        CHECK(!memcmp(both, alone, m.c.vocab_size * 4), "logits differ beside a sequence with keys in two spans, step %zu", i);
+    }
+    free(both);
+    free(alone);
+    free_state(&s);
+    free_model(&m);
 }
 
 /* Draws like the CPU's sampler: the same id but where a random number falls on the edge between two. */
@@ -1424,7 +1445,7 @@ static void test_cuda_sampler(void) {
     static float logits[N], copy[N];
     Memory memory = {};
     float *device_logits = (float *)device_allocate(N * 4, &memory, "test"), tops[] = {1, 0.95f, 0.5f, 0};
-    Row *row = (Row *)device_allocate(sizeof(Row), &memory, "test"), host;
+    Entry *entry = (Entry *)device_allocate(sizeof(Entry), &memory, "test"), host;
     int *device_id = (int *)device_allocate(4, &memory, "test"), id;
     for (int i = 0; i < N; i++) logits[i] = 6 * random_float();
     logits[17] = logits[18] = logits[19] = 5.9f;
@@ -1437,8 +1458,8 @@ static void test_cuda_sampler(void) {
             memcpy(copy, logits, sizeof copy);
             int expect = sample(copy, N, temperature, tops[k], host.random);
             CUDA(cudaMemcpy(device_logits, logits, sizeof logits, cudaMemcpyHostToDevice));
-            CUDA(cudaMemcpy(row, &host, sizeof host, cudaMemcpyHostToDevice));
-            sample_kernel<<<1, 1024>>>(device_logits, N, N, temperature, tops[k], row, device_id);
+            CUDA(cudaMemcpy(entry, &host, sizeof host, cudaMemcpyHostToDevice));
+            sample_kernel<<<1, 1024>>>(device_logits, N, N, temperature, tops[k], entry, device_id);
             CUDA(cudaMemcpy(&id, device_id, 4, cudaMemcpyDeviceToHost));
             CHECK(id == expect || (temperature > 0 && tops[k] > 0), "greedy: %d, not %d", id, expect);
             differs += id != expect;
@@ -1447,7 +1468,7 @@ static void test_cuda_sampler(void) {
     }
     for (int i = 0; i < N; i++) copy[i] = NAN;
     CUDA(cudaMemcpy(device_logits, copy, sizeof copy, cudaMemcpyHostToDevice));
-    sample_kernel<<<1, 1024>>>(device_logits, N, N, 0.8f, 0.9f, row, device_id);
+    sample_kernel<<<1, 1024>>>(device_logits, N, N, 0.8f, 0.9f, entry, device_id);
     CUDA(cudaMemcpy(&id, device_id, 4, cudaMemcpyDeviceToHost));
     CHECK(id >= 0 && id < N, "NaN logits give id %d", id);
     device_free(&memory);

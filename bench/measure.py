@@ -204,7 +204,7 @@ def commit():
                               stderr=subprocess.DEVNULL, text=True)
         if done.returncode == 0:
             return done.stdout.strip()
-    names = ("run.c", "model.h", "simd.h", "report.h", "run_cuda.cu", "quantize.c", "calibrate.h")
+    names = ("run.c", "model.h", "simd.h", "report.h", "run_cuda.cu", "hopper.h", "quantize.c", "calibrate.h")
     files = [os.path.join(ROOT, name) for name in names]
     return "sources " + digest(*(file_digest(path) for path in files if os.path.exists(path)))
 

@@ -1,0 +1,292 @@
+/* hopper.h - products on GPUs of compute capability 9.0 (a Hopper), built for sm_90a. Skip this on a first reading: run_cuda.cu,
+ * which includes it, has the same products for all GPUs, and nothing else depends on how they are done.
+ *
+ * A Hopper's tensor cores do twice the work if a group of four warps gives it to them at once (wgmma, PTX ISA), and can take it
+ * from shared memory, where a single thread can have it copied. From top to bottom:
+ *   1. What both share      stages that are filled ahead
+ *   2. product_wide         for prefill, and for more than 64 slots, with codes
+ *   3. product_halves       for decoding of 9 to 64 slots with FP16 weights
+ * Built for other GPUs these kernels are empty. */
+
+/* Whether this is built for a Hopper's own instructions. has_wgmma: for the host to ask. GRID_CONSTANT: a parameter of which the
+ * address is taken, which old GPUs cannot. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HAS_WGMMA 1
+#define GRID_CONSTANT __grid_constant__
+#else
+#define HAS_WGMMA 0
+#define GRID_CONSTANT
+#endif
+__device__ int has_wgmma = HAS_WGMMA;
+static int built_for_wgmma(void) {
+    int has;
+    CUDA(cudaMemcpyFromSymbol(&has, has_wgmma, sizeof has));
+    return has;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 1. What both share                                                                                                */
+
+#if HAS_WGMMA
+/* Stages in shared memory that one or two threads fill, ahead, with copies that need no thread once they are begun, and others
+ * read: a step's is step % STAGES. Barriers tell when all bytes of a stage have come and when all threads have read them. Copies
+ * may report to the first before announce(): it cannot open without that. */
+template <int STAGES> struct Pipeline {
+    uint32_t full, empty;               /* shared addresses: of STAGES barriers each */
+
+    __device__ inline void start(uint64_t *barriers, int readers) {
+        full = shared_address(barriers);
+        asm volatile("" : "+r"(full));  /* in a register: else each step asks a slow one, of the block's number in its cluster */
+        empty = full + 8 * STAGES;
+        for (int i = 0; i < STAGES && threadIdx.x == 0; i++)
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; mbarrier.init.shared::cta.b64 [%1], %2;"
+                         ::"r"(full + 8 * i), "r"(empty + 8 * i), "r"(readers));
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        __syncthreads();
+    }
+    static __device__ inline void await(uint32_t barrier, int phase) {      /* until it has ended its phase of this parity */
+        uint32_t done = 0;
+        while (!done)
+            asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                         : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
+    }
+    __device__ inline uint32_t full_at(unsigned step) const { return full + 8 * (step % STAGES); }  /* what copies report to */
+    __device__ inline void wait_empty(unsigned step) const {
+        if (step >= STAGES) await(empty + 8 * (step % STAGES), (step / STAGES - 1) & 1);
+    }
+    __device__ inline void announce(unsigned step, int bytes) const {       /* so many bytes, once it is empty */
+        wait_empty(step);
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full_at(step)), "r"(bytes) : "memory");
+    }
+    __device__ inline void wait_full(unsigned step) const { await(full_at(step), step / STAGES & 1); }
+    __device__ inline void release(unsigned step) const {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(empty + 8 * (step % STAGES)) : "memory");
+    }
+};
+
+__device__ inline void bulk_copy(void *to, const void *from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+
+/* Where a tile of 8 rows or tokens of 128 bytes begins in shared memory; the next 8 are 1,024 bytes on (PTX ISA, wgmma, matrix
+ * descriptor, in units of 16 bytes, swizzled by 128). */
+__device__ inline uint64_t descriptor(uint32_t address) { return (uint64_t)(address >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+#endif
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 2. product_wide                                                                                                   */
+
+/* A block makes 128 rows by 128 tokens: two groups of four warps have 64 rows each, and a thread of a third fetches, WIDE_STAGES
+ * steps of 128 columns ahead, all that they read. Activations lie in memory as wgmma wants them, Inputs.swizzled. As many blocks
+ * as there are multiprocessors go over all of the output, so that the next tiles arrive while the last are stored. */
+enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block, and so many warps that compute */
+template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
+    static const int PIECES = Stage<TYPE, GROUPS>::PIECES;
+    uint4  x[128 * 8];                  /* [token][8 pieces of 16 bytes] */
+    uint4  codes[WIDE_ROWS][PIECES][32];
+    float4 x_scales[GROUPS][64];        /* (scale, sum) of two tokens */
+    uint2  w_scales[WIDE_ROWS][GROUPS][8];
+};
+
+#if HAS_WGMMA
+/* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, 16 of each warp as for mma_codes, and b of 32 columns by
+ * 128 tokens in shared memory. Of 8 tokens a thread has four sums, as mma_codes gives them. Runs on by itself. */
+__device__ inline void start_wgmma(int sum[16][4], const uint32_t a[4], uint64_t b, int more) {
+#define SUM(t) "+r"(sum[t][0]), "+r"(sum[t][1]), "+r"(sum[t][2]), "+r"(sum[t][3])
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
+                 "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "{%64, %65, %66, %67}, %68, p;}"
+                 : SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7),
+                   SUM(8), SUM(9), SUM(10), SUM(11), SUM(12), SUM(13), SUM(14), SUM(15)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+#undef SUM
+}
+__device__ inline void wait_wgmma(int sum[16][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    UNROLL for (int i = 0; i < 64; i++) asm volatile("" : "+r"(sum[i / 4][i % 4]));    /* not to be read before */
+}
+#endif
+
+template <int TYPE, int GROUPS>
+__global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *out, Weights w, Inputs in, int n) {
+#if HAS_WGMMA
+    typedef Wide<TYPE, GROUPS> OneStage;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ uint64_t barriers[2 * WIDE_STAGES];
+    uint32_t first_stage = shared_address(shared);
+    asm volatile("" : "+r"(first_stage));           /* in a register, as Pipeline's */
+    OneStage *stages = (OneStage *)__cvta_shared_to_generic(first_stage);
+    const int COUNT = 4 / GROUPS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    unsigned step = 0;
+    int token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS;
+    Pipeline<WIDE_STAGES> pipeline;
+    pipeline.start(barriers, 32 * WIDE_ROWS);
+    if (warp >= WIDE_ROWS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");    /* for the others */
+        wait_for_inputs();              /* the others need not: what they read comes from here, and then they store */
+        /* the thread that fetches */
+        for (int block = blockIdx.x; block < blocks && threadIdx.x == 32 * WIDE_ROWS; block += gridDim.x)
+            for (int k = 0; k < w.column_tiles; k++, step++) {
+                OneStage *s = stages + step % WIDE_STAGES;
+                uint32_t barrier = pipeline.full_at(step);
+                size_t tile = tile_index(w, block / token_blocks * WIDE_ROWS, k), token = block % token_blocks * 128;
+                pipeline.announce(step, (int)(sizeof s->x + sizeof s->codes + sizeof s->x_scales + sizeof s->w_scales));
+                bulk_copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS, sizeof s->x, barrier);
+                bulk_copy(s->codes, w.codes + tile * (OneStage::PIECES * 32), sizeof s->codes, barrier);
+                bulk_copy(s->w_scales, w.scales + tile * (GROUPS * 16), sizeof s->w_scales, barrier);
+                for (int g = 0; g < GROUPS; g++)
+                    bulk_copy(s->x_scales[g], in.scale + ((size_t)k * GROUPS + g) * in.stride + token, sizeof s->x_scales[g],
+                              barrier);
+            }
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+        float total[16][4] = {};
+        Stage<TYPE, GROUPS> weights;
+        auto load = [&](unsigned step) {            /* this warp's weights, once they have come */
+            const OneStage *s = stages + step % WIDE_STAGES;
+            pipeline.wait_full(step);
+            UNROLL for (int p = 0; p < OneStage::PIECES; p++) weights.codes[0][p] = s->codes[warp][p][lane];
+            UNROLL for (int g = 0; g < GROUPS; g++) weights.scales[0][g] = s->w_scales[warp][g][lane / 4];
+        };
+        load(step);
+        for (int k = 0; k < w.column_tiles; k++, step++) {
+            const OneStage *s = stages + step % WIDE_STAGES;
+            uint32_t a[4][4];
+            float2 rows[GROUPS][2];
+            uint64_t b = descriptor(shared_address(s->x));
+            weights.unpack(a, 0);
+            UNROLL for (int i = 0; i < 2 * GROUPS; i++)
+                rows[i / 2][i % 2] = __half22float2(((const __half2 *)weights.scales[0])[i]);
+            UNROLL for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));   /* before the first instruction */
+            UNROLL for (int g = 0; g < GROUPS; g++) {
+                int sum[16][4];
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                UNROLL for (int i = 0; i < COUNT; i++) start_wgmma(sum, a[g * COUNT + i], b + (g * COUNT + i) * 2, i);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                /* meanwhile; but q8's codes are what the instructions read, and ptxas gives their registers to the next at once */
+                if (TYPE != Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
+                wait_wgmma(sum);
+                if (TYPE == Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
+                UNROLL for (int t = 0; t < 16; t++) {
+                    float4 tokens = s->x_scales[g][t * 4 + lane % 4];
+                    UNROLL for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[g][h], tokens, sum[t] + 2 * h);
+                }
+            }
+            pipeline.release(step);
+        }
+        store<TYPE, 16>(out, w, in, total, 1, block / token_blocks * WIDE_ROWS + warp, block % token_blocks * 128, n);
+    }
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * 3. product_halves                                                                                                 */
+
+/* Weights and activations lie in shared memory as wgmma reads them, and no other instruction sees
+ * them: a thread asks for boxes of up to 128 rows by 64 columns, as far ahead as there is room, the first before the kernel before
+ * this one has ended; another for the activations. Two groups of four warps have 64 rows each. At most as many blocks as there are
+ * multiprocessors go over all pairs of a part of the columns and the rows of a box. n: up to 8 TILES. */
+enum { HALVES_ROOM = 184 << 10 };                  /* bytes: over 40 KB are left for a block of attention to wait in */
+template <int TILES> struct Halves {                /* a stage */
+    uint4 w[128 * 8], x[TILES * 8 * 8];             /* [row], [token] of 8 pieces of 16 bytes */
+    static const int STAGES = HALVES_ROOM / ((16 + TILES) << 10);
+};
+#if HAS_WGMMA
+/* sum = (more ? sum : 0) + a b for a of 64 rows by 16 columns of halves and b of 16 columns by 8 TILES tokens, both in shared
+ * memory. The sums of 8 tokens are spread as mma_halves gives them. Runs on by itself. */
+#define SUM(t) "+f"(sum[t][0]), "+f"(sum[t][1]), "+f"(sum[t][2]), "+f"(sum[t][3])
+#define START_WGMMA(TILES, TOKENS, SUMS, A, B, MORE, ...)                                                                         \
+    __device__ inline void start_wgmma(float (&sum)[TILES][4], uint64_t a, uint64_t b, int more) {                                \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " MORE ", 0; wgmma.mma_async.sync.aligned.m64n" TOKENS "k16.f32.f16.f16 "     \
+                     "{" SUMS "}, " A ", " B ", p, 1, 1, 0, 0;}" : __VA_ARGS__ : "l"(a), "l"(b), "r"(more));                      \
+    }
+#define SUMS_2 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define SUMS_4 SUMS_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUMS_8 SUMS_4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+START_WGMMA(2, "16", SUMS_2, "%8", "%9", "%10", SUM(0), SUM(1))
+START_WGMMA(4, "32", SUMS_4, "%16", "%17", "%18", SUM(0), SUM(1), SUM(2), SUM(3))
+START_WGMMA(8, "64", SUMS_8, "%32", "%33", "%34", SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7))
+#undef SUM
+#endif
+
+template <int TILES>
+__global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1)
+product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
+#if HAS_WGMMA
+    typedef Halves<TILES> OneStage;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    __shared__ uint64_t barriers[2 * OneStage::STAGES];
+    OneStage *stages = (OneStage *)shared;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = 2 * w.column_tiles;
+    int row_blocks = (w.row_tiles + w.block_tiles - 1) / w.block_tiles;
+    unsigned step = 0;
+    float sum[TILES][4];
+    Pipeline<OneStage::STAGES> pipeline;
+    pipeline.start(barriers, 32 * WIDE_ROWS);
+    bool fetches = warp >= WIDE_ROWS, fetches_weights = warp == WIDE_ROWS;
+    if (fetches && lane) return;
+    if (!fetches_weights) wait_for_inputs();
+    for (int block = blockIdx.x; block < row_blocks * w.parts; block += gridDim.x) {
+        int row_tile = block % row_blocks * w.block_tiles, part = block / row_blocks;
+        int first = all * part / w.parts, end = all * (part + 1) / w.parts;
+        for (int k = first; k < end; k++, step++) {
+            OneStage &s = stages[step % OneStage::STAGES];
+            if (fetches_weights) {
+                pipeline.announce(step, w.block_tiles * 2048 + (int)sizeof s.x);
+                asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                             "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(s.w)), "l"(&w.map), "r"(k * 64), "r"(0),
+                             "r"(row_tile), "r"(pipeline.full_at(step)) : "memory");
+            } else if (fetches) {
+                pipeline.wait_empty(step);
+                bulk_copy(s.x, in.halves + (size_t)k * in.stride * 64, sizeof s.x, pipeline.full_at(step));
+            } else {
+                uint64_t a = descriptor(shared_address(s.w) + warp / 4 * 8192), b = descriptor(shared_address(s.x));
+                pipeline.wait_full(step);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                UNROLL for (int i = 0; i < 4; i++) start_wgmma(sum, a + 2 * i, b + 2 * i, k > first || i);
+                asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                UNROLL for (int i = 0; i < 4 * TILES; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
+                pipeline.release(step);
+            }
+        }
+        row_tile += warp;
+        if (fetches || warp >= w.block_tiles || row_tile >= w.row_tiles) continue;
+        store<F16, TILES>(out + (size_t)part * n * w.row_tiles * 16, w, in, sum, 1, row_tile, 0, n);
+    }
+#endif
+}
+
+/* Describes halves for the copies of product_halves: a box of up to 128 rows by 64 columns, which puts the rows of each 16 in
+ * the order 0, 2 ... 14, 1, 3 ... 15, so that a thread gets two neighbours, and is swizzled as wgmma wants it (CUDA driver API,
+ * tensor maps; that strides do not grow from dimension to dimension is nowhere forbidden, and works). How high a box is, and
+ * into how many parts columns are cut, is chosen so that all multiprocessors end together; a part more must bring 2%. The
+ * function is the driver's, which is not linked. */
+static void make_map(Weights *w) {
+    int multiprocessors;
+    if (!built_for_wgmma()) return;
+    CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+    double least = INFINITY;
+    for (int tiles = 8; tiles > 4; tiles--)
+        for (int parts = 1; parts <= w->most_parts; parts++) {
+            size_t rounds = ceil_div(ceil_div(w->row_tiles, tiles) * parts, multiprocessors);
+            double time = (double)rounds * tiles / parts * (1 + 0.02 * parts);
+            if (time < least) { least = time; w->block_tiles = tiles; w->parts = parts; }
+        }
+    static decltype(&cuTensorMapEncodeTiled) encode_map;
+    void *driver = encode_map ? NULL : dlopen("libcuda.so.1", RTLD_NOW);
+    if (driver) *(void **)&encode_map = dlsym(driver, "cuTensorMapEncodeTiled");
+    cuuint64_t width = (cuuint64_t)w->column_tiles * COLUMNS, row = width * sizeof(__half);
+    cuuint64_t sizes[] = {width, 8, 2, (cuuint64_t)w->row_tiles}, apart[] = {2 * row, row, 16 * row};
+    cuuint32_t box[] = {64, 8, 2, (cuuint32_t)w->block_tiles}, every[] = {1, 1, 1, 1};
+    if (!encode_map || encode_map(&w->map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, w->halves, sizes, apart, box, every,
+                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+        die("CUDA: no tensor map for [%d, %d] (the driver is older than CUDA 12?)", w->rows, w->cols);
+}
+
