@@ -5,7 +5,7 @@
  * from shared memory, where a single thread can have it copied. From top to bottom:
  *   1. What both share      stages that are filled ahead
  *   2. product_wide         for prefill, and for more than 64 slots, with codes
- *   3. product_halves       for decoding of 9 to 64 slots with FP16 weights
+ *   3. product_halves       for decoding of up to 64 slots with FP16 weights
  * Built for other GPUs these kernels are empty. */
 
 /* Whether this is built for a Hopper's own instructions. has_wgmma: for the host to ask. GRID_CONSTANT: a parameter of which the
@@ -206,9 +206,11 @@ template <int TILES> struct Halves {                /* a stage */
         asm volatile("{.reg .pred p; setp.ne.b32 p, " MORE ", 0; wgmma.mma_async.sync.aligned.m64n" TOKENS "k16.f32.f16.f16 "     \
                      "{" SUMS "}, " A ", " B ", p, 1, 1, 0, 0;}" : __VA_ARGS__ : "l"(a), "l"(b), "r"(more));                      \
     }
-#define SUMS_2 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define SUMS_1 "%0, %1, %2, %3"
+#define SUMS_2 SUMS_1 ", %4, %5, %6, %7"
 #define SUMS_4 SUMS_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define SUMS_8 SUMS_4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+START_WGMMA(1, "8", SUMS_1, "%4", "%5", "%6", SUM(0))
 START_WGMMA(2, "16", SUMS_2, "%8", "%9", "%10", SUM(0), SUM(1))
 START_WGMMA(4, "32", SUMS_4, "%16", "%17", "%18", SUM(0), SUM(1), SUM(2), SUM(3))
 START_WGMMA(8, "64", SUMS_8, "%32", "%33", "%34", SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7))

@@ -33,6 +33,9 @@ static void cuda_check(cudaError_t error, const char *call) {
     if (error != cudaSuccess) die("CUDA: %s (%.40s)", cudaGetErrorString(error), call);
 }
 
+#ifndef __maxnreg__                     /* before CUDA 12.4 */
+#define __maxnreg__(n)
+#endif
 #undef UNROLL                           /* simd.h's, which for nvcc is nothing */
 #define UNROLL _Pragma("unroll")
 
@@ -1091,9 +1094,9 @@ __device__ inline void write_heads(Inputs in, const Weights &wo, int token, int 
     }
 }
 
-/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is the tokens of run i / head_parts with the heads
- * of part i % head_parts, 16 at most. The result goes into the product with wo if `fused`; else to out, [n][n_heads][WIDTH], and
- * softmax, [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
+/* Prefill: each warp of a block has queries of its own and all their keys. Tile i is the tokens of run i / head_parts with the
+ * heads of part i % head_parts, 16 at most. The result goes into the product with wo if `fused`; else to out, [n][n_heads][WIDTH],
+ * and softmax, [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
 template <int WIDTH, class E>
 __global__ void __launch_bounds__(128, 1)
 attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
@@ -1139,9 +1142,10 @@ __host__ __device__ constexpr int decode_heads(int warps) { return 64 / warps; }
 /* Decoding: a block is there for a token, a key head with up to HEADS of its query heads, and a span of positions (flash-decoding),
  * of which its WARPS take 32 each in turn. It makes the queries from wqkv's product itself, and in the last span the token's key
  * and value. With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to out,
- * [spans][n][n_heads][WIDTH], and softmax. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
+ * [spans][n][n_heads][WIDTH], and softmax. 200 registers leave room for a block of the next product to wait in. gridDim.x: tokens
+ * times parts of the heads; y: key heads; z: spans. */
 template <int WIDTH, class E, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS)
+__global__ void __maxnreg__(200)
 attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, unsigned char *keys, unsigned char *values,
                  const Entry *entries, int n, int head_parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
     const int HEADS = decode_heads(WARPS), THREADS = 32 * WARPS;
@@ -1399,7 +1403,7 @@ static Inputs inputs(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
     int tiles = token_tiles(s);
     Inputs in = d->in;
-    in.swizzled = d->wgmma && (w.type == F16 ? tiles > 1 && tiles < 16 : tiles == 16);
+    in.swizzled = d->wgmma && (w.type == F16 ? tiles < 16 : tiles == 16);
     return in;
 }
 
@@ -1414,7 +1418,8 @@ static void launch_product(State *s, int operation, float *out, const Weights &w
     Grid grid = {dim3(token_blocks, row_blocks, w.parts), 256};
     if (tiles == 1) grid = {dim3(4 * row_blocks, w.parts), w.units ? 128 : 256};
     if (in.swizzled && TYPE == F16) {
-        kernel = tiles == 2 ? product_halves<2> : tiles == 4 ? product_halves<4> : product_halves<8>;
+        kernel = tiles == 1 ? product_halves<1> : tiles == 2 ? product_halves<2> : tiles == 4 ? product_halves<4>
+               : product_halves<8>;
         grid = {min(d->multiprocessors, (int)ceil_div(w.row_tiles, w.block_tiles) * w.parts), WIDE_ROWS * 32 + 64, HALVES_ROOM};
     } else if (in.swizzled) {
         kernel = product_wide<CODES, GROUPS>;
