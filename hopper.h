@@ -188,10 +188,10 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
 /* ------------------------------------------------------------------------------------------------------------------
  * 3. product_halves                                                                                                 */
 
-/* Weights and activations lie in shared memory as wgmma reads them, and no other instruction sees
- * them: a thread asks for boxes of up to 128 rows by 64 columns, as far ahead as there is room, the first before the kernel before
- * this one has ended; another for the activations. Two groups of four warps have 64 rows each. At most as many blocks as there are
- * multiprocessors go over all pairs of a part of the columns and the rows of a box. n: up to 8 TILES. */
+/* Weights and activations lie in shared memory as wgmma reads them, and no other instruction sees them: a thread asks for boxes of
+ * up to 128 rows by 64 columns, as far ahead as there is room, the first before the kernel before this one has ended; another for
+ * the activations. Two groups of four warps have 64 rows each. At most as many blocks as there are multiprocessors go over all
+ * pairs of a part of the columns and the rows of a box. n: up to 8 TILES. */
 enum { HALVES_ROOM = 184 << 10 };                  /* bytes: over 40 KB are left for a block of attention to wait in */
 template <int TILES> struct Halves {                /* a stage */
     uint4 w[128 * 8], x[TILES * 8 * 8];             /* [row], [token] of 8 pieces of 16 bytes */

@@ -1452,7 +1452,7 @@ static void test_cuda_sampler(void) {
     for (int k = 0; k < 12; k++) {
         int n = SIZES[k / 4], draws = n == SIZES[0] ? DRAWS : DRAWS / 8, differs = 0;
         float top_p = tops[k % 4];
-        for (int i = 0; i < n; i++) logits[i] = 12 * random_float();
+        for (int i = 0; i < n; i++) logits[i] = n == SIZES[1] ? floorf(96 * random_float()) / 8 : 12 * random_float();   /* ties */
         logits[17] = logits[18] = logits[19] = logits[n - 2] = 11.9f;
         for (int draw = 0; draw < draws; draw++) {
             float temperature = draw % 7 == 6 ? 0 : 0.8f;

@@ -712,8 +712,8 @@ def test_errors_that_people_meet():
     with open(os.path.join(BENCH, "README.md")) as f:
         lines = f.read().split("| what it says |")[1].splitlines()[2:]
     quoted = [match[1] for match in (re.match(r"\| `(.*?)` \|", line) for line in lines) if match]
-    names = ["run.c", "model.h", "simd.h", "report.h", "run_cuda.cu", "quantize.c", "calibrate.h", "export.py", *(f"bench/{name}.py" for name in ("bench", "models", "measure", "peers",
-                                                                                          "report"))]
+    names = ["run.c", "model.h", "simd.h", "report.h", "run_cuda.cu", "hopper.h", "quantize.c", "calibrate.h", "export.py",
+             *(f"bench/{name}.py" for name in ("bench", "models", "measure", "peers", "report"))]
     patterns = {pattern for name in names for pattern in literals(os.path.join(ROOT, name))}
     assert len(quoted) >= 15
     for message in quoted:
