@@ -13,7 +13,7 @@ OPENMP := $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /d
 NVCC    = nvcc
 # a Hopper's own instructions are in sm_90a alone, which `native` does not choose
 ARCH   := $(if $(filter 9.0,$(shell nvidia-smi --query-gpu=compute_cap --format=csv 2>/dev/null | tail -1)),90a,native)
-NVCCFLAGS = -O3 -arch=$(if $(filter native,$(ARCH)),native,sm_$(ARCH)) -diag-suppress 128,161,177
+NVCCFLAGS = -O3 -arch=$(if $(filter native,$(ARCH)),native,sm_$(ARCH))
 SANITIZE = -g -O2 -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
 
 all: run quantize

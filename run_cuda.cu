@@ -19,6 +19,7 @@
  * Written for compute capability 7.5 (the T4) and later, older ones are slow. On 9.0 a kernel starts while the one before it
  * ends. */
 #define RUN_NO_MAIN
+#pragma nv_diag_suppress 128, 161, 177  /* a template's loops without turns; OpenMP's pragmas; functions that a GPU does not use */
 #include "run.c"
 #include <cublas_v2.h>
 #include <cuda.h>
