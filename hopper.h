@@ -268,7 +268,7 @@ product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
  * the order 0, 2 ... 14, 1, 3 ... 15, so that a thread gets two neighbours, and is swizzled as wgmma wants it (CUDA driver API,
  * tensor maps; that strides do not grow from dimension to dimension is nowhere forbidden, and works). How high a box is, and
  * into how many parts columns are cut, is chosen so that all multiprocessors end together; a part more must bring 2%. The
- * function is the driver's, which is not linked. */
+ * function is the driver's, which is not linked. Does nothing if not built for a Hopper, where halves are read as they lie. */
 static void make_map(Weights *w) {
     int multiprocessors;
     if (!built_for_wgmma()) return;

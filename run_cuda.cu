@@ -195,7 +195,7 @@ static void device_free(Memory *m) {
     memset(m, 0, sizeof *m);
 }
 
-static void make_map(Weights *w);       /* in hopper.h, for a Hopper */
+static void make_map(Weights *w);       /* in hopper.h; does nothing if not built for a Hopper */
 
 /* m on the device. gated: it is w13; whole: whoever reads its output adds up no parts. staging: room for m there. */
 static Weights upload(const Matrix *m, bool gated, bool whole, void *staging, Memory *memory, const char *path) {
