@@ -28,9 +28,8 @@ static int built_for_wgmma(void) {
  * 1. What both share                                                                                                */
 
 #if HAS_WGMMA
-/* Stages in shared memory that one or two threads fill, ahead, with copies that need no thread once they are begun, and others
- * read: a step's is step % STAGES. Barriers tell when all bytes of a stage have come and when all threads have read them. Copies
- * may report to the first before announce(): it cannot open without that. */
+/* Stages in shared memory that a thread fills, ahead, with copies that need no thread once they are begun, and others read: a
+ * step's is step % STAGES. Barriers tell when all bytes of a stage have come and when all threads have read them. */
 template <int STAGES> struct Pipeline {
     uint32_t full, empty;               /* shared addresses: of STAGES barriers each */
 
@@ -51,11 +50,8 @@ template <int STAGES> struct Pipeline {
                          : "=r"(done) : "r"(barrier), "r"(phase) : "memory");
     }
     __device__ inline uint32_t full_at(unsigned step) const { return full + 8 * (step % STAGES); }  /* what copies report to */
-    __device__ inline void wait_empty(unsigned step) const {
-        if (step >= STAGES) await(empty + 8 * (step % STAGES), (step / STAGES - 1) & 1);
-    }
     __device__ inline void announce(unsigned step, int bytes) const {       /* so many bytes, once it is empty */
-        wait_empty(step);
+        if (step >= STAGES) await(empty + 8 * (step % STAGES), (step / STAGES - 1) & 1);
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full_at(step)), "r"(bytes) : "memory");
     }
     __device__ inline void wait_full(unsigned step) const { await(full_at(step), step / STAGES & 1); }
@@ -192,10 +188,13 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
  * up to 128 rows by 64 columns, as far ahead as there is room, the first before the kernel before this one has ended; another for
  * the activations. Two groups of four warps have 64 rows each. At most as many blocks as there are multiprocessors go over all
  * pairs of a part of the columns and the rows of a box. n: up to 8 TILES. */
-enum { HALVES_ROOM = 184 << 10 };                  /* bytes: over 40 KB are left for a block of attention to wait in */
-template <int TILES> struct Halves {                /* a stage */
-    uint4 w[128 * 8], x[TILES * 8 * 8];             /* [row], [token] of 8 pieces of 16 bytes */
-    static const int STAGES = HALVES_ROOM / ((16 + TILES) << 10);
+enum { HALVES_ROOM = 184 << 10,                     /* bytes: over 40 KB are left for a block of attention to wait in */
+       HALVES_AHEAD = 4 };                          /* boxes under way while the kernels before this one still read: more would
+                                                       stand before what those wait for */
+template <int TILES> struct Halves {                /* a stage; of two boxes, 256 bytes of a row are read together */
+    static const int BOXES = 2;
+    uint4 w[BOXES][128 * 8], x[BOXES][TILES * 8 * 8];       /* [box], [row], [token] of 8 pieces of 16 bytes */
+    static const int STAGES = HALVES_ROOM / ((16 + TILES) * BOXES << 10);
 };
 #if HAS_WGMMA
 /* sum = (more ? sum : 0) + a b for a of 64 rows by 16 columns of halves and b of 16 columns by 8 TILES tokens, both in shared
@@ -222,53 +221,77 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1)
 product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
 #if HAS_WGMMA
     typedef Halves<TILES> OneStage;
+    const int STAGES = OneStage::STAGES, BOXES = OneStage::BOXES;
     extern __shared__ __align__(1024) unsigned char shared[];
-    __shared__ uint64_t barriers[2 * OneStage::STAGES];
+    __shared__ uint64_t barriers[4 * STAGES];
     OneStage *stages = (OneStage *)shared;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = 2 * w.column_tiles;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = 2 / BOXES * w.column_tiles;
     int row_blocks = (w.row_tiles + w.block_tiles - 1) / w.block_tiles;
     unsigned step = 0;
-    float sum[TILES][4];
-    Pipeline<OneStage::STAGES> pipeline;
-    pipeline.start(barriers, 32 * WIDE_ROWS);
-    bool fetches = warp >= WIDE_ROWS, fetches_weights = warp == WIDE_ROWS;
-    if (fetches && lane) return;
-    if (!fetches_weights) wait_for_inputs();
-    for (int block = blockIdx.x; block < row_blocks * w.parts; block += gridDim.x) {
-        int row_tile = block % row_blocks * w.block_tiles, part = block / row_blocks;
-        int first = all * part / w.parts, end = all * (part + 1) / w.parts;
-        for (int k = first; k < end; k++, step++) {
-            OneStage &s = stages[step % OneStage::STAGES];
-            if (fetches_weights) {
-                pipeline.announce(step, w.block_tiles * 2048 + (int)sizeof s.x);
-                asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                             "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(s.w)), "l"(&w.map), "r"(k * 64), "r"(0),
-                             "r"(row_tile), "r"(pipeline.full_at(step)) : "memory");
-            } else if (fetches) {
-                pipeline.wait_empty(step);
-                bulk_copy(s.x, in.halves + (size_t)k * in.stride * 64, sizeof s.x, pipeline.full_at(step));
-            } else {
-                uint64_t a = descriptor(shared_address(s.w) + warp / 4 * 8192), b = descriptor(shared_address(s.x));
-                pipeline.wait_full(step);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                UNROLL for (int i = 0; i < 4; i++) start_wgmma(sum, a + 2 * i, b + 2 * i, k > first || i);
-                asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                UNROLL for (int i = 0; i < 4 * TILES; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
-                pipeline.release(step);
+    Pipeline<STAGES> weights, inputs;
+    weights.start(barriers, 32 * WIDE_ROWS);
+    inputs.start(barriers + 2 * STAGES, 32 * WIDE_ROWS);
+    inputs.empty = weights.empty;                   /* both are read together */
+    auto each_block = [&](auto use) {               /* use(first row tile, part, first step of columns, their end) */
+        for (int block = blockIdx.x; block < row_blocks * w.parts; block += gridDim.x) {
+            int part = block / row_blocks;
+            use(block % row_blocks * w.block_tiles, part, all * part / w.parts, all * (part + 1) / w.parts);
+        }
+    };
+    if (warp == WIDE_ROWS) {
+        if (lane == 0) each_block([&](int row_tile, int, int k, int end) {
+            for (; k < end; k++, step++) {
+                if (step >= HALVES_AHEAD / BOXES && step < STAGES) weights.wait_full(step - HALVES_AHEAD / BOXES);
+                weights.announce(step, w.block_tiles * 2048 * BOXES);
+                for (int box = 0; box < BOXES; box++)
+                    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                                 "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(stages[step % STAGES].w[box])),
+                                 "l"(&w.map), "r"((k * BOXES + box) * 64), "r"(0), "r"(row_tile), "r"(weights.full_at(step))
+                                 : "memory");
             }
+        });
+        return;
+    }
+    wait_for_inputs();
+    if (warp > WIDE_ROWS) {
+        if (lane == 0) each_block([&](int, int, int k, int end) {
+            for (; k < end; k++, step++) {
+                OneStage &s = stages[step % STAGES];
+                inputs.announce(step, (int)sizeof s.x);
+                for (int box = 0; box < BOXES; box++)
+                    bulk_copy(s.x[box], in.halves + (size_t)(k * BOXES + box) * in.stride * 64, sizeof s.x[box],
+                              inputs.full_at(step));
+            }
+        });
+        return;
+    }
+    each_block([&](int row_tile, int part, int first, int end) {
+        float sum[TILES][4];
+        for (int k = first; k < end; k++, step++) {
+            OneStage &s = stages[step % STAGES];
+            weights.wait_full(step);
+            inputs.wait_full(step);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            UNROLL for (int i = 0; i < 4 * BOXES; i++)
+                start_wgmma(sum, descriptor(shared_address(s.w[i / 4]) + warp / 4 * 8192) + i % 4 * 2,
+                            descriptor(shared_address(s.x[i / 4])) + i % 4 * 2, k > first || i);
+            asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            UNROLL for (int i = 0; i < 4 * TILES; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
+            weights.release(step);
         }
         row_tile += warp;
-        if (fetches || warp >= w.block_tiles || row_tile >= w.row_tiles) continue;
-        store<F16, TILES>(out + (size_t)part * n * w.row_tiles * 16, w, in, sum, 1, row_tile, 0, n);
-    }
+        if (warp < w.block_tiles && row_tile < w.row_tiles)
+            store<F16, TILES>(out + (size_t)part * n * w.row_tiles * 16, w, in, sum, 1, row_tile, 0, n);
+    });
 #endif
 }
 
 /* Describes halves for the copies of product_halves: a box of up to 128 rows by 64 columns, which puts the rows of each 16 in
  * the order 0, 2 ... 14, 1, 3 ... 15, so that a thread gets two neighbours, and is swizzled as wgmma wants it (CUDA driver API,
  * tensor maps; that strides do not grow from dimension to dimension is nowhere forbidden, and works). How high a box is, and
- * into how many parts columns are cut, is chosen so that all multiprocessors end together; a part more must bring 2%. The
- * function is the driver's, which is not linked. Does nothing if not built for a Hopper, where halves are read as they lie. */
+ * into how many parts columns are cut, is chosen so that all multiprocessors end together; of equals the highest box, of which
+ * most is read ahead. The function is the driver's, which is not linked. Does nothing if not built for a Hopper, where halves are
+ * read as they lie. */
 static void make_map(Weights *w) {
     int multiprocessors;
     if (!built_for_wgmma()) return;
@@ -277,7 +300,7 @@ static void make_map(Weights *w) {
     for (int tiles = 8; tiles > 4; tiles--)
         for (int parts = 1; parts <= w->most_parts; parts++) {
             size_t rounds = ceil_div(ceil_div(w->row_tiles, tiles) * parts, multiprocessors);
-            double time = (double)rounds * tiles / parts * (1 + 0.02 * parts);
+            double time = (double)rounds * tiles / parts;
             if (time < least) { least = time; w->block_tiles = tiles; w->parts = parts; }
         }
     static decltype(&cuTensorMapEncodeTiled) encode_map;

@@ -1102,7 +1102,7 @@ template <int WIDTH, class E>
 __global__ void __launch_bounds__(128, 1)
 attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
                   const Entry *entries, int n_runs, int head_parts, Heads c, Inputs in, Weights wo, bool fused) {
-    __shared__ float4 room[4][16][WIDTH / 4 + 1];
+    __shared__ float4 room[4][16][WIDTH / 4];       /* pieces exchanged by row, so that few lie in the same banks */
     wait_for_inputs();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, index = blockIdx.x * 4 + warp;
     int heads = min(c.group, 16), kv_head = blockIdx.y;
@@ -1127,14 +1127,16 @@ attention_prefill(float *out, float2 *softmax, const __half *queries, const unsi
         if (head[h] < 0) continue;
         float *to = fused ? (float *)room[warp][lane / 4 + 8 * h] : out + (size_t)head[h] * WIDTH;
         float share = fused ? 1.0f / sums.total[h] : 1;
+        int exchange = fused ? lane / 4 : 0;
         if (!fused && lane % 4 == 0) softmax[head[h]] = make_float2(sums.max[h], sums.total[h]);
         UNROLL for (int d = 0; d < WIDTH / 8; d++)
-            *(float2 *)(to + 8 * d + 2 * (lane % 4)) = make_float2(sums.sum[d][2 * h] * share, sums.sum[d][2 * h + 1] * share);
+            *(float2 *)(to + ((2 * d + lane % 4 / 2) ^ exchange) * 4 + lane % 2 * 2) =
+                make_float2(sums.sum[d][2 * h] * share, sums.sum[d][2 * h + 1] * share);
     }
     __syncwarp();
     for (int t = 0; t < run.n && fused; t++)
         write_heads(in, wo, run.first + t, kv_head * c.group, c.group, c.head_dim, 0, 1,
-                    [&](int h, int d) { return room[warp][t * heads + h][d / 4]; });
+                    [&](int h, int d) { return room[warp][t * heads + h][d / 4 ^ (t * heads + h) % 8]; });
 }
 
 /* Query heads of a block of decoding attention: as many as have room in shared memory. */
@@ -1163,6 +1165,13 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
     size_t slot = entries[token].slot * c.n_kv_heads * c.cache, of_head = slot + kv_head * c.cache;
     bool last = from <= pos && pos < to;
 
+    /* Where each block has a multiprocessor of its own it has long begun, and asks for its first keys and values meanwhile: only
+     * into the second-level cache, since the token's own are not there yet. */
+    int at_first = from / 32 * 32 + warp * 32;
+    size_t first_block = of_head + at_first % c.ring / 32 * block_bytes<E>(WIDTH);
+    for (int i = lane * 128; WARPS == 8 && at_first < to && i < (int)block_bytes<E>(WIDTH); i += 32 * 128)
+        asm volatile("prefetch.global.L2 [%0]; prefetch.global.L2 [%1];"
+                     ::"l"(keys + first_block + i), "l"(values + first_block + i));
     wait_for_inputs();
     for (int row = warp; from < to && row < n_heads + 2 * last; row += WARPS) {
         int head = row < n_heads ? first_head + row : c.n_heads + kv_head + (row - n_heads) * c.n_kv_heads;
