@@ -185,12 +185,13 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
  * 3. product_halves                                                                                                 */
 
 /* Weights and activations lie in shared memory as wgmma reads them, and no other instruction sees them: a thread asks for boxes of
- * up to 128 rows by 64 columns, as far ahead as there is room, the first before the kernel before this one has ended; another for
- * the activations. Two groups of four warps have 64 rows each. At most as many blocks as there are multiprocessors go over all
- * pairs of a part of the columns and the rows of a box. n: up to 8 TILES. */
+ * up to 128 rows by 64 columns, ahead, the first before the kernel before this one has ended; another for the activations. Two
+ * groups of four warps have 64 rows each. At most as many blocks as there are multiprocessors go over all pairs of a part of the
+ * columns and the rows of a box. n: up to 8 TILES. */
 enum { HALVES_ROOM = 184 << 10,                     /* bytes: over 40 KB are left for a block of attention to wait in */
-       HALVES_AHEAD = 4 };                          /* boxes under way while the kernels before this one still read: more would
-                                                       stand before what those wait for */
+       HALVES_AHEAD = 4 };                          /* boxes under way until all stages have been asked for once, since the
+                                                       kernels before this one may still read: more would stand before what
+                                                       they wait for */
 template <int TILES> struct Halves {                /* a stage; of two boxes, 256 bytes of a row are read together */
     static const int BOXES = 2;
     uint4 w[BOXES][128 * 8], x[BOXES][TILES * 8 * 8];       /* [box], [row], [token] of 8 pieces of 16 bytes */
@@ -231,7 +232,8 @@ product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
     Pipeline<STAGES> weights, inputs;
     weights.start(barriers, 32 * WIDE_ROWS);
     inputs.start(barriers + 2 * STAGES, 32 * WIDE_ROWS);
-    inputs.empty = weights.empty;                   /* both are read together */
+    inputs.empty = weights.empty;                   /* both are read together; neither thread gets a turn ahead of the other, since
+                                                       a stage is read only when both have filled it */
     auto each_block = [&](auto use) {               /* use(first row tile, part, first step of columns, their end) */
         for (int block = blockIdx.x; block < row_blocks * w.parts; block += gridDim.x) {
             int part = block / row_blocks;
@@ -290,8 +292,8 @@ product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
  * the order 0, 2 ... 14, 1, 3 ... 15, so that a thread gets two neighbours, and is swizzled as wgmma wants it (CUDA driver API,
  * tensor maps; that strides do not grow from dimension to dimension is nowhere forbidden, and works). How high a box is, and
  * into how many parts columns are cut, is chosen so that all multiprocessors end together; of equals the highest box, of which
- * most is read ahead. The function is the driver's, which is not linked. Does nothing if not built for a Hopper, where halves are
- * read as they lie. */
+ * most is read ahead, and then the fewest parts. The function is the driver's, which is not linked. Does nothing if not built for
+ * a Hopper, where halves are read as they lie. */
 static void make_map(Weights *w) {
     int multiprocessors;
     if (!built_for_wgmma()) return;

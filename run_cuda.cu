@@ -1145,7 +1145,7 @@ __host__ __device__ constexpr int decode_heads(int warps) { return 64 / warps; }
 /* Decoding: a block is there for a token, a key head with up to HEADS of its query heads, and a span of positions (flash-decoding),
  * of which its WARPS take 32 each in turn. It makes the queries from wqkv's product itself, and in the last span the token's key
  * and value. With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to out,
- * [spans][n][n_heads][WIDTH], and softmax. 200 registers leave room for one of product_halves's blocks for up to 16 tokens to wait
+ * [spans][n][n_heads][WIDTH], and softmax. 200 registers leave room for one of product_halves's blocks for up to 8 tokens to wait
  * in. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
 template <int WIDTH, class E, int WARPS>
 __global__ void __maxnreg__(200)
