@@ -406,18 +406,18 @@ static void merge(Softmax *a, float *out_a, Softmax b, const float *out_b, size_
 }
 
 /* The scores of a query among a block's n keys, in panels `apart` from one another, become e^(score - max), out [n], where they
- * are wanted, from j0 to j1 - 1, and 0 elsewhere; max is raised to the largest of them, and lanes[32] is where they are summed.
- * Returns by how much all before shrinks, e^(old - new). The maximum is found among integers, which a compiler vectorises: floats
- * order as their bits do, once those of negative ones, but the sign, are inverted. */
-static float exponentials(float *out, const float *scores, size_t apart, size_t n, float *lanes, float *max, size_t j0, size_t j1) {
+ * are wanted, from j0 to j1 - 1, and 0 elsewhere, where the scores themselves become -INFINITY; max is raised to the largest of
+ * them, and lanes[32] is where they are summed. Returns by how much all before shrinks, e^(old - new). The maximum is found among
+ * integers, which a compiler vectorises: floats order as their bits do, once those of negative ones, but the sign, are inverted. */
+static float exponentials(float *out, float *scores, size_t apart, size_t n, float *lanes, float *max, size_t j0, size_t j1) {
     int32_t largest[PANEL], most = (int32_t)as_bits(*max);
     most ^= most >> 31 & INT32_MAX;
     for (size_t r = 0; r < PANEL; r++) largest[r] = most;
     for (size_t j = 0; j < n; j += PANEL) {
-        memcpy(out + j, scores + j / PANEL * apart, PANEL * sizeof(float));
-        for (size_t r = 0; r < PANEL && (j < j0 || j + PANEL > j1); r++) if (j + r < j0 || j + r >= j1) out[j + r] = -INFINITY;
+        float *panel = scores + j / PANEL * apart;
+        for (size_t r = 0; r < PANEL && (j < j0 || j + PANEL > j1); r++) if (j + r < j0 || j + r >= j1) panel[r] = -INFINITY;
         for (size_t r = 0; r < PANEL; r++) {
-            int32_t bits = (int32_t)as_bits(out[j + r]), ordered = bits ^ (bits >> 31 & INT32_MAX);
+            int32_t bits = (int32_t)as_bits(panel[r]), ordered = bits ^ (bits >> 31 & INT32_MAX);
             largest[r] = ordered > largest[r] ? ordered : largest[r];
         }
     }
@@ -425,7 +425,7 @@ static float exponentials(float *out, const float *scores, size_t apart, size_t 
     float new_max = as_float((uint32_t)(most ^ (most >> 31 & INT32_MAX))), shrink = *max == new_max ? 1 : fast_exp(*max - new_max);
     for (size_t r = 0; r < PANEL && shrink != 1; r++) lanes[r] *= shrink;
     for (size_t j = 0; j < n; j += PANEL) {
-        for (size_t r = 0; r < PANEL; r++) out[j + r] = fast_exp(out[j + r] - new_max);
+        for (size_t r = 0; r < PANEL; r++) out[j + r] = fast_exp(scores[j / PANEL * apart + r] - new_max);
         for (size_t r = 0; r < PANEL && (j < j0 || j + PANEL > j1); r++) if (j + r < j0 || j + r >= j1) out[j + r] = 0;
         for (size_t r = 0; r < PANEL; r++) lanes[r] += out[j + r];
     }

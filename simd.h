@@ -124,10 +124,11 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
         for (size_t t = 0; t < T; t++)
             UNROLL
             for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
+        const char *next = (const char *)ahead.at + row / WIDTH / R * n / PASSES * ahead.bytes / 32;    /* this pass's: see ask() */
+        size_t step = ahead.bytes / 32;
         for (size_t k = 0; k < n; k++) {
             Floats of_k[PANEL / WIDTH];
-            size_t column = row / WIDTH / R * n + k;            /* of all that this tile goes over: see ask() */
-            if (column % PASSES == 0) __builtin_prefetch((const char *)ahead.at + column / PASSES * ahead.bytes / 32, 0, 2);
+            if (k % PASSES == 0) { __builtin_prefetch(next, 0, 2); next += step; }
             UNROLL
             for (size_t r = 0; r < R; r++) {
                 size_t at = k * PANEL + row + r * WIDTH;
