@@ -189,13 +189,12 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
  * groups of four warps have 64 rows each. At most as many blocks as there are multiprocessors go over all pairs of a part of the
  * columns and the rows of a box. n: up to 8 TILES. */
 enum { HALVES_ROOM = 184 << 10,                     /* bytes: over 40 KB are left for a block of attention to wait in */
-       HALVES_AHEAD = 4 };                          /* boxes under way until all stages have been asked for once, since the
-                                                       kernels before this one may still read: more would stand before what
-                                                       they wait for */
-template <int TILES> struct Halves {                /* a stage; of two boxes, 256 bytes of a row are read together */
-    static const int BOXES = 2;
-    uint4 w[BOXES][128 * 8], x[BOXES][TILES * 8 * 8];       /* [box], [row], [token] of 8 pieces of 16 bytes */
-    static const int STAGES = HALVES_ROOM / ((16 + TILES) * BOXES << 10);
+       HALVES_AHEAD = 2 };                          /* stages under way until all have been asked for once, since the kernels
+                                                       before this one may still read: more would stand before what they wait
+                                                       for */
+template <int TILES> struct Halves {                /* a stage: 128 columns, two boxes, so that 256 bytes of a row come together */
+    uint4 w[2][128 * 8], x[2][TILES * 8 * 8];       /* [box][row], [box][token] of 8 pieces of 16 bytes */
+    static const int STAGES = HALVES_ROOM / ((16 + TILES) * 2 << 10);
 };
 #if HAS_WGMMA
 /* sum = (more ? sum : 0) + a b for a of 64 rows by 16 columns of halves and b of 16 columns by 8 TILES tokens, both in shared
@@ -222,11 +221,11 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1)
 product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
 #if HAS_WGMMA
     typedef Halves<TILES> OneStage;
-    const int STAGES = OneStage::STAGES, BOXES = OneStage::BOXES;
+    const int STAGES = OneStage::STAGES;
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ uint64_t barriers[4 * STAGES];
     OneStage *stages = (OneStage *)shared;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all = 2 / BOXES * w.column_tiles;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int row_blocks = (w.row_tiles + w.block_tiles - 1) / w.block_tiles;
     unsigned step = 0;
     Pipeline<STAGES> weights, inputs;
@@ -234,21 +233,22 @@ product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
     inputs.start(barriers + 2 * STAGES, 32 * WIDE_ROWS);
     inputs.empty = weights.empty;                   /* both are read together; neither thread gets a turn ahead of the other, since
                                                        a stage is read only when both have filled it */
-    auto each_block = [&](auto use) {               /* use(first row tile, part, first step of columns, their end) */
+    auto each_block = [&](auto use) {               /* use(first row tile, part, first column tile, their end) */
         for (int block = blockIdx.x; block < row_blocks * w.parts; block += gridDim.x) {
             int part = block / row_blocks;
-            use(block % row_blocks * w.block_tiles, part, all * part / w.parts, all * (part + 1) / w.parts);
+            use(block % row_blocks * w.block_tiles, part, w.column_tiles * part / w.parts,
+                w.column_tiles * (part + 1) / w.parts);
         }
     };
     if (warp == WIDE_ROWS) {
         if (lane == 0) each_block([&](int row_tile, int, int k, int end) {
             for (; k < end; k++, step++) {
-                if (step >= HALVES_AHEAD / BOXES && step < STAGES) weights.wait_full(step - HALVES_AHEAD / BOXES);
-                weights.announce(step, w.block_tiles * 2048 * BOXES);
-                for (int box = 0; box < BOXES; box++)
+                if (step >= HALVES_AHEAD && step < STAGES) weights.wait_full(step - HALVES_AHEAD);
+                weights.announce(step, w.block_tiles * 2048 * 2);
+                for (int box = 0; box < 2; box++)
                     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                                  "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(stages[step % STAGES].w[box])),
-                                 "l"(&w.map), "r"((k * BOXES + box) * 64), "r"(0), "r"(row_tile), "r"(weights.full_at(step))
+                                 "l"(&w.map), "r"((2 * k + box) * 64), "r"(0), "r"(row_tile), "r"(weights.full_at(step))
                                  : "memory");
             }
         });
@@ -260,8 +260,8 @@ product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
             for (; k < end; k++, step++) {
                 OneStage &s = stages[step % STAGES];
                 inputs.announce(step, (int)sizeof s.x);
-                for (int box = 0; box < BOXES; box++)
-                    bulk_copy(s.x[box], in.halves + (size_t)(k * BOXES + box) * in.stride * 64, sizeof s.x[box],
+                for (int box = 0; box < 2; box++)
+                    bulk_copy(s.x[box], in.halves + (size_t)(2 * k + box) * in.stride * 64, sizeof s.x[box],
                               inputs.full_at(step));
             }
         });
@@ -274,7 +274,7 @@ product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
             weights.wait_full(step);
             inputs.wait_full(step);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-            UNROLL for (int i = 0; i < 4 * BOXES; i++)
+            UNROLL for (int i = 0; i < 8; i++)
                 start_wgmma(sum, descriptor(shared_address(s.w[i / 4]) + warp / 4 * 8192) + i % 4 * 2,
                             descriptor(shared_address(s.x[i / 4])) + i % 4 * 2, k > first || i);
             asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
