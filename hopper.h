@@ -65,9 +65,48 @@ __device__ inline void bulk_copy(void *to, const void *from, int bytes, uint32_t
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
-/* Where a tile of 8 rows or tokens of 128 bytes begins in shared memory; the next 8 are 1,024 bytes on (PTX ISA, wgmma, matrix
- * descriptor, in units of 16 bytes, swizzled by 128). */
-__device__ inline uint64_t descriptor(uint32_t address) { return (uint64_t)(address >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+/* Where tiles of 8 rows or tokens of `swizzle` bytes, 128 or 64, begin in shared memory, one each 1,024 bytes (PTX ISA, wgmma,
+ * matrix descriptor, in units of 16 bytes). */
+__device__ inline uint64_t descriptor(uint32_t address, int swizzle) {
+    return (uint64_t)(address >> 4) | 1ull << 16 | 64ull << 32 | (swizzle == 128 ? 1ull : 2ull) << 62;
+}
+
+/* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, or 16 of halves, in shared memory or in registers, 16 rows
+ * of each warp as for mma_codes; and b of the same columns by 8 TILES tokens in shared memory. Of 8 tokens a thread has four sums,
+ * as mma_codes and mma_halves give them. Runs on by itself. */
+#define START_WGMMA(TYPE, TILES, SHAPE, A_TYPE, A, B, MORE, FLAGS, SUMS, A_VALUES)                                               \
+    __device__ inline void start_wgmma(TYPE (&sum)[TILES][4], A_TYPE, uint64_t b, int more) {                                    \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, " MORE ", 0; wgmma.mma_async.sync.aligned." SHAPE " {" NAMES_##TILES "}, "   \
+                     A ", " B ", p" FLAGS ";}" : SUMS : A_VALUES, "l"(b), "r"(more));                                            \
+    }
+#define NAMES_1 "%0, %1, %2, %3"
+#define NAMES_2 NAMES_1 ", %4, %5, %6, %7"
+#define NAMES_4 NAMES_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_8 NAMES_4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_16 NAMES_8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+                 "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_1(C, t) C(sum[t][0]), C(sum[t][1]), C(sum[t][2]), C(sum[t][3])
+#define SUMS_2(C, t) SUMS_1(C, t), SUMS_1(C, t + 1)
+#define SUMS_4(C, t) SUMS_2(C, t), SUMS_2(C, t + 2)
+#define SUMS_8(C, t) SUMS_4(C, t), SUMS_4(C, t + 4)
+#define SUMS_16 SUMS_8("+r", 0), SUMS_8("+r", 8)
+#define IN_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define START_HALVES(TILES, N, A, B, MORE)                                                                                       \
+    START_WGMMA(float, TILES, "m64n" N "k16.f32.f16.f16", uint64_t a, A, B, MORE, ", 1, 1, 0, 0", SUMS_##TILES("+f", 0), "l"(a))
+START_WGMMA(int, 16, "m64n128k32.s32.u8.s8", const uint32_t a[4], "{%64, %65, %66, %67}", "%68", "%69", "", SUMS_16, IN_REGISTERS)
+START_WGMMA(int, 16, "m64n128k32.s32.u8.s8", uint64_t a, "%64", "%65", "%66", "", SUMS_16, "l"(a))
+START_HALVES(1, "8", "%4", "%5", "%6")
+START_HALVES(2, "16", "%8", "%9", "%10")
+START_HALVES(4, "32", "%16", "%17", "%18")
+START_HALVES(8, "64", "%32", "%33", "%34")
+
+/* Waits for what has been begun; sums must not be read before. */
+__device__ inline void not_before(int &sum) { asm volatile("" : "+r"(sum)); }
+__device__ inline void not_before(float &sum) { asm volatile("" : "+f"(sum)); }
+template <class T, int TILES> __device__ inline void wait_wgmma(T (&sum)[TILES][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    UNROLL for (int i = 0; i < 4 * TILES; i++) not_before(sum[i / 4][i % 4]);
+}
 #endif
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -85,27 +124,6 @@ template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; 
     uint2  w_scales[WIDE_ROWS][GROUPS][8];
 };
 
-#if HAS_WGMMA
-/* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, 16 of each warp as for mma_codes, and b of 32 columns by
- * 128 tokens in shared memory. Of 8 tokens a thread has four sums, as mma_codes gives them. Runs on by itself. */
-__device__ inline void start_wgmma(int sum[16][4], const uint32_t a[4], uint64_t b, int more) {
-#define SUM(t) "+r"(sum[t][0]), "+r"(sum[t][1]), "+r"(sum[t][2]), "+r"(sum[t][3])
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-                 "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
-                 "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "{%64, %65, %66, %67}, %68, p;}"
-                 : SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7),
-                   SUM(8), SUM(9), SUM(10), SUM(11), SUM(12), SUM(13), SUM(14), SUM(15)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
-#undef SUM
-}
-__device__ inline void wait_wgmma(int sum[16][4]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    UNROLL for (int i = 0; i < 64; i++) asm volatile("" : "+r"(sum[i / 4][i % 4]));    /* not to be read before */
-}
-#endif
-
 template <int TYPE, int GROUPS>
 __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *out, Weights w, Inputs in, int n) {
 #if HAS_WGMMA
@@ -116,6 +134,9 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
     asm volatile("" : "+r"(first_stage));           /* in a register, as Pipeline's */
     OneStage *stages = (OneStage *)__cvta_shared_to_generic(first_stage);
     const int COUNT = 4 / GROUPS;
+    const bool IN_SHARED = TYPE == Q8 && GROUPS < 4;            /* what wgmma reads of the weights; else registers */
+    const bool LATE = TYPE == Q8 && !IN_SHARED;     /* these are then the codes themselves; ptxas gives them to the next codes as
+                                                       soon as the instruction is issued, so the next may not come before it ends */
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned step = 0;
     int token_blocks = (n + 127) / 128, blocks = token_blocks * w.row_tiles / WIDE_ROWS;
@@ -147,7 +168,8 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
         auto load = [&](unsigned step) {            /* this warp's weights, once they have come */
             const OneStage *s = stages + step % WIDE_STAGES;
             pipeline.wait_full(step);
-            UNROLL for (int p = 0; p < OneStage::PIECES; p++) weights.codes[0][p] = s->codes[warp][p][lane];
+            UNROLL for (int p = 0; p < OneStage::PIECES && !IN_SHARED; p++)
+                weights.codes[0][p] = s->codes[warp][p][thread_place(lane)];
             UNROLL for (int g = 0; g < GROUPS; g++) weights.scales[0][g] = s->w_scales[warp][g][lane / 4];
         };
         load(step);
@@ -155,20 +177,26 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
             const OneStage *s = stages + step % WIDE_STAGES;
             uint32_t a[4][4];
             float2 rows[GROUPS][2];
-            uint64_t b = descriptor(shared_address(s->x));
-            weights.unpack(a, 0);
+            uint64_t codes = descriptor(shared_address(s->codes[warp / 4 * 4]), 64), x = descriptor(shared_address(s->x), 128);
+            if (!IN_SHARED) {
+                weights.unpack(a, 0);
+                UNROLL for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));   /* before the first instruction */
+            }
             UNROLL for (int i = 0; i < 2 * GROUPS; i++)
                 rows[i / 2][i % 2] = __half22float2(((const __half2 *)weights.scales[0])[i]);
-            UNROLL for (int i = 0; i < 16; i++) asm volatile("" : "+r"(a[i / 4][i % 4]));   /* before the first instruction */
             UNROLL for (int g = 0; g < GROUPS; g++) {
                 int sum[16][4];
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                UNROLL for (int i = 0; i < COUNT; i++) start_wgmma(sum, a[g * COUNT + i], b + (g * COUNT + i) * 2, i);
+                UNROLL for (int i = 0; i < COUNT; i++) {
+                    int at = g * COUNT + i;
+                    if (IN_SHARED) start_wgmma(sum, codes + at / 2 * 32 + at % 2 * 2, x + at * 2, i);
+                    else start_wgmma(sum, a[at], x + at * 2, i);
+                }
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                /* meanwhile; but q8's codes are what the instructions read, and ptxas gives their registers to the next at once */
-                if (TYPE != Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
+                bool next = g == 0 && k + 1 < w.column_tiles;
+                if (next && !LATE) load(step + 1);              /* meanwhile */
                 wait_wgmma(sum);
-                if (TYPE == Q8 && g == 0 && k + 1 < w.column_tiles) load(step + 1);
+                if (next && LATE) load(step + 1);
                 UNROLL for (int t = 0; t < 16; t++) {
                     float4 tokens = s->x_scales[g][t * 4 + lane % 4];
                     UNROLL for (int h = 0; h < 2; h++) add_sums(total[t] + 2 * h, rows[g][h], tokens, sum[t] + 2 * h);
@@ -196,25 +224,6 @@ template <int TILES> struct Halves {                /* a stage: 128 columns, two
     uint4 w[2][128 * 8], x[2][TILES * 8 * 8];       /* [box][row], [box][token] of 8 pieces of 16 bytes */
     static const int STAGES = HALVES_ROOM / ((16 + TILES) * 2 << 10);
 };
-#if HAS_WGMMA
-/* sum = (more ? sum : 0) + a b for a of 64 rows by 16 columns of halves and b of 16 columns by 8 TILES tokens, both in shared
- * memory. The sums of 8 tokens are spread as mma_halves gives them. Runs on by itself. */
-#define SUM(t) "+f"(sum[t][0]), "+f"(sum[t][1]), "+f"(sum[t][2]), "+f"(sum[t][3])
-#define START_WGMMA(TILES, TOKENS, SUMS, A, B, MORE, ...)                                                                         \
-    __device__ inline void start_wgmma(float (&sum)[TILES][4], uint64_t a, uint64_t b, int more) {                                \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, " MORE ", 0; wgmma.mma_async.sync.aligned.m64n" TOKENS "k16.f32.f16.f16 "     \
-                     "{" SUMS "}, " A ", " B ", p, 1, 1, 0, 0;}" : __VA_ARGS__ : "l"(a), "l"(b), "r"(more));                      \
-    }
-#define SUMS_1 "%0, %1, %2, %3"
-#define SUMS_2 SUMS_1 ", %4, %5, %6, %7"
-#define SUMS_4 SUMS_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define SUMS_8 SUMS_4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-START_WGMMA(1, "8", SUMS_1, "%4", "%5", "%6", SUM(0))
-START_WGMMA(2, "16", SUMS_2, "%8", "%9", "%10", SUM(0), SUM(1))
-START_WGMMA(4, "32", SUMS_4, "%16", "%17", "%18", SUM(0), SUM(1), SUM(2), SUM(3))
-START_WGMMA(8, "64", SUMS_8, "%32", "%33", "%34", SUM(0), SUM(1), SUM(2), SUM(3), SUM(4), SUM(5), SUM(6), SUM(7))
-#undef SUM
-#endif
 
 template <int TILES>
 __global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1)
@@ -275,10 +284,10 @@ product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
             inputs.wait_full(step);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
             UNROLL for (int i = 0; i < 8; i++)
-                start_wgmma(sum, descriptor(shared_address(s.w[i / 4]) + warp / 4 * 8192) + i % 4 * 2,
-                            descriptor(shared_address(s.x[i / 4])) + i % 4 * 2, k > first || i);
-            asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            UNROLL for (int i = 0; i < 4 * TILES; i++) asm volatile("" : "+f"(sum[i / 4][i % 4]));
+                start_wgmma(sum, descriptor(shared_address(s.w[i / 4]) + warp / 4 * 8192, 128) + i % 4 * 2,
+                            descriptor(shared_address(s.x[i / 4]), 128) + i % 4 * 2, k > first || i);
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            wait_wgmma(sum);
             weights.release(step);
         }
         row_tile += warp;

@@ -61,17 +61,19 @@ __device__ inline void wait_for_inputs() {
 /* A matrix on the device, [rows, cols].
  *
  * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it to the
- * tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 a quarter of each group, the columns from q * group / 4 on: 32
- * columns a row, which are 16 bytes in q4 and nf4 and 32 in q8, read in one piece.
- *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread] of 16 bytes. In q4 a word has eight
- *           columns, the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on in
- *           their order.
+ * tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 the q-th of each four runs of columns: 32 columns a row, which are
+ * 16 bytes in q4 and nf4 and 32 in q8. A run is 4 columns; in q8 with groups of 64 and more it is the 16 that a thread reads at
+ * once, since a Hopper takes those from shared memory as they lie.
+ *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread_place] of 16 bytes. In q4 a word has
+ *           eight columns, the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on
+ *           in their order.
  *   scales  [8 row tiles][column tile][row tile][group][16 rows] of (scale, zero)
  * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it. All are padded to multiples of 128 rows (w13: of 256) and
  * columns. The rows of w13 change places: after each of the gate comes that of up which it is multiplied with. So both stand in
  * the same thread. */
 typedef struct {
     int     type, group, shift;         /* F16, Q8, Q4 or NF4; shift: group is 2^shift */
+    int     run_shift;                  /* a run is 2^run_shift columns */
     int     rows, cols, row_tiles, column_tiles;
     int     units;                      /* of w13: columns of its output, SwiGLU's; else 0 */
     uint4  *codes;
@@ -100,8 +102,19 @@ __device__ inline int file_code(const Matrix &m, int row, int col) {
     return m.type == Q8 ? codes[(k / 4 * PANEL + r) * 4 + k % 4] : codes[(k / 4 * 16 + r % 16) * 4 + k % 4] >> r / 16 * 4 & 15;
 }
 
-/* Column of a tile that is the j-th of thread quarter q, j < 32. */
-__device__ inline int tile_column(int q, int j, int group) { return j / (group / 4) * group + q * (group / 4) + j % (group / 4); }
+/* Column of a tile that is the j-th, j < 32, of those that thread 4 g + q has; and, of a column, 32 q + j. */
+__device__ inline int tile_column(const Weights &w, int q, int j) {
+    int shift = w.run_shift;
+    return (j >> shift << (shift + 2)) + (q << shift) + (j & ((1 << shift) - 1));
+}
+__device__ inline int of_column(const Weights &w, int column) {
+    int shift = w.run_shift;
+    return (column >> shift & 3) * 32 + (column >> (shift + 2) << shift) + (column & ((1 << shift) - 1));
+}
+
+/* Where a thread's 16 bytes stand among those of a warp: so that wgmma finds them as it wants 8 rows of 64 bytes (PTX ISA, its
+ * layout swizzled by 64). It is its own inverse. */
+__device__ inline int thread_place(int thread) { return thread ^ thread / 8; }
 
 /* The place of a tile among all: eight below one another lie together, which is what one block of threads needs at a time. */
 __device__ inline size_t tile_index(const Weights &w, int row_tile, int column_tile) {
@@ -114,14 +127,14 @@ __global__ void tile_codes(Weights w, Matrix m) {       /* a thread makes 16 byt
     int pieces = m.type == Q8 ? 4 : 2;
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, tile = i / 32 / pieces;
     if (tile >= (size_t)w.row_tiles * w.column_tiles) return;
-    int thread = i % 32, piece = i / 32 % pieces, q = thread % 4, half = m.type == Q8 ? piece / 2 : piece;
+    int thread = thread_place(i % 32), piece = i / 32 % pieces, q = thread % 4, half = m.type == Q8 ? piece / 2 : piece;
     int row = file_row(w, row_tile_of(w, tile) * 16 + thread / 4 * 2 + half), col = column_tile_of(w, tile) * COLUMNS;
     unsigned char bytes[16];
     for (int b = 0; b < 16; b++) {          /* the column of a byte, or of its low half, and of its high one */
         int low = m.type == Q8 ? piece % 2 * 16 + b : m.type == NF4 ? 2 * b : b / 4 * 8 + b % 4;
         int high = m.type == NF4 ? low + 1 : low + 4;
-        bytes[b] = file_code(m, row, col + tile_column(q, low, w.group));
-        if (m.type != Q8) bytes[b] |= file_code(m, row, col + tile_column(q, high, w.group)) << 4;
+        bytes[b] = file_code(m, row, col + tile_column(w, q, low));
+        if (m.type != Q8) bytes[b] |= file_code(m, row, col + tile_column(w, q, high)) << 4;
     }
     memcpy(&w.codes[i], bytes, 16);
 }
@@ -157,14 +170,14 @@ __device__ inline uint32_t of_nf4(uint32_t codes) {
 __device__ inline float weight_at(const Weights &w, int row, int col) {
     if (w.type == F16) return __half2float(w.halves[(size_t)row * w.column_tiles * COLUMNS + col]);
     size_t tile = tile_index(w, row / 16, col / COLUMNS);
-    int quarter = w.group / 4, s = col % COLUMNS / w.group, c = col % w.group, g = row % 16 / 2, half = row % 2;
-    int thread = 4 * g + c / quarter, j = s * quarter + c % quarter, code;
-    if (w.type == Q8) code = ((const uint8_t *)&w.codes[(tile * 4 + half * 2 + j / 16) * 32 + thread])[j % 16];
+    int c = col % COLUMNS, g = row % 16 / 2, half = row % 2, at = of_column(w, c), j = at % 32, code;
+    int place = thread_place(4 * g + at / 32);
+    if (w.type == Q8) code = ((const uint8_t *)&w.codes[(tile * 4 + half * 2 + j / 16) * 32 + place])[j % 16];
     else {
-        uint32_t word = ((const uint32_t *)&w.codes[(tile * 2 + half) * 32 + thread])[j / 8];
+        uint32_t word = ((const uint32_t *)&w.codes[(tile * 2 + half) * 32 + place])[j / 8];
         code = w.type == NF4 ? of_nf4(word >> j % 8 * 4 & 15) & 255 : word >> (j % 4 * 8 + j % 8 / 4 * 4) & 15;
     }
-    float2 scale = __half22float2(w.scales[(tile * (COLUMNS / w.group) + s) * 16 + 2 * g + half]);
+    float2 scale = __half22float2(w.scales[(tile * (COLUMNS / w.group) + c / w.group) * 16 + 2 * g + half]);
     return scale.x * ((float)code - scale.y);
 }
 
@@ -203,6 +216,7 @@ static Weights upload(const Matrix *m, bool gated, bool whole, void *staging, Me
     w.type = m->type < Q8 ? F16 : m->type;
     w.group = (int)m->group;
     w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
+    w.run_shift = m->type == Q8 && m->group > 32 ? 4 : 2;
     w.rows = (int)m->rows;
     w.cols = (int)m->cols;
     w.units = gated ? (int)round_up(m->rows / 2, COLUMNS) : 0;
@@ -298,16 +312,14 @@ typedef struct {
     __half *halves;                     /* [stride tokens][128 * column tiles], for FP16 weights */
     int     stride;                     /* room for so many tokens, a multiple of 128 */
     bool    swizzled;                   /* for wgmma, which finds in shared memory what a copy leaves there: pieces of 16 bytes
-                                           change places by token, so that 8 tokens' lie in different banks. Of codes
-                                           (product_wide) those lie together that a quarter's threads give to one instruction;
-                                           halves (product_halves) lie as [column / 64][stride tokens][64] */
+                                           change places by token, so that 8 tokens' lie in different banks. A tile's columns
+                                           are then in their order; halves (product_halves) lie as [column / 64][stride tokens]
+                                           [64] */
 } Inputs;
 
 /* Where column `column` of a tile stands among the 128 bytes of a token; 4 neighbours stand together. */
 __device__ inline int input_place(const Inputs &in, const Weights &w, int token, int column) {
-    int c = column & (w.group - 1), quarter = w.shift - 2, q = c >> quarter;
-    int j = ((column >> w.shift) << quarter) + (c & ((1 << quarter) - 1));
-    return in.swizzled ? ((j / 4) ^ (token % 8)) * 16 + q * 4 + j % 4 : q * 32 + j;
+    return in.swizzled ? (column / 16 ^ token % 8) * 16 + column % 16 : of_column(w, column);
 }
 
 /* Where the FP16 activation of a column stands; 8 neighbours stand together. */
@@ -404,7 +416,7 @@ template <int TYPE, int GROUPS> struct Stage {
         int lane = threadIdx.x % 32;
         uint32_t tile = (uint32_t)tile_index(w, row_tile, 0);
         codes_at = TYPE == F16 ? (uint32_t)(row_tile * 16 + lane / 4 * 2) * w.column_tiles * 16 + lane % 4
-                               : tile * PIECES * 32 + lane;
+                               : tile * PIECES * 32 + thread_place(lane);
         scales_at = tile * GROUPS * 8 + lane / 4;
     }
 
