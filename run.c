@@ -606,12 +606,15 @@ static State new_state(const Model *m, size_t n_slots, size_t context, size_t ch
     s.ring = round_up(c->window ? min_size(context, (size_t)c->window + min_size(chunk, CHUNK) - 1) : context, KEYS);
     s.kv_row = cache_row(m->kv_type, s.head_width);
     s.runs = (Run *)allocate(chunk, sizeof(Run), m->path);
+    s.frequencies = (double *)allocate(c->head_dim / 2, sizeof(double), m->path);
+    for (size_t i = 0; i < c->head_dim / 2; i++) s.frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
     m->backend->open(&s);
     return s;
 }
 
 static void free_state(State *s) {
     free(s->runs);
+    free(s->frequencies);
     s->model->backend->close(s);
 }
 
@@ -640,7 +643,6 @@ static void cpu_open(State *s) {
     s->values = s->keys + s->kv_bytes / 2;
 
     size_t widest = round_up(max_size(max_size(q_dim, c->hidden_dim), c->dim), MAX_GROUP);
-    s->frequencies = (double *)allocate(c->head_dim / 2, sizeof(double), m->path);
     s->rotations = (float *)allocate(chunk * c->head_dim, sizeof(float), m->path);
     s->x = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
     s->xb = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
@@ -656,13 +658,11 @@ static void cpu_open(State *s) {
     s->activations.q = (int8_t *)s->activations.x;
     s->activations.scale = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
     s->activations.sum = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
-    for (size_t i = 0; i < c->head_dim / 2; i++)
-        s->frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
 }
 
 static void cpu_close(State *s) {
     munmap(s->keys, s->kv_bytes);
-    void *all[] = {s->frequencies, s->rotations, s->x, s->xb, s->qkv, s->att, s->softmax, s->h13, s->h,
+    void *all[] = {s->rotations, s->x, s->xb, s->qkv, s->att, s->softmax, s->h13, s->h,
                    s->activations.x, s->activations.scale, s->activations.sum, s->logits};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
@@ -674,13 +674,18 @@ static Cache slot_cache(const State *s, size_t layer, size_t slot, size_t kv_hea
     return cache;
 }
 
-/* Books the time since the last call, and what was computed and read in it, under an operation. */
-static void book(State *s, int operation, double operations, double bytes) {
-    double t = now();
-    s->profile[operation].seconds += t - s->clock;
+/* Books what was computed and read under an operation. */
+static void count(State *s, int operation, double operations, double bytes) {
     s->profile[operation].operations += operations;
     s->profile[operation].bytes += bytes;
     s->bytes += bytes;
+}
+
+/* The same, and the time since the last call. */
+static void book(State *s, int operation, double operations, double bytes) {
+    double t = now();
+    count(s, operation, operations, bytes);
+    s->profile[operation].seconds += t - s->clock;
     s->clock = t;
 }
 

@@ -61,9 +61,9 @@ __device__ inline void wait_for_inputs() {
 /* A matrix on the device, [rows, cols].
  *
  * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it to the
- * tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 the q-th of each four runs of columns: 32 columns a row, which are
- * 16 bytes in q4 and nf4 and 32 in q8. A run is 4 columns; in q8 with groups of 64 and more it is the 16 that a thread reads at
- * once, since a Hopper takes those from shared memory as they lie.
+ * tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 the q-th of each four strips of columns: 32 columns a row, which
+ * are 16 bytes in q4 and nf4 and 32 in q8. A strip is 4 columns; in q8 with groups of 64 and more it is the 16 that a thread reads
+ * at once, since a Hopper takes those from shared memory as they lie.
  *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread_place] of 16 bytes. In q4 a word has
  *           eight columns, the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on
  *           in their order.
@@ -73,9 +73,9 @@ __device__ inline void wait_for_inputs() {
  * the same thread. */
 typedef struct {
     int     type, group, shift;         /* F16, Q8, Q4 or NF4; shift: group is 2^shift */
-    int     run_shift;                  /* a run is 2^run_shift columns */
+    int     strip_shift;                /* a strip is 2^strip_shift columns */
     int     rows, cols, row_tiles, column_tiles;
-    int     units;                      /* of w13: columns of its output, SwiGLU's; else 0 */
+    int     units;                      /* of w13: columns of its output, SwiGLU's; else 0, by which all below know w13 */
     uint4  *codes;
     __half2 *scales;
     __half *halves;
@@ -94,7 +94,8 @@ __device__ inline int file_row(const Weights &w, int row) {
     return row >= w.rows ? -1 : w.units ? row % 2 * (w.rows / 2) + row / 2 : row;
 }
 
-/* m, here and below: a matrix as in the file, on the device. */
+/* The code at a row and column of m, here and below a matrix as in the file, on the device: in a block 4 * PANEL bytes of scales
+ * and zeros, then codes as unpack_codes() in run.c reads them. 0 beyond the matrix. */
 __device__ inline int file_code(const Matrix &m, int row, int col) {
     if (row < 0 || col >= m.cols) return 0;
     const unsigned char *codes = m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes + 4 * PANEL;
@@ -104,11 +105,11 @@ __device__ inline int file_code(const Matrix &m, int row, int col) {
 
 /* Column of a tile that is the j-th, j < 32, of those that thread 4 g + q has; and, of a column, 32 q + j. */
 __device__ inline int tile_column(const Weights &w, int q, int j) {
-    int shift = w.run_shift;
+    int shift = w.strip_shift;
     return (j >> shift << (shift + 2)) + (q << shift) + (j & ((1 << shift) - 1));
 }
 __device__ inline int of_column(const Weights &w, int column) {
-    int shift = w.run_shift;
+    int shift = w.strip_shift;
     return (column >> shift & 3) * 32 + (column >> (shift + 2) << shift) + (column & ((1 << shift) - 1));
 }
 
@@ -120,44 +121,35 @@ __device__ inline int thread_place(int thread) { return thread ^ thread / 8; }
 __device__ inline size_t tile_index(const Weights &w, int row_tile, int column_tile) {
     return ((size_t)(row_tile / 8) * w.column_tiles + column_tile) * 8 + row_tile % 8;
 }
-__device__ inline int row_tile_of(const Weights &w, size_t index) { return (int)(index / 8 / w.column_tiles) * 8 + index % 8; }
-__device__ inline int column_tile_of(const Weights &w, size_t index) { return (int)(index / 8 % w.column_tiles); }
 
-__global__ void tile_codes(Weights w, Matrix m) {       /* a thread makes 16 bytes */
-    int pieces = m.type == Q8 ? 4 : 2;
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, tile = i / 32 / pieces;
-    if (tile >= (size_t)w.row_tiles * w.column_tiles) return;
-    int thread = thread_place(i % 32), piece = i / 32 % pieces, q = thread % 4, half = m.type == Q8 ? piece / 2 : piece;
-    int row = file_row(w, row_tile_of(w, tile) * 16 + thread / 4 * 2 + half), col = column_tile_of(w, tile) * COLUMNS;
-    unsigned char bytes[16];
-    for (int b = 0; b < 16; b++) {          /* the column of a byte, or of its low half, and of its high one */
-        int low = m.type == Q8 ? piece % 2 * 16 + b : m.type == NF4 ? 2 * b : b / 4 * 8 + b % 4;
-        int high = m.type == NF4 ? low + 1 : low + 4;
-        bytes[b] = file_code(m, row, col + tile_column(w, q, low));
-        if (m.type != Q8) bytes[b] |= file_code(m, row, col + tile_column(w, q, high)) << 4;
+/* Makes a tile from m. A block for each; what stands beyond m's rows and columns stays 0. */
+__global__ void make_tile(Weights w, Matrix m) {
+    size_t tile = blockIdx.x;
+    int row_tile = (int)(tile / 8 / w.column_tiles) * 8 + tile % 8, first_col = (int)(tile / 8 % w.column_tiles) * COLUMNS;
+    for (int i = threadIdx.x; i < 16 * COLUMNS && w.type == F16; i += blockDim.x) {         /* an FP16 number */
+        int row = file_row(w, row_tile * 16 + i / COLUMNS), col = first_col + i % COLUMNS;
+        if (row < 0 || col >= m.cols) continue;
+        size_t from = row / PANEL * (size_t)PANEL * m.cols + (size_t)col * PANEL + row % PANEL;
+        w.halves[(size_t)(row_tile * 16 + i / COLUMNS) * w.column_tiles * COLUMNS + col] =
+            m.type == F16 ? ((const __half *)m.data)[from] : to_half(((const float *)m.data)[from]);
     }
-    memcpy(&w.codes[i], bytes, 16);
-}
-
-__global__ void tile_scales(Weights w, Matrix m) {     /* a thread makes one (scale, zero) */
-    int per_tile = COLUMNS / w.group;
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, tile = i / 16 / per_tile;
-    if (tile >= (size_t)w.row_tiles * w.column_tiles) return;
-    int row = file_row(w, row_tile_of(w, tile) * 16 + i % 16);
-    int col = column_tile_of(w, tile) * COLUMNS + (int)(i / 16 % per_tile) * w.group;
-    const __half *block = (const __half *)(m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes);
-    bool inside = row >= 0 && col < m.cols;
-    w.scales[i] = inside ? __halves2half2(block[row % PANEL], block[PANEL + row % PANEL]) : __half2(0, 0);
-}
-
-__global__ void tile_halves(Weights w, Matrix m) {
-    size_t width = (size_t)w.column_tiles * COLUMNS, i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= (size_t)w.row_tiles * 16 * width) return;
-    int row = file_row(w, (int)(i / width)), col = i % width;
-    size_t at = row < 0 ? 0 : row / PANEL * (size_t)PANEL * m.cols + (size_t)col * PANEL + row % PANEL;
-    if (row < 0 || col >= m.cols) w.halves[i] = 0;
-    else if (m.type == F16) w.halves[i] = ((const __half *)m.data)[at];
-    else w.halves[i] = to_half(((const float *)m.data)[at]);
+    if (w.type == F16) return;
+    int pieces = m.type == Q8 ? 4 : 2, groups = COLUMNS / w.group;
+    for (int i = threadIdx.x; i < pieces * 512; i += blockDim.x) {                          /* a byte of codes */
+        int thread = thread_place(i / 16 % 32), piece = i / 512, b = i % 16, half = m.type == Q8 ? piece / 2 : piece;
+        int row = file_row(w, row_tile * 16 + thread / 4 * 2 + half);
+        int low = m.type == Q8 ? piece % 2 * 16 + b : m.type == NF4 ? 2 * b : b / 4 * 8 + b % 4;
+        int high = m.type == NF4 ? low + 1 : low + 4;           /* its column, or those of its low half and of its high one */
+        int code = file_code(m, row, first_col + tile_column(w, thread % 4, low));
+        if (m.type != Q8) code |= file_code(m, row, first_col + tile_column(w, thread % 4, high)) << 4;
+        ((uint8_t *)w.codes)[tile * pieces * 512 + i] = code;
+    }
+    for (int i = threadIdx.x; i < groups * 16; i += blockDim.x) {                           /* a (scale, zero) */
+        int row = file_row(w, row_tile * 16 + i % 16), col = first_col + i / 16 * w.group;
+        const __half *block = (const __half *)(m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes);
+        if (row < 0 || col >= m.cols) continue;
+        w.scales[tile * groups * 16 + i] = __halves2half2(block[row % PANEL], block[PANEL + row % PANEL]);
+    }
 }
 
 /* Four codes of nf4, in the low 16 bits, as codes of q8: NF4_CODES, looked up among the first and among the last eight. */
@@ -216,7 +208,7 @@ static Weights upload(const Matrix *m, bool gated, bool whole, void *staging, Me
     w.type = m->type < Q8 ? F16 : m->type;
     w.group = (int)m->group;
     w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
-    w.run_shift = m->type == Q8 && m->group > 32 ? 4 : 2;
+    w.strip_shift = m->type == Q8 && m->group > 32 ? 4 : 2;
     w.rows = (int)m->rows;
     w.cols = (int)m->cols;
     w.units = gated ? (int)round_up(m->rows / 2, COLUMNS) : 0;
@@ -230,15 +222,12 @@ static Weights upload(const Matrix *m, bool gated, bool whole, void *staging, Me
     CUDA(cudaMemcpy(staging, m->data, m->bytes, cudaMemcpyHostToDevice));
     if (w.type == F16) {
         w.halves = (__half *)device_allocate(n * sizeof(__half), memory, path);
-        tile_halves<<<ceil_div(n, 256), 256>>>(w, raw);
         make_map(&w);
     } else {
-        size_t codes = tiles * (m->type == Q8 ? 128 : 64), scales = n / m->group;
-        w.codes = (uint4 *)device_allocate(codes * sizeof(uint4), memory, path);
-        w.scales = (__half2 *)device_allocate(scales * sizeof(__half2), memory, path);
-        tile_codes<<<ceil_div(codes, 256), 256>>>(w, raw);
-        tile_scales<<<ceil_div(scales, 256), 256>>>(w, raw);
+        w.codes = (uint4 *)device_allocate(m->type == Q8 ? n : n / 2, memory, path);
+        w.scales = (__half2 *)device_allocate(n / m->group * sizeof(__half2), memory, path);
     }
+    make_tile<<<tiles, 256>>>(w, raw);
     CUDA(cudaGetLastError());
     return w;
 }
@@ -298,7 +287,6 @@ static void cuda_load(Model *m) {
 
 static void cuda_unload(Model *m) {
     DeviceModel *d = (DeviceModel *)m->device;
-    if (!d) return;
     device_free(&d->memory);
     free(d->layers);
     free(d);
@@ -408,7 +396,7 @@ __global__ void product_plain(float *out, Weights w, Inputs in, int n) {
 template <int TYPE, int GROUPS> struct Stage {
     static const int PIECES = TYPE == Q4 || TYPE == NF4 ? 2 : 4;        /* of 16 bytes a thread, of 16 rows */
     uint4 codes[2][PIECES];
-    uint2 scales[2][TYPE == F16 ? 1 : GROUPS];              /* (scale, zero) of row 2 g, of row 2 g + 1 */
+    uint2 scales[2][GROUPS];            /* (scale, zero) of row 2 g, of row 2 g + 1 */
     uint32_t codes_at, scales_at;       /* of the rows' first tile (f16: of row 2 g), in pieces of 16 bytes and of 8: fewer than
                                            2^32 */
 
@@ -670,7 +658,7 @@ product_many(float *out, Weights w, Inputs in, int n) {
     for (int step = 0; step < DEPTH; step++) { fetch(step); land(copies, COPIES + 1); }
     for (int step = 0; step < steps; step++, k += COLUMN_WARPS) {
         uint32_t a[2][4][4];
-        uint2 scales_now[2][TYPE == F16 ? 1 : GROUPS];
+        uint2 scales_now[2][GROUPS];
         int buffer = step % (DEPTH + 1);
         wait_for_copies<DEPTH - 1>();
         __syncthreads();
@@ -702,36 +690,12 @@ product_many(float *out, Weights w, Inputs in, int n) {
 
 #include "hopper.h"      /* products on a Hopper; skip it on a first reading */
 
-/* cuBLAS, for prefill with FP16 weights, if it is installed (it is part of the toolkit); opened when needed, so that nothing must
- * be linked. */
-static cublasHandle_t cublas;
-static cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *, const void *,
-                              cudaDataType, int, const void *, cudaDataType, int, const void *, void *, cudaDataType, int,
-                              cublasComputeType_t, cublasGemmAlgo_t);
-
-static bool without_cublas;             /* for test_all.c */
-static bool open_cublas(cudaStream_t stream) {
-    static bool tried;
-    static cublasStatus_t (*create)(cublasHandle_t *), (*set_stream)(cublasHandle_t, cudaStream_t);
-    void *library = NULL;
-    for (const char *name : {"libcublas.so", "libcublas.so.13", "libcublas.so.12"})
-        if (!tried && !library) library = dlopen(name, RTLD_NOW);
-    tried = true;
-    if (library) {
-        *(void **)&create = dlsym(library, "cublasCreate_v2");
-        *(void **)&set_stream = dlsym(library, "cublasSetStream_v2");
-        *(void **)&gemm = dlsym(library, "cublasGemmEx");
-        if (!create || !set_stream || !gemm || create(&cublas) != CUBLAS_STATUS_SUCCESS) cublas = NULL;
-    }
-    return !without_cublas && cublas && set_stream(cublas, stream) == CUBLAS_STATUS_SUCCESS;
-}
-
 /* ------------------------------------------------------------------------------------------------------------------
  * 4. Between the products                                                                                           */
 
-/* A token of this step, as it is copied to the device, and beside it, at the same index, what else the step must know. */
+/* What a step must know, as it is copied to the device: three lists side by side, each with a length of its own. */
 typedef struct {
-    int id, pos, slot;
+    int id, pos, slot;                  /* the i-th token */
     int first, n;                       /* the i-th run of tokens, a tile of queries of attention: its first, and how many */
     int wanted;                         /* the i-th token whose logits are wanted */
     double random;                      /* what its next id is drawn with */
@@ -855,60 +819,54 @@ typedef struct { int n_heads, n_kv_heads, group, head_dim, width, ring, window; 
 template <class E>
 __device__ constexpr size_t block_bytes(int width) { return 32 * (width * sizeof(E) + (sizeof(E) == 1 ? sizeof(__half) : 0)); }
 
-/* The parts of a product, [n][tokens][width], which are still to be added up. */
-typedef struct { const float *parts; int n, width; } Product;
+/* The parts of a product, [n_parts][tokens][width], which are still to be added up. */
+typedef struct { const float *parts; int n_parts, width; } Product;
 
-/* What a warp makes of head `head` of a token: the parts of its product added up, and turned if it is no value. Thread i has the
- * elements i and i + head_dim / 2, i + 32 and i + 32 + head_dim / 2. As norm_input it asks for everything first. */
-struct HeadPairs {
-    float2 x[2];
-    __device__ HeadPairs(Product qkv, int n, const float2 *rotations, int token, int head, const Heads &c) {
-        int half = c.head_dim / 2, lane = threadIdx.x % 32;
-        const float *of_head = qkv.parts + (size_t)token * qkv.width + head * c.head_dim;
-        float2 part[2][MAX_PARTS], turn[2];
-        UNROLL for (int j = 0; j < 2; j++) {
-            int i = lane + 32 * j;
-            bool turned = i < half && head < c.n_heads + c.n_kv_heads;
-            turn[j] = turned ? rotations[(size_t)token * half + i] : make_float2(1, 0);
-            UNROLL for (int p = 0; p < MAX_PARTS; p++) {
-                const float *at = of_head + (size_t)p * n * qkv.width + i;
-                part[j][p] = i < half && p < qkv.n ? make_float2(at[0], at[half]) : make_float2(0, 0);
-            }
-        }
-        UNROLL for (int j = 0; j < 2; j++) {
-            float2 sum = part[j][0];
-            UNROLL for (int p = 1; p < MAX_PARTS; p++) { sum.x += part[j][p].x; sum.y += part[j][p].y; }
-            x[j] = make_float2(sum.x * turn[j].x - sum.y * turn[j].y, sum.y * turn[j].x + sum.x * turn[j].y);
+/* Head `head` of a token, by a warp: the parts of its product are added up, it is turned if it is no value, and then it is put
+ * where attention reads it: a query in `query`, a key or value among the slot's. Thread i has the elements i and i + head_dim / 2,
+ * i + 32 and i + 32 + head_dim / 2. As norm_input it asks for everything first. */
+template <class E>
+__device__ inline void make_head(__half *query, unsigned char *keys, unsigned char *values, Product qkv, int n,
+                                 const float2 *rotations, int token, int pos, int head, const Heads &c) {
+    int half = c.head_dim / 2, lane = threadIdx.x % 32;
+    const float *of_head = qkv.parts + (size_t)token * qkv.width + head * c.head_dim;
+    bool key = head < c.n_heads + c.n_kv_heads;         /* or a query */
+    float2 x[2], part[2][MAX_PARTS], turn[2];
+    UNROLL for (int j = 0; j < 2; j++) {
+        int i = lane + 32 * j;
+        turn[j] = i < half && key ? rotations[(size_t)token * half + i] : make_float2(1, 0);
+        UNROLL for (int p = 0; p < MAX_PARTS; p++) {
+            const float *at = of_head + (size_t)p * n * qkv.width + i;
+            part[j][p] = i < half && p < qkv.n_parts ? make_float2(at[0], at[half]) : make_float2(0, 0);
         }
     }
-    template <class Use> __device__ inline void each(const Heads &c, Use use) const {       /* use(element, its value) */
-        for (int j = 0, i = threadIdx.x % 32; j < 2; j++, i += 32)
-            if (i < c.head_dim / 2) { use(i, x[j].x); use(i + c.head_dim / 2, x[j].y); }
+    UNROLL for (int j = 0; j < 2; j++) {
+        float2 sum = part[j][0];
+        UNROLL for (int p = 1; p < MAX_PARTS; p++) { sum.x += part[j][p].x; sum.y += part[j][p].y; }
+        x[j] = make_float2(sum.x * turn[j].x - sum.y * turn[j].y, sum.y * turn[j].x + sum.x * turn[j].y);
     }
-    __device__ inline void store_query(__half *to, const Heads &c) const {
-        each(c, [&](int i, float v) { to[i] = to_half(v * c.query_scale); });
+    auto each = [&](auto use) {                         /* use(element, its value) */
+        for (int j = 0, i = lane; j < 2; j++, i += 32)
+            if (i < half) { use(i, x[j].x); use(i + half, x[j].y); }
+    };
+    if (head < c.n_heads) { each([&](int i, float v) { query[i] = to_half(v * c.query_scale); }); return; }
+
+    int at = pos % 32;
+    unsigned char *block = (key ? keys : values) + (head - c.n_heads) % c.n_kv_heads * c.cache +
+                           pos % c.ring / 32 * block_bytes<E>(c.width);
+    float max = fmaxf(fmaxf(fabsf(x[0].x), fabsf(x[0].y)), fmaxf(fabsf(x[1].x), fabsf(x[1].y))), inverse = 0;
+    if (sizeof(E) == 1) {
+        for (int other = 16; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
+        __half scale = __float2half_ru(fminf(max / 127.0f, 65504.0f));
+        inverse = __half2float(scale) > 0 ? 1 / __half2float(scale) : 0;
+        if (lane == 0) ((__half *)(block + 32 * c.width))[at] = scale;
     }
-    /* Puts a key or value (head: from n_heads on) where attention reads it; keys, values: the slot's. */
-    template <class E>
-    __device__ inline void store(unsigned char *keys, unsigned char *values, int pos, int head, const Heads &c) const {
-        bool key = head < c.n_heads + c.n_kv_heads;
-        int at = pos % 32;
-        unsigned char *block = (key ? keys : values) + (head - c.n_heads) % c.n_kv_heads * c.cache +
-                               pos % c.ring / 32 * block_bytes<E>(c.width);
-        float max = fmaxf(fmaxf(fabsf(x[0].x), fabsf(x[0].y)), fmaxf(fabsf(x[1].x), fabsf(x[1].y))), inverse = 0;
-        if (sizeof(E) == 1) {
-            for (int other = 16; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
-            __half scale = __float2half_ru(fminf(max / 127.0f, 65504.0f));
-            inverse = __half2float(scale) > 0 ? 1 / __half2float(scale) : 0;
-            if (threadIdx.x % 32 == 0) ((__half *)(block + 32 * c.width))[at] = scale;
-        }
-        each(c, [&](int i, float v) {
-            size_t to = key ? at * c.width + i : i * 32 + at;
-            if (sizeof(E) == 1) block[to] = (unsigned char)(128 + __float2int_rn(fminf(fmaxf(v * inverse, -127.0f), 127.0f)));
-            else ((__half *)block)[to] = to_half(v);
-        });
-    }
-};
+    each([&](int i, float v) {
+        size_t to = key ? at * c.width + i : i * 32 + at;
+        if (sizeof(E) == 1) block[to] = (unsigned char)(128 + __float2int_rn(fminf(fmaxf(v * inverse, -127.0f), 127.0f)));
+        else ((__half *)block)[to] = to_half(v);
+    });
+}
 
 /* What attention starts from, in a prefill. A warp for each head, 8 in a block; blockIdx.y: the token. */
 template <class E>
@@ -917,10 +875,9 @@ __global__ void rope_and_cache(__half *queries, unsigned char *keys, unsigned ch
     wait_for_inputs();
     int head = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
     if (head >= c.n_heads + 2 * c.n_kv_heads) return;
-    HeadPairs pairs(qkv, n, rotations, token, head, c);
     size_t slot = entries[token].slot * c.n_kv_heads * c.cache;
-    if (head < c.n_heads) pairs.store_query(queries + ((size_t)token * c.n_heads + head) * c.width, c);
-    else pairs.store<E>(keys + slot, values + slot, entries[token].pos, head, c);
+    make_head<E>(queries + ((size_t)token * c.n_heads + head) * c.width, keys + slot, values + slot, qkv, n, rotations, token,
+                 entries[token].pos, head, c);
 }
 
 /* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. pairs: they are what cuBLAS made of
@@ -1052,7 +1009,7 @@ template <int WIDTH, class E> struct Attention {
             }
         UNROLL for (int i = 0; i < 16 && sizeof(E) == 1; i++)
             score[i / 4][i % 4] *= __half2float(((const __half *)&scales[0])[i / 4 * 2 + i % 2]);
-        uint32_t p[4][2];               /* 2^(score - max) as FP16: [t][row g, row g + 8] */
+        uint32_t p[2][4];               /* 2^(score - max) as FP16: [t / 2][t % 2][row g, row g + 8] */
         UNROLL for (int h = 0; h < 2; h++) {
             if (start + 31 > pos[h] || start < first[h])
                 UNROLL for (int t = 0; t < 4; t++)
@@ -1076,15 +1033,14 @@ template <int WIDTH, class E> struct Attention {
                     y *= of_values.y;
                 }
                 __half2 both = __floats2half2_rn(x, y);
-                p[t][h] = *(uint32_t *)&both;
+                p[t / 2][t % 2 * 2 + h] = *(uint32_t *)&both;
             }
             UNROLL for (int d = 0; d < WIDTH / 8; d++) { sum[d][2 * h] *= shrink; sum[d][2 * h + 1] *= shrink; }
         }
-        const uint32_t p0[4] = {p[0][0], p[0][1], p[1][0], p[1][1]}, p1[4] = {p[2][0], p[2][1], p[3][0], p[3][1]};
         UNROLL for (int d = 0; d < WIDTH / 8; d++) {
             uint4 x = eight_halves(value[d]);
-            mma_halves(sum[d], p0, &x.x);
-            mma_halves(sum[d], p1, &x.z);
+            mma_halves(sum[d], p[0], &x.x);
+            mma_halves(sum[d], p[1], &x.z);
         }
     }
 
@@ -1156,9 +1112,9 @@ __host__ __device__ constexpr int decode_heads(int warps) { return 64 / warps; }
 
 /* Decoding: a block is there for a token, a key head with up to HEADS of its query heads, and a span of positions (flash-decoding),
  * of which its WARPS take 32 each in turn. It makes the queries from wqkv's product itself, and in the last span the token's key
- * and value. With one span and heads that fill column tiles of wo its result goes straight into the product with it; else to out,
- * [spans][n][n_heads][WIDTH], and softmax. 200 registers leave room for one of product_halves's blocks for up to 8 tokens to wait
- * in. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
+ * and value. With one span, all of a key head's query heads in one block, and heads that fill column tiles of wo, its result goes
+ * straight into the product with it; else to out, [spans][n][n_heads][WIDTH], and softmax. 200 registers leave room for one of
+ * product_halves's blocks for up to 8 tokens to wait in. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
 template <int WIDTH, class E, int WARPS>
 __global__ void __maxnreg__(200)
 attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, unsigned char *keys, unsigned char *values,
@@ -1187,9 +1143,7 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
     wait_for_inputs();
     for (int row = warp; from < to && row < n_heads + 2 * last; row += WARPS) {
         int head = row < n_heads ? first_head + row : c.n_heads + kv_head + (row - n_heads) * c.n_kv_heads;
-        HeadPairs pairs(qkv, n, rotations, token, head, c);
-        if (row < n_heads) pairs.store_query(query[row], c);
-        else pairs.store<E>(keys + slot, values + slot, pos, head, c);
+        make_head<E>(query[row], keys + slot, values + slot, qkv, n, rotations, token, pos, head, c);
     }
     for (int at = threadIdx.x; at < n_heads * (WIDTH - c.head_dim); at += THREADS)
         query[at / (WIDTH - c.head_dim)][c.head_dim + at % (WIDTH - c.head_dim)] = 0;
@@ -1376,10 +1330,11 @@ typedef struct {
     unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * kv_row bytes] */
     double  *frequencies;
     Inputs   in;
-    Entry   *entries, *entries_host;    /* on the device; in the host's memory, which both can reach */
-    int     *ids;                       /* the next ones, likewise */
+    Entry   *entries, *entries_host;    /* on the device; in the host's memory, from where a step copies them */
+    int     *ids;                       /* the next ones, in the host's memory, where the sampler writes them */
     size_t   logits_room;               /* tokens */
-    int      span, max_spans;           /* positions that a block of decoding attention takes; most of them in a ring */
+    int      span, max_spans;           /* positions that a block of decoding attention takes; over how many spans the keys of a
+                                           token can go */
     int      n, n_want, n_runs, n_spans;       /* of this step: tokens; wanted ones; runs; spans, if it is decoding */
     struct { cudaGraphExec_t exec; const float *logits; int n_spans; float temperature, top_p; double bytes; } *graphs;
                                         /* [n_slots + 1]: decoding steps of so many tokens, what they were recorded with, and what
@@ -1420,7 +1375,8 @@ static int token_tiles(const State *s) {
     return !s->decoding || n > 64 ? 16 : n > 32 ? 8 : n > 16 ? 4 : n > 8 ? 2 : 1;
 }
 
-/* Where a product with w finds its inputs, and how they lie: swizzled if product_wide or product_halves makes it. */
+/* Where a product with w finds its inputs, and how they lie: swizzled if product_wide makes it, which is there for codes and 16
+ * token tiles, or product_halves, for FP16 and fewer. */
 static Inputs inputs(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
     int tiles = token_tiles(s);
@@ -1451,9 +1407,29 @@ static void launch_product(State *s, int operation, float *out, const Weights &w
     launch(d, operation, kernel, grid, out, w, in, n);
 }
 
-/* Whether a product is given to cuBLAS, which knows no SwiGLU: w13's comes out as it is, in d->parts. */
+static cublasHandle_t cublas;
+static cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *, const void *,
+                              cudaDataType, int, const void *, cudaDataType, int, const void *, void *, cudaDataType, int,
+                              cublasComputeType_t, cublasGemmAlgo_t);
+static bool without_cublas;             /* for test_all.c */
+
+/* Whether a product is given to cuBLAS: in a prefill with FP16 weights, if it is installed (it is part of the toolkit). It is
+ * opened when needed, so that nothing must be linked. It knows no SwiGLU: w13's product comes out as it is, in d->parts. */
 static bool uses_cublas(const State *s, const Weights &w) {
-    return w.type == F16 && !s->decoding && open_cublas(((const Device *)s->device)->stream);
+    static bool tried;
+    static cublasStatus_t (*create)(cublasHandle_t *), (*set_stream)(cublasHandle_t, cudaStream_t);
+    void *library = NULL;
+    if (w.type != F16 || s->decoding || without_cublas) return false;
+    for (const char *name : {"libcublas.so", "libcublas.so.13", "libcublas.so.12"})
+        if (!tried && !library) library = dlopen(name, RTLD_NOW);
+    tried = true;
+    if (library) {
+        *(void **)&create = dlsym(library, "cublasCreate_v2");
+        *(void **)&set_stream = dlsym(library, "cublasSetStream_v2");
+        *(void **)&gemm = dlsym(library, "cublasGemmEx");
+        if (!create || !set_stream || !gemm || create(&cublas) != CUBLAS_STATUS_SUCCESS) cublas = NULL;
+    }
+    return cublas && set_stream(cublas, ((const Device *)s->device)->stream) == CUBLAS_STATUS_SUCCESS;
 }
 
 /* out: [parts][n][w.row_tiles * 16], or of w13 SwiGLU's, as store() leaves it; returns the number of parts: so many that there are
@@ -1464,12 +1440,10 @@ static int device_product(State *s, int operation, float *out, const Weights &w,
         {launch_product<Q4, 4>, launch_product<Q4, 2>, launch_product<Q4, 1>},
         {launch_product<NF4, 4>, launch_product<NF4, 2>, launch_product<NF4, 1>}};
     Device *d = (Device *)s->device;
-    Profile *p = &s->profile[operation];
-    p->operations += 2.0 * n * w.rows * w.cols;
-    p->bytes += w.bytes;
-    s->bytes += w.bytes;
+    count(s, operation, 2.0 * n * w.rows * w.cols, w.bytes);
     if (!uses_cublas(s, w)) {
-        int tiles = token_tiles(s), held = tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3;
+        int tiles = token_tiles(s);
+        int held = tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3;     /* blocks that a multiprocessor has registers for */
         Weights cut = w;
         if (w.type != F16 || !in.swizzled)
             cut.parts = max(1, min(w.most_parts, held * d->multiprocessors / (w.row_tiles / (tiles == 1 ? 2 : 8))));
@@ -1559,8 +1533,8 @@ static void launch_forward(State *s) {
     device_product(s, CLASSIFIER, d->logits, m->wcls, inputs(s, m->wcls), d->n_want);
 }
 
-/* Copies the tokens to where the device reads them, and the tiles of queries, which are the runs among them; counts these, and
- * the spans of positions that decoding needs, rounded up to a power of two. Books what attention computes and reads. */
+/* Writes the tokens to entries_host, and the tiles of queries, which are the runs among them; counts these, and the spans of
+ * positions that decoding needs, rounded up to a power of two. Books what attention computes and reads. */
 static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws) {
     Device *d = (Device *)s->device;
     const Header *c = &s->model->c;
@@ -1581,10 +1555,8 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws) 
         d->entries_host[d->n_want].random = draws ? draws[d->n_want].random : 0;
         d->n_want++;
     }
-    double bytes = 2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row * c->n_layers);
-    s->profile[ATTENTION].operations += 4.0 * n_keys * c->n_heads * c->head_dim * c->n_layers;
-    s->profile[ATTENTION].bytes += bytes;
-    s->bytes += bytes;
+    count(s, ATTENTION, 4.0 * n_keys * c->n_heads * c->head_dim * c->n_layers,
+          2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row * c->n_layers));
     if ((size_t)d->n_want <= d->logits_room) return;
     device_free(&d->logits_memory);
     d->logits_room = (size_t)d->n_want;
@@ -1718,9 +1690,7 @@ static void cuda_open(State *s) {
     CUDA(cudaMallocHost((void **)&d->entries_host, d->room * sizeof(Entry)));
     CUDA(cudaMallocHost((void **)&d->ids, d->room * sizeof(int)));
     d->graphs = (decltype(d->graphs))allocate(s->n_slots + 1, sizeof *d->graphs, m->path);
-    double frequencies[MAX_HEAD_DIM / 2];
-    for (size_t i = 0; i < c->head_dim / 2; i++) frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
-    CUDA(cudaMemcpy(d->frequencies, frequencies, c->head_dim / 2 * sizeof(double), cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(d->frequencies, s->frequencies, c->head_dim / 2 * sizeof(double), cudaMemcpyHostToDevice));
     CUDA(cudaDeviceSynchronize());
 }
 
