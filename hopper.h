@@ -1,9 +1,9 @@
 /* hopper.h - products on GPUs of compute capability 9.0 (a Hopper), built for sm_90a. Skip this on a first reading: run_cuda.cu,
- * which includes it, has the same products for all GPUs, and nothing else depends on how they are done.
+ * which includes it, has the same products for all GPUs; of how they are done here only the order of codes and inputs shows there.
  *
  * A Hopper's tensor cores do twice the work if a group of four warps gives it to them at once (wgmma, PTX ISA), and can take it
  * from shared memory, where a single thread can have it copied. From top to bottom:
- *   1. What both share      stages that are filled ahead
+ *   1. What both share      stages that are filled ahead, and the instruction
  *   2. product_wide         for prefill, and for more than 64 slots, with codes
  *   3. product_halves       for decoding of up to 64 slots with FP16 weights
  * Built for other GPUs these kernels are empty. */
@@ -71,9 +71,9 @@ __device__ inline uint64_t descriptor(uint32_t address, int swizzle) {
     return (uint64_t)(address >> 4) | 1ull << 16 | 64ull << 32 | (swizzle == 128 ? 1ull : 2ull) << 62;
 }
 
-/* sum = (more ? sum : 0) + a b for a of 64 rows by 32 columns of codes, or 16 of halves, in shared memory or in registers, 16 rows
- * of each warp as for mma_codes; and b of the same columns by 8 TILES tokens in shared memory. Of 8 tokens a thread has four sums,
- * as mma_codes and mma_halves give them. Runs on by itself. */
+/* sum = (more ? sum : 0) + a b for a of 64 rows by 16 columns of halves, or 32 of codes, in shared memory; or codes in registers,
+ * 16 rows of each warp as for mma_codes; and b of the same columns by 8 TILES tokens in shared memory. Of 8 tokens a thread has
+ * four sums, as mma_codes and mma_halves give them. Runs on by itself. A, B, MORE: the operands' places behind the sums. */
 #define START_WGMMA(TYPE, TILES, SHAPE, A_TYPE, A, B, MORE, FLAGS, SUMS, A_VALUES)                                               \
     __device__ inline void start_wgmma(TYPE (&sum)[TILES][4], A_TYPE, uint64_t b, int more) {                                    \
         asm volatile("{.reg .pred p; setp.ne.b32 p, " MORE ", 0; wgmma.mma_async.sync.aligned." SHAPE " {" NAMES_##TILES "}, "   \
@@ -100,12 +100,12 @@ START_HALVES(2, "16", "%8", "%9", "%10")
 START_HALVES(4, "32", "%16", "%17", "%18")
 START_HALVES(8, "64", "%32", "%33", "%34")
 
-/* Waits for what has been begun; sums must not be read before. */
-__device__ inline void not_before(int &sum) { asm volatile("" : "+r"(sum)); }
-__device__ inline void not_before(float &sum) { asm volatile("" : "+f"(sum)); }
+/* Waits for what has been begun, and keeps the sums from being read before. */
+__device__ inline void read_later(int &sum) { asm volatile("" : "+r"(sum)); }
+__device__ inline void read_later(float &sum) { asm volatile("" : "+f"(sum)); }
 template <class T, int TILES> __device__ inline void wait_wgmma(T (&sum)[TILES][4]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    UNROLL for (int i = 0; i < 4 * TILES; i++) not_before(sum[i / 4][i % 4]);
+    UNROLL for (int i = 0; i < 4 * TILES; i++) read_later(sum[i / 4][i % 4]);
 }
 #endif
 
@@ -119,7 +119,7 @@ enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block, and
 template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
     static const int PIECES = Stage<TYPE, GROUPS>::PIECES;
     uint4  x[128 * 8];                  /* [token][8 pieces of 16 bytes] */
-    uint4  codes[WIDE_ROWS][PIECES][32];
+    uint4  codes[WIDE_ROWS][PIECES][32];            /* of q8 each 32 are 8 rows of 64 bytes, swizzled: a multiple of 512 bytes on */
     float4 x_scales[GROUPS][64];        /* (scale, sum) of two tokens */
     uint2  w_scales[WIDE_ROWS][GROUPS][8];
 };
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
     asm volatile("" : "+r"(first_stage));           /* in a register, as Pipeline's */
     OneStage *stages = (OneStage *)__cvta_shared_to_generic(first_stage);
     const int COUNT = 4 / GROUPS;
-    const bool IN_SHARED = TYPE == Q8 && GROUPS < 4;            /* what wgmma reads of the weights; else registers */
-    const bool LATE = TYPE == Q8 && !IN_SHARED;     /* these are then the codes themselves; ptxas gives them to the next codes as
+    const bool IN_SHARED = TYPE == Q8 && GROUPS < 4;            /* wgmma reads codes there (strips of 16); else in registers */
+    const bool LATE = TYPE == Q8 && !IN_SHARED;     /* the registers are the codes themselves; ptxas gives them to the next codes as
                                                        soon as the instruction is issued, so the next may not come before it ends */
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     unsigned step = 0;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
                 int sum[16][4];
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 UNROLL for (int i = 0; i < COUNT; i++) {
-                    int at = g * COUNT + i;
+                    int at = g * COUNT + i;         /* 32 columns: the codes of 64 are 512 bytes, 16 a unit */
                     if (IN_SHARED) start_wgmma(sum, codes + at / 2 * 32 + at % 2 * 2, x + at * 2, i);
                     else start_wgmma(sum, a[at], x + at * 2, i);
                 }

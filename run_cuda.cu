@@ -62,8 +62,8 @@ __device__ inline void wait_for_inputs() {
  *
  * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it to the
  * tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 the q-th of each four strips of columns: 32 columns a row, which
- * are 16 bytes in q4 and nf4 and 32 in q8. A strip is 4 columns; in q8 with groups of 64 and more it is the 16 that a thread reads
- * at once, since a Hopper takes those from shared memory as they lie.
+ * are 16 bytes in q4 and nf4 and 32 in q8. A strip is 4 columns; in q8 it is the 16 that a thread reads at once, since a Hopper
+ * takes those from shared memory as they lie, but not with groups of 32, two of which an instruction would then cross.
  *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread_place] of 16 bytes. In q4 a word has
  *           eight columns, the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on
  *           in their order.
@@ -122,7 +122,7 @@ __device__ inline size_t tile_index(const Weights &w, int row_tile, int column_t
     return ((size_t)(row_tile / 8) * w.column_tiles + column_tile) * 8 + row_tile % 8;
 }
 
-/* Makes a tile from m. A block for each; what stands beyond m's rows and columns stays 0. */
+/* Makes a tile from m. A block for each; beyond m's rows and columns all is 0 (memory is zeroed). */
 __global__ void make_tile(Weights w, Matrix m) {
     size_t tile = blockIdx.x;
     int row_tile = (int)(tile / 8 / w.column_tiles) * 8 + tile % 8, first_col = (int)(tile / 8 % w.column_tiles) * COLUMNS;
@@ -324,9 +324,9 @@ __device__ inline __half *halves_at(const Inputs &in, int width, int token, int 
  *   a[0], a[1]: columns 4 q to 4 q + 3 of the rows g and g + 8;  a[2], a[3]: columns 16 + 4 q on of the same
  *   b[0], b[1]: columns 4 q on, 16 + 4 q on, of token g
  *   d[0], d[1]: row g, tokens 2 q and 2 q + 1;  d[2], d[3]: row g + 8
- * (PTX ISA, mma.m16n8k32). Which columns those are matters to nobody, as long as a and b have the same; nor which rows: row g
- * here is row 2 g of a tile of weights, g + 8 is 2 g + 1. The T4's instruction is a quarter of it. mma_plain is what they do; it
- * is here to be read, and runs where a program was built for older GPUs. */
+ * (PTX ISA, mma.m16n8k32). Which columns of a group those are matters to nobody, as long as a and b have the same; nor which rows:
+ * row g here is row 2 g of a tile of weights, g + 8 is 2 g + 1. The T4's instruction is a quarter of it. mma_plain is what they do;
+ * it is here to be read, and runs where a program was built for older GPUs. */
 template <class Add> __device__ inline void mma_plain(const uint32_t *a, const uint32_t *b, Add add) {
     int lane = threadIdx.x % 32;
     for (int k = 0; k < 2; k++)
@@ -830,11 +830,11 @@ __device__ inline void make_head(__half *query, unsigned char *keys, unsigned ch
                                  const float2 *rotations, int token, int pos, int head, const Heads &c) {
     int half = c.head_dim / 2, lane = threadIdx.x % 32;
     const float *of_head = qkv.parts + (size_t)token * qkv.width + head * c.head_dim;
-    bool key = head < c.n_heads + c.n_kv_heads;         /* or a query */
+    bool turned = head < c.n_heads + c.n_kv_heads;      /* a query or a key */
     float2 x[2], part[2][MAX_PARTS], turn[2];
     UNROLL for (int j = 0; j < 2; j++) {
         int i = lane + 32 * j;
-        turn[j] = i < half && key ? rotations[(size_t)token * half + i] : make_float2(1, 0);
+        turn[j] = i < half && turned ? rotations[(size_t)token * half + i] : make_float2(1, 0);
         UNROLL for (int p = 0; p < MAX_PARTS; p++) {
             const float *at = of_head + (size_t)p * n * qkv.width + i;
             part[j][p] = i < half && p < qkv.n_parts ? make_float2(at[0], at[half]) : make_float2(0, 0);
@@ -852,7 +852,7 @@ __device__ inline void make_head(__half *query, unsigned char *keys, unsigned ch
     if (head < c.n_heads) { each([&](int i, float v) { query[i] = to_half(v * c.query_scale); }); return; }
 
     int at = pos % 32;
-    unsigned char *block = (key ? keys : values) + (head - c.n_heads) % c.n_kv_heads * c.cache +
+    unsigned char *block = (turned ? keys : values) + (head - c.n_heads) % c.n_kv_heads * c.cache +
                            pos % c.ring / 32 * block_bytes<E>(c.width);
     float max = fmaxf(fmaxf(fabsf(x[0].x), fabsf(x[0].y)), fmaxf(fabsf(x[1].x), fabsf(x[1].y))), inverse = 0;
     if (sizeof(E) == 1) {
@@ -862,7 +862,7 @@ __device__ inline void make_head(__half *query, unsigned char *keys, unsigned ch
         if (lane == 0) ((__half *)(block + 32 * c.width))[at] = scale;
     }
     each([&](int i, float v) {
-        size_t to = key ? at * c.width + i : i * 32 + at;
+        size_t to = turned ? at * c.width + i : i * 32 + at;
         if (sizeof(E) == 1) block[to] = (unsigned char)(128 + __float2int_rn(fminf(fmaxf(v * inverse, -127.0f), 127.0f)));
         else ((__half *)block)[to] = to_half(v);
     });
