@@ -102,8 +102,8 @@ static_assert(sizeof(Tensor) == 96, "the table's layout is the file's");
  *
  *              group 0     group 1
  *            +-----------+-----------+--
- *   panel 0  | block     | block     |       32 rows; a block of q8, q4 or nf4: 32 scales, 32 zeros, 32 x group codes
- *            +-----------+-----------+--
+ *   panel 0  | block     | block     |       32 rows; a block of q8, q4 or nf4: 32 scales, 32 zeros, 32 x group codes,
+ *            +-----------+-----------+--     a weight being scale * (code - zero)
  *   panel 1  | block     | block     |       f32 and f16 have neither scales nor groups; here they count as blocks of
  *            +-----------+-----------+--     128 columns, which divides a long sum */
 typedef struct {
@@ -364,7 +364,8 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         if (type == BYTE) {
             char digits[8] = {0};
             memcpy(digits, p->text, length == 6 ? 6 : 0);
-            if (sscanf(digits, "<0x%2X>", &p->byte) != 1) die("%s: tokenizer: byte piece %zu is not <0xHH>", path, i);
+            if (sscanf(digits, "<0x%2X>", &p->byte) != 1 || p->byte > 255)      /* it takes a sign, too */
+                die("%s: tokenizer: byte piece %zu is not <0xHH>", path, i);
             t->byte_ids[p->byte] = (int)i;
         }
     }
