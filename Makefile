@@ -22,11 +22,11 @@ run: run.c model.h simd.h report.h
 	$(CC) $(CFLAGS) $(OPENMP) run.c -lm -o $@
 
 quantize: quantize.c calibrate.h run.c model.h simd.h report.h
-	$(CC) $(CFLAGS) -Wno-unused-function $(OPENMP) quantize.c -lm -o $@
+	$(CC) $(CFLAGS) $(OPENMP) quantize.c -lm -o $@
 
 build/test_all: test_all.c quantize.c calibrate.h run.c model.h simd.h report.h
 	@mkdir -p build
-	$(CC) $(CFLAGS) -Wno-unused-function $(OPENMP) test_all.c -lm -o $@
+	$(CC) $(CFLAGS) $(OPENMP) test_all.c -lm -o $@
 
 build/test_all_sanitized: test_all.c quantize.c calibrate.h run.c model.h simd.h report.h
 	@mkdir -p build

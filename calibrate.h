@@ -166,7 +166,8 @@ typedef struct {
     double damping;                     /* of A: more where there are few tokens for its rows, up to A of little more than 1 */
     float *a;                           /* for each block panels of [m, m], m its rows up to a multiple of 32: A's upper triangle */
     float *weights;                     /* [n_tokens]: |g| */
-    float *in, *out;                    /* [cols], [rows]: sums of x^2 and of g^2 */
+    float *in, *out;                    /* [cols], [rows]: sums of x^2 and of g^2; of the embedding: of g^2 of its rows, and how
+                                           often each id came */
 } Gradients;
 
 /* The gradients g [n, rows] of a sequence whose first token is the f-th of all. BOS, the same vector each time with a gradient up
@@ -277,7 +278,7 @@ static void product_backward(float *out, const float *g, const Matrix *w, size_t
     for (size_t k = 0; k < w->cols; k += PANEL) {
         size_t nk = min_size(PANEL, w->cols - k);
         float *turned = floats(w->n_panels * PANEL * PANEL), columns[PANEL * PANEL], sum[BLOCK * PANEL], part[BLOCK * PANEL];
-        Ahead none = {turned, 0};
+        Ahead none = {(uintptr_t)turned, 0};
         for (size_t p = 0; p < w->n_panels; p++) {
             unpack_group(columns, w->type, w->data + p * w->panel_bytes + k * column_bytes, nk);
             for (size_t r = 0; r < PANEL; r++)
@@ -736,7 +737,8 @@ static Matrix quantize_matrix(Calibration *o, const Tensor *to, const Matrix *w,
 
 /* A channel's weights may be multiplied by s if what comes in is divided by it: a large s makes the steps of important weights
  * finer and those of their group coarser. Dividing costs nothing where a norm's weight or a matrix's rows stand before. Among
- * s = importance^(a/2), a from 0 to 1, this takes what makes the sum over channels of importance times squared error least.
+ * s = importance^(a/2), a from 0 to 1, divided by its geometric mean, this takes what makes the sum over channels of importance
+ * times squared error least.
  * importance, s: [cols]. */
 static void choose_scales(float *s, const Matrix *w, const float *importance, size_t group, float levels) {
     enum { STEPS = 10 };
@@ -961,7 +963,7 @@ static void calibrate(Calibration *o, const char *path, const char *out_path, ui
     }
     all[out.n_tensors].in = floats(out.dim);
     all[out.n_tensors].out = floats(out.vocab_size);
-    if (out.dim == 1 || out.hidden_dim == 1 || out.n_heads * out.head_dim == 1)
+    if (out.dim == 1 || out.hidden_dim == 1)
         die("%s: a matrix of one column cannot be calibrated", path);
     double bits = 8.0 * (double)out.file_size / count_weights(&out, to);
     if (o->bits > 0 && o->bits < bits - 0.005)  /* two decimals are shown */

@@ -32,7 +32,7 @@ typedef struct { float error[PANEL], c[PANEL], cc[PANEL], wc[PANEL]; } Fit;
 #define EIGHT(x) x, x, x, x, x, x, x, x
 static const float ONES[MAX_GROUP] = {EIGHT(EIGHT(1)), EIGHT(EIGHT(1))};     /* all columns are as important */
 
-/* Codes that round to nearest: code = clamp(w / scale + zero, 0, levels), rounded by adding 1.5 * 2^23. w: [n][32];
+/* Codes that round to nearest: code = clamp(w / scale + zero, 0, levels), rounded by ROUNDER. w: [n][32];
  * importance: [n]; codes: [n][32] or NULL. */
 static void fit_codes(Fit *fit, uint8_t *codes, const float *w, const float *importance, size_t n, const float *scale,
                       const float *zero, float levels) {
@@ -44,7 +44,7 @@ static void fit_codes(Fit *fit, uint8_t *codes, const float *w, const float *imp
             float x = w[k * PANEL + r], c = fmaf(x, inverse[r], zero[r]);
             c = c < 0 ? 0 : c;          /* one at a time, or no compiler vectorises it without masks */
             c = c > levels ? levels : c;
-            c = (c + 12582912.0f) - 12582912.0f;
+            c = (c + ROUNDER) - ROUNDER;
             float error = fmaf(scale[r], c - zero[r], -x), h = importance[k], hc = h * c;
             fit->error[r] = fmaf(h * error, error, fit->error[r]);
             fit->c[r] += hc;
@@ -300,7 +300,7 @@ static double rounding_error(const Matrix *w, size_t group, float levels, const 
 /* sum[t][r] += sum over j from j0 to j1 - 1 of panel[j][r] * m[b + t][j], t < nb <= 128; m: of n rows. */
 static void add_product(float *sum, const float *panel, const float *m, size_t n, size_t b, size_t nb, size_t j0, size_t j1) {
     float part[MAX_GROUP * PANEL];
-    Ahead none = {panel, 0};
+    Ahead none = {(uintptr_t)panel, 0};
     for (size_t j = j0; j < j1; j += PANEL) {
         number_tiles(nb, F32, part, panel + j * PANEL, element(m, n, b, j), PANEL, PANEL, none);
         for (size_t i = 0; i < nb * PANEL; i++) sum[i] += part[i];
@@ -376,7 +376,7 @@ static void accumulate(float *sum, const float *a, size_t rows, size_t stride, c
     #pragma omp parallel for schedule(dynamic)
     for (size_t p = 0; p < (rows + PANEL - 1) / PANEL; p++) {
         float panel[CHUNK * PANEL], part[BLOCK * PANEL];
-        Ahead none = {a, 0};
+        Ahead none = {(uintptr_t)a, 0};
         for (size_t t = 0; t < n; t++)
             for (size_t r = 0; r < PANEL; r++) panel[t * PANEL + r] = p * PANEL + r < rows ? a[t * stride + p * PANEL + r] : 0;
         for (size_t k = 0, nb, end = upper ? (p + 1) * PANEL : n_cols; k < end; k += nb) {

@@ -21,12 +21,14 @@ static int compare_doubles(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The sample that a share `part` of the samples does not exceed, nearest rank: 0 smallest, 0.5 median, 1 largest; 0 if
- * there are no samples. */
+/* What a share `part` of the samples does not exceed, between its two neighbours in proportion: 0 smallest, 0.5 median, 1 largest;
+ * 0 if there are no samples. */
 static double quantile(Samples *s, double part) {
     if (!s->n) return 0;
     qsort(s->values, s->n, sizeof(double), compare_doubles);
-    return s->values[(size_t)(part * (double)(s->n - 1) + 0.5)];
+    double at = part * (double)(s->n - 1);
+    size_t i = (size_t)at;
+    return s->values[i] + (at - (double)i) * (s->values[min_size(i + 1, s->n - 1)] - s->values[i]);
 }
 
 /* What one pass over all sequences took, and of all measured passes the times, in seconds. */
@@ -451,6 +453,7 @@ static bool score_mode(const Model *m, const Options *o) {
             append(&whole, fields[k + 1], strlen(fields[k + 1]));
             push_id(&q, t->bos);
             push_text(&q, t, whole.text, whole.length);
+            /* the ids that it begins with like the context alone are given, the others scored: one at least */
             while (from < n_context && from + 2 < q.n_ids && q.ids[from + 1] == context[from]) from++;
             if (q.n_ids > longest)
                 die("%s: line %zu: %zu tokens do not fit in a context of %zu: raise -c", o->file, line_number, q.n_ids, longest);

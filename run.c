@@ -14,6 +14,10 @@
  * Letters used throughout: n tokens in this call (T of a tile or block, where n are columns), dim, hidden_dim, head_dim,
  * kv_dim = n_kv_heads * head_dim, [rows, cols] = [output, input] of a matrix. Arrays are row-major, the last index running fastest.
  *
+ * Words: a panel is 32 rows of a matrix, interleaved (drawn in model.h); a group is 32, 64 or 128 neighbours of a row along the
+ * input that share a scale and a zero: a weight is scale * (code - zero). A slot is a sequence's place in the KV cache; a run is
+ * tokens of one forward that follow one another in a sequence; a span is SPAN positions whose attention is summed by itself.
+ *
  * Determinism: the logits of a sequence are the same bits whatever else is in the batch, however its prompt is cut
  * in chunks and however many threads run. Two habits make it so. Every sum is added in an order that depends on the
  * model's shape and the token's position alone; and every product that is added to something is written as fmaf(),
@@ -54,13 +58,15 @@ typedef struct { double random; int id; } Draw;
 /* What runs a model. The CPU's stands here; run_cuda.cu has a GPU's. */
 struct Backend {
     const char *name;
-    size_t chunk;                       /* most tokens in a forward that pay */
+    size_t chunk;                       /* more tokens than this in a forward bring no more speed */
     void (*load)(Model *m);             /* takes the weights of a model that was just mapped, where they must go elsewhere */
     void (*unload)(Model *m);
-    void (*open)(State *s);             /* makes room for caches and activations, the State's first fields being filled in
-                                           (which it may change) */
+    void (*open)(State *s);             /* makes room for caches and activations; new_state() has filled in the fields down to
+                                           `frequencies`, of which this may widen head_width */
     void (*close)(State *s);
+    /* a step of the model over n <= chunk tokens; logits: [wanted tokens, vocab_size] */
     void (*forward)(State *s, const Token *tokens, size_t n, float *logits);
+    /* the same, and instead of logits the next ids; draws: [wanted tokens], in their order */
     void (*step)(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p);
     double (*peak)(const State *s);     /* bytes of memory, at most so far */
 };
@@ -113,14 +119,18 @@ static inline uint16_t float_to_half(float x) {
     return (uint16_t)((as_bits(x) >> 16 & 0x8000) | as_bits(rounded * 0x1p-112f) >> 13);
 }
 
-/* e^x to 2e-7, relative; clamped to where the result is a normal number. x = n ln 2 + r with |r| <= ln 2 / 2; n is found by
- * adding 1.5 * 2^23, which rounds to a whole number. Polynomial of expf in the Cephes library. Our own because a
- * compiler vectorises it, and because libm's differs from one machine to the next (as those of FP64 do too, but after rounding
- * to FP32 that no longer shows: RoPE uses them). */
+/* 1.5 * 2^23: added to a number of less than 2^22 it leaves no bits for a fraction, so that the sum is rounded to a whole number;
+ * and the sum's bits are those of ROUNDER plus that number. */
+#define ROUNDER 12582912.0f
+#define ROUNDER_BITS 0x4b400000u
+
+/* e^x to 2e-7, relative; clamped to where the result is a normal number. x = n ln 2 + r with |r| <= ln 2 / 2. Polynomial of
+ * expf in the Cephes library. Our own because a compiler vectorises it, and because libm's differs from one machine to the next (as
+ * those of FP64 do too, but after rounding to FP32 that no longer shows: RoPE uses them). */
 static inline float fast_exp(float x) {
     x = x > 88.0f ? 88.0f : x;
     x = x < -87.0f ? -87.0f : x;
-    float shifted = fmaf(x, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f;
+    float shifted = fmaf(x, 1.44269504f, ROUNDER), n = shifted - ROUNDER;
     float r = fmaf(n, -0.693359375f, x);
     r = fmaf(n, 2.12194440e-4f, r);
     float p = 1.9875691500e-4f;
@@ -130,7 +140,7 @@ static inline float fast_exp(float x) {
     p = fmaf(p, r, 1.6666665459e-1f);
     p = fmaf(p, r, 5.0000001201e-1f);
     p = fmaf(p, r * r, r) + 1.0f;
-    return p * as_float((as_bits(shifted) - 0x4b400000u + 127u) << 23);
+    return p * as_float((as_bits(shifted) - ROUNDER_BITS + 127u) << 23);         /* n + 127 is the exponent of 2^n */
 }
 
 /* out = weight * x / sqrt(mean(x^2) + eps), all [n]. Zhang and Sennrich 2019. 16 partial sums, so that it vectorises. */
@@ -160,8 +170,8 @@ static void swiglu(float *h, const float *gate_up, size_t hidden_dim) {
         h[i] = gate_up[i] / (1.0f + fast_exp(-gate_up[i])) * gate_up[hidden_dim + i];
 }
 
-/* n activations rounded to int8: x[i] is about *scale * q[i]; *sum is that of the q, which the weights' zero is multiplied
- * with. x: [n]; q: [group], zero from n on. */
+/* n activations rounded to int8: x[i] is about *scale * q[i]; *sum is that of the q, by which the weights' zero is multiplied.
+ * x: [n]; q: [group], 0 from n on. */
 static void quantize_activations(int8_t *q, float *scale, float *sum, const float *x, size_t n, size_t group) {
     uint32_t max = 0;                           /* floats without their sign order as their bits do */
     int32_t total = 0;
@@ -170,8 +180,8 @@ static void quantize_activations(int8_t *q, float *scale, float *sum, const floa
         max = magnitude > max ? magnitude : max;
     }
     float largest = as_float(max), inverse = largest > 0 ? 127.0f / largest : 0;
-    for (size_t i = 0; i < n; i++) {            /* rounded to nearest by adding 1.5 * 2^23, see fast_exp */
-        int32_t rounded = (int32_t)(as_bits(fmaf(x[i], inverse, 12582912.0f)) - 0x4b400000u);
+    for (size_t i = 0; i < n; i++) {
+        int32_t rounded = (int32_t)(as_bits(fmaf(x[i], inverse, ROUNDER)) - ROUNDER_BITS);
         q[i] = (int8_t)rounded;
         total += q[i];                          /* not `rounded`: where 127 / largest is infinite that is huge, and q is 0 */
     }
@@ -192,7 +202,7 @@ static const uint8_t *unpack_codes(uint8_t *room, int type, const uint8_t *packe
     for (size_t k = 0; k < n; k += 4, packed += 2 * PANEL)
         for (size_t i = 0; i < 2 * PANEL; i++) {
             room[k * PANEL + i] = packed[i] & 15;
-            room[(k + 2) * PANEL + i] = packed[i] >> 4;
+            room[(k + 2) * PANEL + i] = packed[i] >> 4;     /* 16 rows of 4 columns further on */
         }
     for (size_t i = 0; type == NF4 && i < round_up(n, 4) * PANEL; i++) room[i] = NF4_CODES[room[i]];
     return room;
@@ -209,8 +219,8 @@ static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
 /* (Skip this on a first reading: no result depends on it.) What a product asks memory for while it computes: `bytes` from `at` on,
  * a little with each column (a tile is given what it asks for with each), so that they are in the second-level cache when their
  * turn comes. The processor's own prefetching ends with each page of 4 KB, and all at once would be more than it can have under
- * way. Wherever this points, it is no error. */
-typedef struct { const void *at; size_t bytes; } Ahead;
+ * way. A number, not a pointer, since it may be an address where nothing is: asking for that is no error. */
+typedef struct { uintptr_t at; size_t bytes; } Ahead;
 
 /* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k, for T tokens and the 32 rows of a panel. w: [n][32], FP32
  * or FP16, as type says; x: T rows, `stride` apart; out: [T][32]. With whole numbers (codes times int8 activations, at most 128 *
@@ -232,7 +242,7 @@ static void number_tiles_plain(size_t T, int type, float *out, const void *w, co
 
 /* Activations on their way into a product, as they are or, for quantized weights, rounded. A group's tokens lie side by
  * side: with rows a power of two apart, as a token's whole input would have them, they would share few lines of the
- * first-level cache. */
+ * first-level cache. As matmul() lays them out (attention(), which has its own, says how it does): */
 typedef struct {
     float  *x;                          /* [n_groups, n, group] */
     int8_t *q;                          /* [n_groups, n, group], in the same memory */
@@ -246,7 +256,7 @@ __attribute__((unused))
 static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
                                 size_t n, Ahead ahead) {
     float w[MAX_GROUP * PANEL], x[BLOCK * MAX_GROUP], sum[BLOCK * PANEL];
-    uint8_t room[MAX_GROUP * PANEL];
+    uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(4)));
     codes_to_floats(w, unpack_codes(room, type, codes, n), n);
     for (size_t i = 0; i < T * n; i++) x[i] = a.q[i];
     number_tiles_plain(T, F32, sum, w, x, n, n, ahead);
@@ -261,7 +271,7 @@ static void group_product_plain(size_t T, float *total, int type, const uint8_t 
 
 /* One group of one panel as FP32, out: [n][32]: the weights themselves for f32 and f16, else the codes. */
 static void unpack_group(float *out, int type, const unsigned char *block, size_t n) {
-    uint8_t room[MAX_GROUP * PANEL];
+    uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(4)));
     if (type == F32) memcpy(out, block, n * PANEL * sizeof(float));
     else if (type == F16) halves_to_floats(out, (const uint16_t *)block, n * PANEL);
     else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
@@ -279,7 +289,7 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
         for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL) {
             const unsigned char *block = w->data + p * w->panel_bytes + g * w->block_bytes;
             size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
-            Ahead next = {block + w->block_bytes + 8192, w->block_bytes};
+            Ahead next = {(uintptr_t)block + w->block_bytes + 8192, w->block_bytes};    /* 8 KB: SPEED.md, one sequence on a CPU */
             if (w->type < Q8) {
                 number_tiles(T, w->type, group_sum, block, a->x + at * w->group, w->group, n_k, next);
                 for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
@@ -342,13 +352,11 @@ typedef struct {
     int    type;                        /* F32, F16 or Q8 */
     size_t ring;                        /* places, a multiple of KEYS */
     size_t head_dim, width;             /* width: head_dim rounded up to a multiple of 32 */
-    size_t row;                         /* bytes of a position's key or value */
+    size_t position_bytes;              /* of a position's key, or value */
 } Cache;
 
-/* Bytes of a position's key or value. */
-static size_t cache_row(int type, size_t width) {
-    return type == Q8 ? width + sizeof(uint16_t) : type == F16 ? width * sizeof(uint16_t) : width * sizeof(float);
-}
+static size_t number_bytes(int type) { return type == Q8 ? 1 : type == F16 ? 2 : 4; }          /* of a number of a cache */
+static size_t position_bytes(int type, size_t width) { return width * number_bytes(type) + (type == Q8 ? sizeof(uint16_t) : 0); }
 
 /* x as int8 and its scale, an FP16 number, which is returned, rounded up so that the largest fits: x[i] is about scale * q[i].
  * [n] each. */
@@ -358,9 +366,9 @@ static uint16_t quantize_kv(int8_t *q, const float *x, size_t n) {
     uint16_t scale = float_to_half(largest / 127.0f);
     scale += half_to_float(scale) < largest / 127.0f && scale < 0x7bff;
     float inverse = scale ? 1.0f / half_to_float(scale) : 0;
-    for (size_t i = 0; i < n; i++) {            /* rounded to nearest by adding 1.5 * 2^23, see fast_exp */
-        float v = fminf(fmaxf(x[i] * inverse, -127.0f), 127.0f) + 12582912.0f;
-        q[i] = (int8_t)(as_bits(v) - 0x4b400000u);
+    for (size_t i = 0; i < n; i++) {
+        float v = fminf(fmaxf(x[i] * inverse, -127.0f), 127.0f) + ROUNDER;
+        q[i] = (int8_t)(as_bits(v) - ROUNDER_BITS);
     }
     return scale;
 }
@@ -373,7 +381,7 @@ static void cache_store(Cache c, size_t pos, const float *key, const float *valu
     size_t place = pos % c.ring, j = place % KEYS;
     int8_t q[MAX_HEAD_DIM];
     for (int i = 0; i < 2; i++) {           /* the position is a row of the keys and a column of each 32 elements of the values */
-        unsigned char *block = (i ? c.values : c.keys) + (place - j) * c.row;
+        unsigned char *block = (i ? c.values : c.keys) + (place - j) * c.position_bytes;
         const float *x = i ? value : key;
         uint16_t scale = c.type == Q8 ? quantize_kv(q, x, c.head_dim) : 0;
         if (c.type == Q8) ((uint16_t *)block)[j] = scale;
@@ -394,9 +402,10 @@ static inline size_t first_seen(size_t pos, size_t window) { return window && po
  * stands beside it, in an `out`; the one divided by the other is attention's result. */
 typedef struct { float max, sum; } Softmax;
 
-/* Adds what a query found among other keys: a then stands for both sets. out_b: [head_dim / 32][32], the pieces `apart` from one
- * another. */
-static void merge(Softmax *a, float *out_a, Softmax b, const float *out_b, size_t apart, size_t head_dim) {
+/* Adds what a query found among other keys, so that a then stands for both sets: with max the larger of both maxima, out_a becomes
+ * e^(a.max - max) out_a + e^(b.max - max) out_b, and the sums likewise. out_a: [head_dim]; out_b: pieces of 32 elements, `apart`
+ * floats from one another. */
+static void merge_softmax(Softmax *a, float *out_a, Softmax b, const float *out_b, size_t apart, size_t head_dim) {
     if (b.sum == 0) return;             /* it may see none of them */
     float max = a->max > b.max ? a->max : b.max, shrink_a = fast_exp(a->max - max), shrink_b = fast_exp(b.max - max);
     for (size_t d = 0; d < head_dim; d += PANEL, out_b += apart)
@@ -405,10 +414,13 @@ static void merge(Softmax *a, float *out_a, Softmax b, const float *out_b, size_
     a->max = max;
 }
 
-/* The scores of a query among a block's n keys, in panels `apart` from one another, become e^(score - max), out [n], where they
- * are wanted, from j0 to j1 - 1, and 0 elsewhere, where the scores themselves become -INFINITY; max is raised to the largest of
- * them, and lanes[32] is where they are summed. Returns by how much all before shrinks, e^(old - new). The maximum is found among
- * integers, which a compiler vectorises: floats order as their bits do, once those of negative ones, but the sign, are inverted. */
+/* One step of the streaming softmax, for one query and a block's n keys.
+ *   scores    in panels of 32, `apart` floats from one another; the keys j0 to j1 - 1 are seen, the other scores become -INFINITY
+ *   *max      raised first to the largest score that is seen
+ *   out [n]   e^(score - *max), 0 where nothing is seen
+ *   lanes     [32] sums of out so far, shrunk to the new maximum and added to
+ * Returns the factor e^(old max - new max) by which whatever was summed before must shrink. The maximum is found among integers,
+ * which a compiler vectorises: floats order as their bits do, once those of negative ones, but the sign, are inverted. */
 static float exponentials(float *out, float *scores, size_t apart, size_t n, float *lanes, float *max, size_t j0, size_t j1) {
     int32_t largest[PANEL], most = (int32_t)as_bits(*max);
     most ^= most >> 31 & INT32_MAX;
@@ -433,7 +445,7 @@ static float exponentials(float *out, float *scores, size_t apart, size_t n, flo
     return shrink;
 }
 
-/* A query, or its exponentials, as int8: row r of T of what cache_product() takes. x: [n]. a->q: [n / 128][T][up to 128, a
+/* A query, or its shares, as int8: the r-th of T of what cache_product() takes. x: [n]. a->q: [n / 128][T][up to 128, a
  * multiple of 32]; a->scale, a->sum: [n / 128][T]. */
 static void quantize_query(const Activations *a, size_t r, size_t T, const float *x, size_t n) {
     for (size_t k = 0; k < n; k += MAX_GROUP) {
@@ -442,52 +454,55 @@ static void quantize_query(const Activations *a, size_t r, size_t T, const float
     }
 }
 
-enum { ROWS = BLOCK, SPAN = 512 };      /* queries in one call of attention(); positions of which the sums are made apart */
+enum { QUERIES = BLOCK, SPAN = 512 };   /* in one call of attention(); positions that are summed by themselves and then merged, so
+                                           that threads can share one long context */
 
-/* A block of a cache, [n][32], by T <= 64 rows: out[t][j] += sum over k of block[k][j] * x[t][k]. Of FP32 and FP16 x is a->x,
- * rows `stride` apart; of codes what quantize_query() made of it, and `scale` has the columns' scales and zeros. out: [T][32]. */
-static void cache_product(size_t T, float *out, int type, const unsigned char *block, const float *scale, const Activations *a,
+/* out[t][r] += sum over k of panel[k][r] * x[t][k], for T <= 64 queries and the 32 rows r of a cache's panel, [n][32]. Of FP32 and
+ * FP16 x is a->x, `stride` apart; of codes it is what quantize_query() made of it, and scale has the rows' 32 scales, then their 32
+ * zeros. out: [T][32]. */
+static void cache_product(size_t T, float *out, int type, const unsigned char *panel, const float *scale, const Activations *a,
                           size_t stride, size_t n, Ahead ahead) {
-    float part[ROWS * PANEL];
+    float part[QUERIES * PANEL];
     if (type != Q8) {
-        number_tiles(T, type, part, block, a->x, stride, n, ahead);
+        number_tiles(T, type, part, panel, a->x, stride, n, ahead);
         for (size_t i = 0; i < T * PANEL; i++) out[i] += part[i];
     } else for (size_t k = 0; k < n; k += MAX_GROUP) {
         size_t at = k / MAX_GROUP * T, n_k = min_size(n - k, MAX_GROUP);
         Activations group = {NULL, a->q + T * k, a->scale + at, a->sum + at};
-        Ahead its_share = {(const char *)ahead.at + ahead.bytes * k / n, ahead.bytes * n_k / n};
-        group_product(T, out, Q8, block + k * PANEL, scale, group, round_up(n_k, PANEL), its_share);
+        Ahead of_group = {ahead.at + ahead.bytes * k / n, ahead.bytes * n_k / n};
+        group_product(T, out, Q8, panel + k * PANEL, scale, group, round_up(n_k, PANEL), of_group);
     }
 }
 
-/* scores[j / 32][rows][32] = queries times the keys of positions j < n of a block; n: a multiple of 32. */
-static void block_scores(float *scores, const Activations *queries, size_t n_rows, Cache c, const unsigned char *keys, size_t n) {
+/* scores[j / 32][query][32] = queries times the keys of positions j < n of a block; n: a multiple of 32. */
+static void block_scores(float *scores, const Activations *queries, size_t n_queries, Cache c, const unsigned char *keys,
+                         size_t n) {
     float scale[2 * PANEL];                                     /* and zeros */
-    size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = PANEL * c.row - header * PANEL / KEYS;
+    size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = PANEL * c.width * number_bytes(c.type);
     for (size_t i = 0; i < PANEL; i++) scale[PANEL + i] = 128;
     for (size_t j = 0; j < n; j += PANEL) {
         const unsigned char *panel = keys + header + j / PANEL * panel_bytes;
-        float *out = scores + j * n_rows;
-        Ahead next = {panel + panel_bytes, panel_bytes};
-        if (c.type != Q8) number_tiles(n_rows, c.type, out, panel, queries->x, c.head_dim, c.head_dim, next);
+        float *out = scores + j * n_queries;
+        Ahead next = {(uintptr_t)panel + panel_bytes, panel_bytes};
+        if (c.type != Q8) number_tiles(n_queries, c.type, out, panel, queries->x, c.head_dim, c.head_dim, next);
         else {
-            memset(out, 0, n_rows * PANEL * sizeof(float));
+            memset(out, 0, n_queries * PANEL * sizeof(float));
             halves_to_floats(scale, (const uint16_t *)keys + j, PANEL);
-            cache_product(n_rows, out, c.type, panel, scale, queries, c.head_dim, c.head_dim, next);
+            cache_product(n_queries, out, c.type, panel, scale, queries, c.head_dim, c.head_dim, next);
         }
     }
 }
 
-/* sums[d / 32][rows][32] += weights times the values of the first n positions of a block, whose scales, if they have some, are in
- * the weights. */
-static void add_values(float *sums, const Activations *weights, size_t n_rows, Cache c, const unsigned char *values, size_t n) {
+/* sums[d / 32][query][32] += shares times the values of the first n positions of a block, whose scales, if they have some, are in
+ * the shares. */
+static void add_values(float *sums, const Activations *shares, size_t n_queries, Cache c, const unsigned char *values, size_t n) {
     float scale[2 * PANEL];                                     /* 1, and zeros */
-    size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = (KEYS * c.row - header) / (c.width / PANEL);
+    size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = KEYS * PANEL * number_bytes(c.type);
     for (size_t i = 0; i < PANEL; i++) { scale[i] = 1; scale[PANEL + i] = 128; }
     for (size_t d = 0; d < c.width; d += PANEL) {
         const unsigned char *panel = values + header + d / PANEL * panel_bytes;
-        Ahead next = {panel + panel_bytes, panel_bytes * n / KEYS};
-        cache_product(n_rows, sums + d * n_rows, c.type, panel, scale, weights, KEYS, n, next);
+        Ahead next = {(uintptr_t)panel + panel_bytes, panel_bytes * n / KEYS};
+        cache_product(n_queries, sums + d * n_queries, c.type, panel, scale, shares, KEYS, n, next);
     }
 }
 
@@ -501,52 +516,54 @@ static void add_values(float *sums, const Activations *weights, size_t n_rows, C
  * Streams over blocks of keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the order
  * of addition does not depend on how the prompt was cut. A block's places that a token does not see may hold anything. With a
- * cache of codes queries are rounded to int8, and so are, of each block, the exponentials times the values' scales (relative to
- * the block's largest, so that what is lost is at most 1/254 of that for each key). */
+ * cache of codes queries are rounded to int8, and so are, of each block, the shares e^(score - max) times the values' scales
+ * (relative to the block's largest, so that what is lost is at most 1/254 of that for each key). Takes some 500 KB of the thread's
+ * stack, with what it calls. */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
-    float query[ROWS * MAX_HEAD_DIM], scores[ROWS * KEYS], weight[ROWS * KEYS], sums[ROWS * MAX_HEAD_DIM];
-    float lanes[ROWS][PANEL], max[ROWS], value_scale[KEYS], factor = 1.0f / sqrtf((float)c.head_dim);
-    int8_t codes[2][ROWS * MAX_HEAD_DIM];                       /* of queries; of weights */
-    float code_scale[2][ROWS * MAX_HEAD_DIM / MAX_GROUP], code_sum[2][ROWS * MAX_HEAD_DIM / MAX_GROUP];
-    Activations queries = {query, codes[0], code_scale[0], code_sum[0]}, weights = {weight, codes[1], code_scale[1], code_sum[1]};
-    size_t n_rows = n_tokens * n_heads;
-    for (size_t r = 0; r < n_rows; r++) {
+    float query[QUERIES * MAX_HEAD_DIM], scores[QUERIES * KEYS], share[QUERIES * KEYS], sums[QUERIES * MAX_HEAD_DIM];
+    float lanes[QUERIES][PANEL], max[QUERIES], value_scale[KEYS], factor = 1.0f / sqrtf((float)c.head_dim);
+    int8_t codes[2][QUERIES * MAX_HEAD_DIM];                    /* of queries; of shares */
+    float code_scale[2][QUERIES * MAX_HEAD_DIM / MAX_GROUP], code_sum[2][QUERIES * MAX_HEAD_DIM / MAX_GROUP];
+    Activations queries = {query, codes[0], code_scale[0], code_sum[0]}, shares = {share, codes[1], code_scale[1], code_sum[1]};
+    size_t n_queries = n_tokens * n_heads;
+    for (size_t r = 0; r < n_queries; r++) {
         size_t at = r / n_heads * stride + r % n_heads;
         for (size_t d = 0; d < c.head_dim; d++)
             query[r * c.head_dim + d] = factor * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
-        if (c.type == Q8) quantize_query(&queries, r, n_rows, query + r * c.head_dim, c.head_dim);
+        if (c.type == Q8) quantize_query(&queries, r, n_queries, query + r * c.head_dim, c.head_dim);
         memset(out + at * c.head_dim, 0, c.head_dim * sizeof(float));
         softmax[at].max = -INFINITY;
         softmax[at].sum = 0;
     }
     for (size_t span = from / SPAN * SPAN; span < to; span += SPAN) {
-        memset(sums, 0, n_rows * c.width * sizeof(float));
-        memset(lanes, 0, n_rows * sizeof *lanes);
-        for (size_t r = 0; r < n_rows; r++) max[r] = -INFINITY;
+        memset(sums, 0, n_queries * c.width * sizeof(float));
+        memset(lanes, 0, n_queries * sizeof *lanes);
+        for (size_t r = 0; r < n_queries; r++) max[r] = -INFINITY;
         for (size_t start = span > from ? span : from / KEYS * KEYS; start < min_size(to, span + SPAN); start += KEYS) {
             size_t n_keys = min_size(KEYS, to - start), n = round_up(n_keys, PANEL);
-            const unsigned char *keys = c.keys + start % c.ring * c.row, *values = c.values + start % c.ring * c.row;
-            block_scores(scores, &queries, n_rows, c, keys, n);
+            size_t at = start % c.ring * c.position_bytes;
+            const unsigned char *keys = c.keys + at, *values = c.values + at;
+            block_scores(scores, &queries, n_queries, c, keys, n);
             if (c.type == Q8) halves_to_floats(value_scale, (const uint16_t *)values, KEYS);
-            for (size_t r = 0; r < n_rows; r++) {
-                float *w = weight + r * KEYS;
+            for (size_t r = 0; r < n_queries; r++) {
+                float *of_keys = share + r * KEYS;
                 size_t p = pos + r / n_heads, first = first_seen(p, window);
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, n), j0 = first > start ? min_size(first - start, j1) : 0;
-                float shrink = exponentials(w, scores + r * PANEL, n_rows * PANEL, n, lanes[r], &max[r], j0, j1);
+                float shrink = exponentials(of_keys, scores + r * PANEL, n_queries * PANEL, n, lanes[r], &max[r], j0, j1);
                 for (size_t d = 0; d < c.width && shrink != 1; d += PANEL)          /* seldom, once the largest is found */
-                    for (size_t i = 0; i < PANEL; i++) sums[d * n_rows + r * PANEL + i] *= shrink;
+                    for (size_t i = 0; i < PANEL; i++) sums[d * n_queries + r * PANEL + i] *= shrink;
                 if (c.type != Q8) continue;
-                for (size_t j = 0; j < n; j++) w[j] *= value_scale[j];
-                quantize_query(&weights, r, n_rows, w, n);
+                for (size_t j = 0; j < n; j++) of_keys[j] *= value_scale[j];
+                quantize_query(&shares, r, n_queries, of_keys, n);
             }
-            add_values(sums, &weights, n_rows, c, values, n_keys);
+            add_values(sums, &shares, n_queries, c, values, n_keys);
         }
-        for (size_t r = 0; r < n_rows; r++) {
+        for (size_t r = 0; r < n_queries; r++) {
             size_t at = r / n_heads * stride + r % n_heads;
             Softmax of_span = {max[r], 0};
             for (size_t j = 0; j < PANEL; j++) of_span.sum += lanes[r][j];
-            merge(&softmax[at], out + at * c.head_dim, of_span, sums + r * PANEL, n_rows * PANEL, c.head_dim);
+            merge_softmax(&softmax[at], out + at * c.head_dim, of_span, sums + r * PANEL, n_queries * PANEL, c.head_dim);
         }
     }
 }
@@ -572,8 +589,8 @@ struct State {
     bool profiled;                      /* -P: a backend that would lose time by measuring times may do so */
     size_t ring;                        /* cached positions of a sequence */
     size_t head_width;                  /* head_dim rounded up to a multiple of 32 (a GPU: to 32, 64 or 128) */
-    size_t kv_bytes, kv_row;            /* of all caches; of a key or value */
-    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * kv_row] */
+    size_t kv_bytes, position_bytes;    /* of all caches; of a position's key, or value */
+    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * position_bytes] */
     double  *frequencies;               /* [head_dim / 2], radians a position */
     float   *rotations;                 /* [chunk, head_dim / 2][cos, sin] */
     float   *x, *xb;                    /* [chunk, dim]: the residual stream; its norm, or what is added to it */
@@ -604,7 +621,7 @@ static State new_state(const Model *m, size_t n_slots, size_t context, size_t ch
     s.chunk = chunk;
     s.head_width = round_up(c->head_dim, PANEL);
     s.ring = round_up(c->window ? min_size(context, (size_t)c->window + min_size(chunk, CHUNK) - 1) : context, KEYS);
-    s.kv_row = cache_row(m->kv_type, s.head_width);
+    s.position_bytes = position_bytes(m->kv_type, s.head_width);
     s.runs = (Run *)allocate(chunk, sizeof(Run), m->path);
     s.frequencies = (double *)allocate(c->head_dim / 2, sizeof(double), m->path);
     for (size_t i = 0; i < c->head_dim / 2; i++) s.frequencies[i] = pow(c->rope_theta, -2.0 * (double)i / c->head_dim);
@@ -621,7 +638,7 @@ static void free_state(State *s) {
 /* Bytes of the caches, or dies if they are more than `memory`, which `machine` has. */
 static size_t cache_bytes(const State *s, double memory, const char *machine) {
     const Header *c = &s->model->c;
-    size_t position = c->n_layers * c->n_kv_heads * s->kv_row * 2, bytes = 0;
+    size_t position = c->n_layers * c->n_kv_heads * s->position_bytes * 2, bytes = 0;
     double need = (double)position * (double)s->ring * (double)s->n_slots;
     if (__builtin_mul_overflow(s->ring * s->n_slots, position, &bytes) || need > memory)
         die("%s: the KV cache of %zu sequences of %zu positions takes %.1f GB, %s has %.1f: lower -b or -c",
@@ -629,13 +646,16 @@ static size_t cache_bytes(const State *s, double memory, const char *machine) {
     return bytes;
 }
 
+/* Query heads of a key head that one call of attention() takes: all of them, but where they are more than QUERIES. */
+static size_t heads_at_once(const Header *c) { return min_size(c->n_heads / c->n_kv_heads, QUERIES); }
+
 static double memory_bytes(void) { return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE); }    /* of the machine */
 
 static void cpu_open(State *s) {
     const Model *m = s->model;
     const Header *c = &m->c;
     size_t chunk = s->chunk, q_dim = (size_t)c->n_heads * c->head_dim, kv_dim = (size_t)c->n_kv_heads * c->head_dim;
-    size_t heads = min_size(c->n_heads / c->n_kv_heads, ROWS);
+    size_t heads = heads_at_once(c);
     s->kv_bytes = cache_bytes(s, memory_bytes(), "this machine");
     /* mapped: zeros that take no place until they are written */
     s->keys = (unsigned char *)mmap(NULL, s->kv_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -648,7 +668,7 @@ static void cpu_open(State *s) {
     s->xb = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
     s->qkv = (float *)allocate(chunk * (q_dim + 2 * kv_dim), sizeof(float), m->path);
     /* as many tokens as attention splits over keys (see forward), times their spans */
-    size_t split = max_size(min_size((UNITS - 1) / c->n_kv_heads * (ROWS / heads), chunk) * (s->ring / SPAN + 2), chunk);
+    size_t split = max_size(min_size((UNITS - 1) / c->n_kv_heads * (QUERIES / heads), chunk) * (s->ring / SPAN + 2), chunk);
     s->att = (float *)calloc(split * q_dim, sizeof(float));     /* zeros that take no place, as the caches */
     if (!s->att) die("%s: no memory for the attention of %zu positions: lower -c", m->path, s->ring);
     s->softmax = (Softmax *)allocate(split * c->n_heads, sizeof(Softmax), m->path);
@@ -669,8 +689,8 @@ static void cpu_close(State *s) {
 
 static Cache slot_cache(const State *s, size_t layer, size_t slot, size_t kv_head) {
     const Header *c = &s->model->c;
-    size_t at = ((layer * s->n_slots + slot) * c->n_kv_heads + kv_head) * s->ring * s->kv_row;
-    Cache cache = {s->keys + at, s->values + at, s->model->kv_type, s->ring, c->head_dim, s->head_width, s->kv_row};
+    size_t at = ((layer * s->n_slots + slot) * c->n_kv_heads + kv_head) * s->ring * s->position_bytes;
+    Cache cache = {s->keys + at, s->values + at, s->model->kv_type, s->ring, c->head_dim, s->head_width, s->position_bytes};
     return cache;
 }
 
@@ -741,11 +761,12 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     const Header *c = &m->c;
     size_t dim = c->dim, head_dim = c->head_dim, q_dim = c->n_heads * head_dim, kv_dim = c->n_kv_heads * head_dim;
     size_t qkv_dim = q_dim + 2 * kv_dim, q_per_kv = c->n_heads / c->n_kv_heads, n_spans;
-    size_t heads = min_size(q_per_kv, ROWS);            /* of a key head's query heads, `heads` go at once */
-    size_t parts = (q_per_kv + heads - 1) / heads;
+    size_t heads = heads_at_once(c), parts = (q_per_kv + heads - 1) / heads;
     double n_keys, n_reads;
     s->clock = now();
-    size_t n_runs = find_runs(s->runs, tokens, n, ROWS / heads, c->window, SPAN, &n_keys, &n_reads, &n_spans);
+    /* attention's work is cut into units: a run of tokens, a key head, and `heads` of its query heads; where these are fewer than
+     * UNITS, each span of positions is one */
+    size_t n_runs = find_runs(s->runs, tokens, n, QUERIES / heads, c->window, SPAN, &n_keys, &n_reads, &n_spans);
     size_t units = n_runs * c->n_kv_heads * parts;
     if (units >= UNITS) n_spans = 1;
 
@@ -777,7 +798,6 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         }
         book(s, ROPE, 0, 0);
 
-        /* each key head's query heads, of each run of tokens; over its spans of keys at once or one by one */
         #pragma omp parallel for schedule(dynamic)
         for (size_t u = 0; u < units * n_spans; u++) {          /* u: [span][key head][part of its query heads][run] */
             const Run *r = &s->runs[u % n_runs];
@@ -796,10 +816,10 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         for (size_t i = 0; i < n * c->n_heads; i++) {
             float *out = s->att + i * head_dim;
             for (size_t j = i + n * c->n_heads; j < n_spans * n * c->n_heads; j += n * c->n_heads)
-                merge(&s->softmax[i], out, s->softmax[j], s->att + j * head_dim, PANEL, head_dim);
+                merge_softmax(&s->softmax[i], out, s->softmax[j], s->att + j * head_dim, PANEL, head_dim);
             for (size_t d = 0; d < head_dim; d++) out[d] /= s->softmax[i].sum;
         }
-        book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row));
+        book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(c->n_kv_heads * s->position_bytes));
         product(s, WO, s->xb, s->att, &w->wo, n);
 
         /* feed-forward: norm, gate and up, SwiGLU, down */
@@ -1134,6 +1154,17 @@ static void free_statistics(Statistics *s) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]->values);
 }
 
+/* to becomes what from is, with ids of its own. [n] each. */
+static void copy_sequences(Sequence *to, const Sequence *from, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        Sequence q = from[i];
+        q.room = to[i].room;
+        q.ids = (int *)grow(to[i].ids, q.n_ids, &q.room, sizeof(int));
+        memcpy(q.ids, from[i].ids, q.n_ids * sizeof(int));
+        to[i] = q;
+    }
+}
+
 static bool generate_mode(const Model *m, const Options *o) {
     size_t n, need = 0, done = 0;
     Sequence *sequences = read_prompts(&m->tokenizer, o, &n);
@@ -1162,14 +1193,14 @@ static bool generate_mode(const Model *m, const Options *o) {
         generate(&s, sequences, n, o, &statistics, done ? NULL : &d);
         if (interrupted && statistics.total.n) {    /* a pass that was cut does not count, unless it is all there is */
             statistics.pass = before;
-            memcpy(sequences, whole, n * sizeof *whole);
+            copy_sequences(sequences, whole, n);
         } else if (interrupted || done >= o->warmup) {
             end_pass(&statistics);
-            memcpy(whole, sequences, n * sizeof *whole);
+            copy_sequences(whole, sequences, n);
         }
     } while (++done < o->warmup + o->repeat && !interrupted);
     bool met = report(&s, sequences, n, &statistics, o);
-    for (size_t i = 0; i < n; i++) free(sequences[i].ids);
+    for (size_t i = 0; i < n; i++) { free(sequences[i].ids); free(whole[i].ids); }
     free(sequences);
     free(whole);
     free(d.decoder.text.text);
@@ -1190,7 +1221,9 @@ static bool chat_mode(const Model *m, const Options *o) {
         die("%s: a base model, without a chat template: use -m generate, or --chat-template v1 or v3 to force one", m->path);
     if (!v1 && (begin < 0 || end < 0))
         die("%s: the tokenizer has no control tokens [INST] and [/INST]: use --chat-template v1", m->path);
-    size_t context = o->context ? o->context : m->c.window || !m->c.max_positions ? (size_t)1 << 24 : m->c.max_positions;
+    size_t context = m->c.max_positions;
+    if (m->c.window || !context) context = (size_t)1 << 24;     /* no end; FP32 still has each such position */
+    if (o->context) context = o->context;
     State s = new_state(m, 1, context, CHUNK);
     Text line = {NULL, 0, 0}, no_text = {NULL, 0, 0};
     Sequence q = new_sequence(t, &no_text, o, 0);
@@ -1254,7 +1287,8 @@ static const Option OPTIONS[] = {
     {'t', "temperature", "X", "0 is greedy (0.8)", "gc", REAL, FIELD(temperature), 0, 1000},
     {'p', "top-p", "X", "sample from the most probable X of the mass (0.95)", "gc", REAL, FIELD(top_p), 0, 1},
     {'s', "seed", "N", "sequence i draws from the stream of seed N + i (42)", "gc", WHOLE, FIELD(seed), 0, UINT64_MAX},
-    {'c', "context", "N", "positions a sequence (as needed; perplexity: 512)", "gcps", WHOLE, FIELD(context), 2, 1 << 30},
+    {'c', "context", "N", "positions a sequence (as needed; perplexity: 512, score: 4096)", "gcps", WHOLE, FIELD(context), 2,
+     1 << 30},
     {'j', "threads", "N", "(the cores)", "gcps", WHOLE, FIELD(threads), 1, 4096},
     {'w', "warmup", "N", "passes before the measured one (0)", "g", WHOLE, FIELD(warmup), 0, 1000000},
     {'r', "repeat", "N", "measured passes, the median is reported (1)", "g", WHOLE, FIELD(repeat), 1, 1000000},
@@ -1440,7 +1474,8 @@ static int run(int argc, char **argv) {
              : o.mode[0] == 's' ? score_mode(&m, &o) : generate_mode(&m, &o);
     free_model(&m);
     flush_stdout();
-    return met && (!interrupted || interrupted == SIGINT) ? 0 : 1;      /* Ctrl-C is the user's wish, SIGTERM is not */
+    if (interrupted && interrupted != SIGINT) die("signal %d ended it", (int)interrupted);      /* Ctrl-C is the user's wish */
+    return met ? 0 : 1;
 }
 
 #ifndef RUN_NO_MAIN

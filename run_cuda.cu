@@ -1327,7 +1327,7 @@ typedef struct {
     float   *spans;                     /* of attention: [spans, n, n_heads, head_width] */
     float2  *softmax, *rotations;       /* [spans, n, n_heads] of (maximum, sum); [n, head_dim / 2] of (cos, sin) */
     __half  *queries;                   /* [n, n_heads, head_width] */
-    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * kv_row bytes] */
+    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * position_bytes bytes] */
     double  *frequencies;
     Inputs   in;
     Entry   *entries, *entries_host;    /* on the device; in the host's memory, from where a step copies them */
@@ -1556,7 +1556,7 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws) 
         d->n_want++;
     }
     count(s, ATTENTION, 4.0 * n_keys * c->n_heads * c->head_dim * c->n_layers,
-          2.0 * n_reads * (double)(c->n_kv_heads * s->kv_row * c->n_layers));
+          2.0 * n_reads * (double)(c->n_kv_heads * s->position_bytes * c->n_layers));
     if ((size_t)d->n_want <= d->logits_room) return;
     device_free(&d->logits_memory);
     d->logits_room = (size_t)d->n_want;
@@ -1643,12 +1643,12 @@ static void cuda_open(State *s) {
     d->multiprocessors = properties.multiProcessorCount;
     s->device = d;
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
-    s->kv_row = cache_row(m->kv_type, s->head_width);
+    s->position_bytes = position_bytes(m->kv_type, s->head_width);
     if (c->head_dim > 128) die("%s: heads of %u elements; run_cuda takes up to 128 (run takes them)", m->path, c->head_dim);
     if (c->dim > MAX_DIM) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, MAX_DIM);
     if (s->n_slots > 65535) die("-b %zu: run_cuda takes up to 65535", s->n_slots);
     d->heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)(c->n_heads / c->n_kv_heads), (int)c->head_dim, (int)s->head_width,
-                (int)s->ring, (int)c->window, 1.44269504f / sqrtf((float)c->head_dim), s->ring * s->kv_row};
+                (int)s->ring, (int)c->window, 1.44269504f / sqrtf((float)c->head_dim), s->ring * s->position_bytes};
     d->room = round_up(s->chunk, 128);
     d->span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 256;
     d->max_spans = (int)(s->ring / (size_t)d->span + 2);

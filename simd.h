@@ -115,8 +115,11 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
 /* x in every lane: minus 0, because plus 0 makes +0 of -0, and is computed. */
 static inline Floats every(float x) { return x - (Floats){0}; }
 
+/* What a tile asks for ahead, of what Ahead names: `bytes` with every 32 columns. */
+typedef struct { uintptr_t at; size_t bytes; } Share;
+
 /* number_tiles_plain() for T tokens. T and type are constants wherever this is inlined, so that the sums stay in registers. */
-INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
+INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Share ahead) {
     const size_t R = AT_ONCE(T), PASSES = PANEL / WIDTH / R;
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Floats sum[TOKENS][PANEL / WIDTH];
@@ -124,11 +127,11 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
         for (size_t t = 0; t < T; t++)
             UNROLL
             for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
-        const char *next = (const char *)ahead.at + row / WIDTH / R * n / PASSES * ahead.bytes / 32;    /* this pass's: see ask() */
+        uintptr_t next = ahead.at + row / WIDTH / R * n / PASSES * ahead.bytes / 32;        /* this pass's: see ask() */
         size_t step = ahead.bytes / 32;
         for (size_t k = 0; k < n; k++) {
             Floats of_k[PANEL / WIDTH];
-            if (k % PASSES == 0) { __builtin_prefetch(next, 0, 2); next += step; }
+            if (k % PASSES == 0) { __builtin_prefetch((const void *)next, 0, 2); next += step; }
             UNROLL
             for (size_t r = 0; r < R; r++) {
                 size_t at = k * PANEL + row + r * WIDTH;
@@ -146,20 +149,20 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
     }
 }
 
-/* Cuts off what a tile of T tokens and n columns is to ask for; all->bytes is by token here, the result's by 32 columns. */
-static inline Ahead share(Ahead *all, size_t T, size_t n) {
-    Ahead part = {all->at, all->bytes * T * 32 / n};
-    all->at = (const char *)all->at + all->bytes * T;
+/* Cuts off `all` what a tile of T tokens and n columns is to ask for, a token's part being `bytes`. */
+static inline Share share(Ahead *all, size_t bytes, size_t T, size_t n) {
+    Share part = {all->at, bytes * T * 32 / n};
+    all->at += bytes * T;
     return part;
 }
 
 INLINE void tiles(const int type, size_t T, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
-    ahead.bytes /= T;
+    size_t bytes = ahead.bytes / T;
     for (; T >= TOKENS; T -= TOKENS, out += TOKENS * PANEL, x += TOKENS * stride)
-        tile(TOKENS, type, out, w, x, stride, n, share(&ahead, TOKENS, n));
-    if (TOKENS > 4 && T & 4) { tile(4, type, out, w, x, stride, n, share(&ahead, 4, n)); out += 4 * PANEL; x += 4 * stride; }
-    if (T & 2) { tile(2, type, out, w, x, stride, n, share(&ahead, 2, n)); out += 2 * PANEL; x += 2 * stride; }
-    if (T & 1) tile(1, type, out, w, x, stride, n, share(&ahead, 1, n));
+        tile(TOKENS, type, out, w, x, stride, n, share(&ahead, bytes, TOKENS, n));
+    if (TOKENS > 4 && T & 4) { tile(4, type, out, w, x, stride, n, share(&ahead, bytes, 4, n)); out += 4 * PANEL; x += 4 * stride; }
+    if (T & 2) { tile(2, type, out, w, x, stride, n, share(&ahead, bytes, 2, n)); out += 2 * PANEL; x += 2 * stride; }
+    if (T & 1) tile(1, type, out, w, x, stride, n, share(&ahead, bytes, 1, n));
 }
 
 /* number_tiles_plain(), n <= MAX_HEAD_DIM. */
@@ -174,9 +177,9 @@ static void number_tiles(size_t T, int type, float *out, const void *w, const fl
  * of others. (FP16 has a line a column for one token, and tile() asks by columns.) A tile goes over its columns once for each
  * PASSES-th of the rows, and has gone over `first` of them before: it asks evenly in all passes, or what one asks for at once waits
  * for memory while the next leaves it idle. */
-INLINE void ask(Ahead ahead, size_t first, size_t k, size_t n, const size_t PASSES) {
-    uintptr_t at = (uintptr_t)ahead.at + (first + k) * ahead.bytes / (32 * PASSES);
-    uintptr_t end = (uintptr_t)ahead.at + (first + k + n) * ahead.bytes / (32 * PASSES);
+INLINE void ask(Share ahead, size_t first, size_t k, size_t n, const size_t PASSES) {
+    uintptr_t at = ahead.at + (first + k) * ahead.bytes / (32 * PASSES);
+    uintptr_t end = ahead.at + (first + k + n) * ahead.bytes / (32 * PASSES);
     for (at = (at + 63) / 64 * 64; at < end; at += 64) __builtin_prefetch((const void *)at, 0, 2);
 }
 
@@ -205,7 +208,7 @@ INLINE void add_group(float *total, const float *scale, Activations a, size_t t,
 /* code_tile() for q4, sooner: 16 bits hold the sum of 32 columns of its codes, 32 / 2 * 15 * 127 < 2^15. A byte is two of them, of
  * the rows r and r + 16. */
 INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n,
-                      Ahead ahead) {
+                      Share ahead) {
     const size_t R = AT_ONCE(T);
     for (size_t row = 0; row < PANEL / 2; row += WIDTH * R / 2) {
         Lanes sum[TOKENS][PANEL / WIDTH];
@@ -255,7 +258,7 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
 /* group_product_plain() for T tokens. With few tokens each sum is split into PARTS over the columns, so that as many additions are
  * under way. */
 INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
-                      size_t n, Ahead ahead) {
+                      size_t n, Share ahead) {
 #ifdef PAIRS
     if (type == Q4) { pair_tile(T, total, codes, scale, a, n, ahead); return; }
 #endif
@@ -297,14 +300,14 @@ static inline Activations skip(Activations a, size_t T, size_t n) {
 
 INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
                        size_t n, Ahead ahead) {
-    ahead.bytes /= T;
+    size_t bytes = ahead.bytes / T;
     for (; T >= TOKENS; T -= TOKENS, total += TOKENS * PANEL, a = skip(a, TOKENS, n))
-        code_tile(TOKENS, type, total, codes, scale, a, n, share(&ahead, TOKENS, n));
+        code_tile(TOKENS, type, total, codes, scale, a, n, share(&ahead, bytes, TOKENS, n));
     if (TOKENS > 4 && T & 4) {
-        code_tile(4, type, total, codes, scale, a, n, share(&ahead, 4, n)); total += 4 * PANEL; a = skip(a, 4, n);
+        code_tile(4, type, total, codes, scale, a, n, share(&ahead, bytes, 4, n)); total += 4 * PANEL; a = skip(a, 4, n);
     }
-    if (T & 2) { code_tile(2, type, total, codes, scale, a, n, share(&ahead, 2, n)); total += 2 * PANEL; a = skip(a, 2, n); }
-    if (T & 1) code_tile(1, type, total, codes, scale, a, n, share(&ahead, 1, n));
+    if (T & 2) { code_tile(2, type, total, codes, scale, a, n, share(&ahead, bytes, 2, n)); total += 2 * PANEL; a = skip(a, 2, n); }
+    if (T & 1) code_tile(1, type, total, codes, scale, a, n, share(&ahead, bytes, 1, n));
 }
 
 static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,

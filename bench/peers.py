@@ -20,8 +20,12 @@ import time
 
 
 def percentile(values, share):
-    """The value that a share of the values does not exceed, nearest rank as in run; 0 if there are none."""
-    return sorted(values)[int(share * (len(values) - 1) + 0.5)] if values else 0
+    """What a share of the values does not exceed, between its two neighbours in proportion, as in run; 0 if there are none."""
+    if not values:
+        return 0
+    values, at = sorted(values), share * (len(values) - 1)
+    low = int(at)
+    return values[low] + (at - low) * (values[min(low + 1, len(values) - 1)] - values[low])
 
 
 class Peer:

@@ -557,7 +557,7 @@ def test_measuring_an_engine():
     a, b, c = peers.measure(Engine, {"cells": cells, "warmup": 1, "repeat": 2, "threads": 1, "device": "cpu", "type": "int5"})
     assert [a[f"{part}_seconds"] for part in ("prefill", "decode", "total")] == pytest.approx([2, 1.6, 3.6])
     assert [a[f"{part}_tok_s"] for part in ("prefill", "decode", "total")] == pytest.approx([20, 10, 60 / 3.6])
-    assert [a[name] for name in ("ttft_ms", "itl_ms_p50", "itl_ms_p95")] == pytest.approx([2000, 500, 700]) and a["peak_bytes"] > 1e6
+    assert [a[name] for name in ("ttft_ms", "itl_ms_p50", "itl_ms_p95")] == pytest.approx([2000, 400, 700]) and a["peak_bytes"] > 1e6
     assert a["type"] == "int5" and b["error"].startswith("no room xxx") and len(b["error"]) == 200
     assert c["decode_tok_s"] == 0 and c["total_tok_s"] == 5.5
     assert Engine.seen == [[4, 10, 5]] * 3 + [[3, 10, 5]] + [[1, 10, 1]] * 3
