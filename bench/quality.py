@@ -1,4 +1,4 @@
-"""The README's table of what types of weights cost in quality: python3 bench/quality.py --calib text.txt [--model f32.bin]
+"""The table of what types of weights cost in quality (FIGURES.md): python3 bench/quality.py --calib text.txt [--model f32.bin]
 
 Makes a checkpoint of each kind with ./quantize, measures perplexity and divergence (KL) from FP32 with ./run on the texts in
 tests/text, and prints a table in Markdown; sizes are of whole files. Text that is judged must not be calibrated on. "plain" is what
