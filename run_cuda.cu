@@ -1133,12 +1133,12 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
     size_t slot = entries[token].slot * c.n_kv_heads * c.cache, of_head = slot + kv_head * c.cache;
     bool last = from <= pos && pos < to;
 
-    /* Where each block has a multiprocessor of its own it has long begun, and asks for its first keys and values meanwhile: only
-     * into the second-level cache, since the token's own are not there yet. */
+    /* Where each block has a multiprocessor of its own it has long begun, and asks for its first keys and values meanwhile, into
+     * that one's cache: what this token adds to them the block writes itself. */
     int at_first = from / 32 * 32 + warp * 32;
     size_t first_block = of_head + at_first % c.ring / 32 * block_bytes<E>(WIDTH);
     for (int i = lane * 128; WARPS == 8 && at_first < to && i < (int)block_bytes<E>(WIDTH); i += 32 * 128)
-        asm volatile("prefetch.global.L2 [%0]; prefetch.global.L2 [%1];"
+        asm volatile("prefetch.global.L1 [%0]; prefetch.global.L1 [%1];"
                      ::"l"(keys + first_block + i), "l"(values + first_block + i));
     wait_for_inputs();
     for (int row = warp; from < to && row < n_heads + 2 * last; row += WARPS) {
@@ -1194,8 +1194,14 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
 /* ------------------------------------------------------------------------------------------------------------------
  * 6. The sampler                                                                                                    */
 
-typedef unsigned long long Mass;        /* of probability, in units of 2^-40 of the most probable id's: whole numbers, so that the
+typedef unsigned long long Mass;        /* of probability, in units of 2^-31 of the most probable id's: whole numbers, so that the
                                            order in which threads add them does not matter */
+__device__ inline uint32_t mass(float p) { return __float2uint_rn(p * 0x1p31f); }
+
+__device__ inline Mass warp_max(Mass x) {
+    for (int other = 16; other; other /= 2) { Mass o = __shfl_xor_sync(~0u, x, other); x = o > x ? o : x; }
+    return x;
+}
 
 /* The sum of x over the threads of a warp up to this one, itself included. */
 __device__ inline Mass warp_scan(Mass x) {
@@ -1228,28 +1234,27 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
     wait_for_inputs();
     float *p = logits + (size_t)blockIdx.x * width;
     int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    Mass best = 0, all;
+    float max = -INFINITY;
+    int top = thread;
 #pragma unroll 8                        /* here and below: so that so many loads are on their way */
-    for (int i = thread; i < vocab; i += 1024) {    /* floats order as their bits do, once those of negative ones are inverted */
-        uint32_t bits = __float_as_uint(p[i]), ordered = bits >> 31 ? ~bits : bits | 0x80000000;
-        Mass candidate = (Mass)ordered << 32 | (0xffffffffu - (uint32_t)i);             /* of equal ones the first */
-        best = candidate > best ? candidate : best;
-    }
-    for (int other = 16; other; other /= 2) { Mass o = __shfl_xor_sync(~0u, best, other); best = o > best ? o : best; }
+    for (int i = thread; i < vocab; i += 1024) if (p[i] > max) { max = p[i]; top = i; }
+    uint32_t of_max = __float_as_uint(max);         /* floats order as their bits do, once those of negative ones are inverted */
+    uint32_t ordered = thread >= vocab ? 0 : of_max >> 31 ? ~of_max : of_max | 0x80000000;
+    Mass all, best = warp_max((Mass)ordered << 32 | (0xffffffffu - (uint32_t)top));             /* of equal ones the first */
     if (lane == 0) best_of[warp] = best;
     __syncthreads();
-    for (int w = 0; w < 32; w++) best = best_of[w] > best ? best_of[w] : best;
-    int top = (int)(0xffffffffu - (uint32_t)best);
+    top = (int)(0xffffffffu - (uint32_t)warp_max(best_of[lane]));
     if (thread == 0) { ids[blockIdx.x] = top; reached = 0; }
     if (temperature == 0 || top_p == 0) return;
 
-    float max = p[top], scale = 1.0f / temperature;
+    float scale = 1.44269504f / temperature;
+    max = p[top];
     Mass mine = 0;
     __syncthreads();
 #pragma unroll 8
     for (int i = thread; i < vocab; i += 1024) {
-        p[i] = expf((p[i] - max) * scale);
-        mine += (Mass)(p[i] * 0x1p40f);
+        p[i] = exp2f((p[i] - max) * scale);
+        mine += mass(p[i]);
     }
     scan(mine, &all);
     Mass total = all, limit = top_p < 1 ? (Mass)(top_p * (double)total) : total, above = 0;
@@ -1262,9 +1267,8 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
         for (int i = thread; i < vocab; i += 1024) {
             uint32_t bits = __float_as_uint(p[i]), digit = bits >> shift & 1023;
             if (bits >> shift >> 10 != smallest) continue;
-            Mass x = (Mass)(p[i] * 0x1p40f);
-            uint32_t before = atomicAdd(&low[digit], (uint32_t)x), more = (uint32_t)(x >> 32) + (before + (uint32_t)x < before);
-            if (more) atomicAdd(&high[digit], more);
+            uint32_t x = mass(p[i]), before = atomicAdd(&low[digit], x);
+            if (before + x < x) atomicAdd(&high[digit], 1);
         }
         __syncthreads();
         Mass own = (Mass)high[1023 - thread] << 32 | low[1023 - thread];
@@ -1277,14 +1281,14 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
     }
     /* In the order of ids: all with a larger probability, and as many of just this one as are needed. First what each warp has of
      * both, then, of the warp where the mass reaches r, a thread for each id. */
-    Mass each = (Mass)(__uint_as_float(smallest) * 0x1p40f);
+    Mass each = mass(__uint_as_float(smallest));
     Mass wanted = top_p < 1 && each ? (limit - above + each - 1) / each : (Mass)vocab;
     int chunk = (vocab + 1023) / 1024 * 32, from = min(warp * chunk, vocab), to = min(from + chunk, vocab);     /* a warp's */
     Mass larger = 0, equal = 0, all_larger, all_equal;
 #pragma unroll 8
     for (int i = from + lane; i < to; i += 32) {
         uint32_t bits = __float_as_uint(p[i]);
-        larger += bits > smallest ? (Mass)(p[i] * 0x1p40f) : 0;
+        larger += bits > smallest ? mass(p[i]) : 0;
         equal += bits == smallest;
     }
     Mass larger_to = scan(larger, &all_larger), equal_to = scan(equal, &all_equal);
@@ -1301,7 +1305,7 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
         int i = from + thread;
         uint32_t bits = i < to ? __float_as_uint(p[i]) : 0;
         Mass is_equal = i < to && bits == smallest, rank = seen + scan(is_equal, &all_equal) - is_equal;
-        Mass own = (i < to && bits > smallest) || (is_equal && rank < wanted) ? (Mass)(__uint_as_float(bits) * 0x1p40f) : 0;
+        Mass own = (i < to && bits > smallest) || (is_equal && rank < wanted) ? mass(__uint_as_float(bits)) : 0;
         Mass sum = passed + scan(own, &all_larger);
         if (sum > r && sum - own <= r) ids[blockIdx.x] = i;
         seen += all_equal;
