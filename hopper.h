@@ -5,17 +5,14 @@
  * from shared memory, where a single thread can have it copied. From top to bottom:
  *   1. What both share      stages that are filled ahead, and the instruction
  *   2. product_wide         for prefill, and for more than 64 slots, with codes
- *   3. product_halves       for decoding of up to 64 slots with FP16 weights
+ *   3. product_halves       with FP16 weights
  * Built for other GPUs these kernels are empty. */
 
-/* Whether this is built for a Hopper's own instructions. has_wgmma: for the host to ask. GRID_CONSTANT: a parameter of which the
- * address is taken, which old GPUs cannot. */
+/* Whether this is built for a Hopper's own instructions. has_wgmma: for the host to ask. */
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HAS_WGMMA 1
-#define GRID_CONSTANT __grid_constant__
 #else
 #define HAS_WGMMA 0
-#define GRID_CONSTANT
 #endif
 __device__ int has_wgmma = HAS_WGMMA;
 static int built_for_wgmma(void) {
@@ -85,20 +82,27 @@ __device__ inline uint64_t descriptor(uint32_t address, int swizzle) {
 #define NAMES_8 NAMES_4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define NAMES_16 NAMES_8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
                  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_32 NAMES_16 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
+                 "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
+                 "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, " \
+                 "%122, %123, %124, %125, %126, %127"
 #define SUMS_1(C, t) C(sum[t][0]), C(sum[t][1]), C(sum[t][2]), C(sum[t][3])
 #define SUMS_2(C, t) SUMS_1(C, t), SUMS_1(C, t + 1)
 #define SUMS_4(C, t) SUMS_2(C, t), SUMS_2(C, t + 2)
 #define SUMS_8(C, t) SUMS_4(C, t), SUMS_4(C, t + 4)
-#define SUMS_16 SUMS_8("+r", 0), SUMS_8("+r", 8)
+#define SUMS_16(C, t) SUMS_8(C, t), SUMS_8(C, t + 8)
+#define SUMS_32(C, t) SUMS_16(C, t), SUMS_16(C, t + 16)
 #define IN_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 #define START_HALVES(TILES, N, A, B, MORE)                                                                                       \
     START_WGMMA(float, TILES, "m64n" N "k16.f32.f16.f16", uint64_t a, A, B, MORE, ", 1, 1, 0, 0", SUMS_##TILES("+f", 0), "l"(a))
-START_WGMMA(int, 16, "m64n128k32.s32.u8.s8", const uint32_t a[4], "{%64, %65, %66, %67}", "%68", "%69", "", SUMS_16, IN_REGISTERS)
-START_WGMMA(int, 16, "m64n128k32.s32.u8.s8", uint64_t a, "%64", "%65", "%66", "", SUMS_16, "l"(a))
+START_WGMMA(int, 16, "m64n128k32.s32.u8.s8", const uint32_t a[4], "{%64, %65, %66, %67}", "%68", "%69", "", SUMS_16("+r", 0),
+            IN_REGISTERS)
+START_WGMMA(int, 16, "m64n128k32.s32.u8.s8", uint64_t a, "%64", "%65", "%66", "", SUMS_16("+r", 0), "l"(a))
 START_HALVES(1, "8", "%4", "%5", "%6")
 START_HALVES(2, "16", "%8", "%9", "%10")
 START_HALVES(4, "32", "%16", "%17", "%18")
 START_HALVES(8, "64", "%32", "%33", "%34")
+START_HALVES(32, "256", "%128", "%129", "%130")
 
 /* Waits for what has been begun, and keeps the sums from being read before. */
 __device__ inline void read_later(int &sum) { asm volatile("" : "+r"(sum)); }
@@ -212,100 +216,100 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
 /* ------------------------------------------------------------------------------------------------------------------
  * 3. product_halves                                                                                                 */
 
-/* Weights and activations lie in shared memory as wgmma reads them, and no other instruction sees them: a thread asks for boxes of
- * up to 128 rows by 64 columns, ahead, the first before the kernel before this one has ended; another for the activations. Two
- * groups of four warps have 64 rows each. At most as many blocks as there are multiprocessors go over all pairs of a part of the
- * columns and the rows of a box. n: up to 8 TILES. */
+/* Weights and activations lie in shared memory as wgmma reads them, and no other instruction sees them: a thread fetches up to 128
+ * rows of weights, ahead, the first before the kernel before this one has ended; another the activations. Two groups of four warps
+ * have 64 rows each. At most as many blocks as there are multiprocessors go over all of the output. */
 enum { HALVES_ROOM = 184 << 10,                     /* bytes: over 40 KB are left for a block of attention to wait in */
        HALVES_AHEAD = 2 };                          /* stages under way until all have been asked for once, since the kernels
                                                        before this one may still read: more would stand before what they wait
                                                        for */
-template <int TILES> struct Halves {                /* a stage: 128 columns, two boxes, so that 256 bytes of a row come together */
-    uint4 w[2][128 * 8], x[2][TILES * 8 * 8];       /* [box][row], [box][token] of 8 pieces of 16 bytes */
-    static const int STAGES = HALVES_ROOM / ((16 + TILES) * 2 << 10);
+template <int TILES> struct Halves {                /* a stage: of few tokens two tiles of columns */
+    static const int DEEP = TILES > 8 ? 1 : 2, STAGES = TILES > 8 ? 4 : HALVES_ROOM / ((16 + TILES) * DEEP << 10);
+    uint4 w[DEEP][128 * 8], x[DEEP][TILES * 8 * 8]; /* [row tile] as in memory; [token] of 8 pieces of 16 bytes */
 };
 
 template <int TILES>
-__global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1)
-product_halves(float *out, const GRID_CONSTANT Weights w, Inputs in, int n) {
+__global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1) product_halves(float *out, Weights w, Inputs in, int n) {
 #if HAS_WGMMA
     typedef Halves<TILES> OneStage;
-    const int STAGES = OneStage::STAGES;
+    const int STAGES = OneStage::STAGES, DEEP = OneStage::DEEP;
     extern __shared__ __align__(1024) unsigned char shared[];
     __shared__ uint64_t barriers[4 * STAGES];
     OneStage *stages = (OneStage *)shared;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int row_blocks = (w.row_tiles + w.block_tiles - 1) / w.block_tiles;
+    int row_blocks = (w.row_tiles + w.block_tiles - 1) / w.block_tiles, token_blocks = (n + TILES * 8 - 1) / (TILES * 8);
     unsigned step = 0;
     Pipeline<STAGES> weights, inputs;
     weights.start(barriers, 32 * WIDE_ROWS);
     inputs.start(barriers + 2 * STAGES, 32 * WIDE_ROWS);
     inputs.empty = weights.empty;                   /* both are read together; neither thread gets a turn ahead of the other, since
                                                        a stage is read only when both have filled it */
-    auto each_block = [&](auto use) {               /* use(first row tile, part, first column tile, their end) */
-        for (int block = blockIdx.x; block < row_blocks * w.parts; block += gridDim.x) {
-            int part = block / row_blocks;
-            use(block % row_blocks * w.block_tiles, part, w.column_tiles * part / w.parts,
-                w.column_tiles * (part + 1) / w.parts);
+    auto each_block = [&](auto use) {               /* use(first row tile, first token, part, first stage, their end) */
+        for (int block = blockIdx.x; block < row_blocks * token_blocks * w.parts; block += gridDim.x) {
+            int part = block / token_blocks / row_blocks, all = w.column_tiles / DEEP;
+            use(block / token_blocks % row_blocks * w.block_tiles, block % token_blocks * TILES * 8, part, all * part / w.parts,
+                all * (part + 1) / w.parts);
         }
     };
     if (warp == WIDE_ROWS) {
-        if (lane == 0) each_block([&](int row_tile, int, int k, int end) {
+        if (lane == 0) each_block([&](int row_tile, int, int, int k, int end) {
             for (; k < end; k++, step++) {
+                int bytes = min(w.block_tiles, w.row_tiles - row_tile) * 2048;
                 if (step >= HALVES_AHEAD && step < STAGES) weights.wait_full(step - HALVES_AHEAD);
-                weights.announce(step, w.block_tiles * 2048 * 2);
-                for (int box = 0; box < 2; box++)
-                    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                                 "[%0], [%1, {%2, %3, %3, %4}], [%5];" ::"r"(shared_address(stages[step % STAGES].w[box])),
-                                 "l"(&w.map), "r"((2 * k + box) * 64), "r"(0), "r"(row_tile), "r"(weights.full_at(step))
-                                 : "memory");
+                weights.announce(step, bytes * DEEP);
+                for (int i = 0; i < DEEP; i++)
+                    bulk_copy(stages[step % STAGES].w[i], w.codes + tile_index(w, row_tile, k * DEEP + i) * 128, bytes,
+                              weights.full_at(step));
             }
         });
         return;
     }
     wait_for_inputs();
     if (warp > WIDE_ROWS) {
-        if (lane == 0) each_block([&](int, int, int k, int end) {
+        if (lane == 0) each_block([&](int, int token, int, int k, int end) {
             for (; k < end; k++, step++) {
                 OneStage &s = stages[step % STAGES];
                 inputs.announce(step, (int)sizeof s.x);
-                for (int box = 0; box < 2; box++)
-                    bulk_copy(s.x[box], in.halves + (size_t)(2 * k + box) * in.stride * 64, sizeof s.x[box],
+                for (int i = 0; i < DEEP; i++)
+                    bulk_copy(s.x[i], in.q + ((size_t)(k * DEEP + i) * in.stride + token) * 128, sizeof s.x[i],
                               inputs.full_at(step));
             }
         });
         return;
     }
-    each_block([&](int row_tile, int part, int first, int end) {
+    each_block([&](int row_tile, int token, int part, int first, int end) {
         float sum[TILES][4];
         for (int k = first; k < end; k++, step++) {
             OneStage &s = stages[step % STAGES];
             weights.wait_full(step);
             inputs.wait_full(step);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-            UNROLL for (int i = 0; i < 8; i++)
-                start_wgmma(sum, descriptor(shared_address(s.w[i / 4]) + warp / 4 * 8192, 128) + i % 4 * 2,
+            UNROLL for (int i = 0; i < 4 * DEEP; i++)
+                start_wgmma(sum, descriptor(shared_address(s.w[i / 4]) + warp / 4 * 8192, 64) + i % 4 / 2 * 32 + i % 2 * 2,
                             descriptor(shared_address(s.x[i / 4]), 128) + i % 4 * 2, k > first || i);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            wait_wgmma(sum);
-            weights.release(step);
+            if (TILES > 8) {                        /* they run on while the next stage's are begun */
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                if (k > first) weights.release(step - 1);
+            } else {
+                wait_wgmma(sum);
+                weights.release(step);
+            }
         }
+        if (TILES > 8) { wait_wgmma(sum); weights.release(step - 1); }
         row_tile += warp;
+        const int N = TILES > 8 ? 8 : TILES;          /* fewer registers */
         if (warp < w.block_tiles && row_tile < w.row_tiles)
-            store<F16, TILES>(out + (size_t)part * n * w.row_tiles * 16, w, in, sum, 1, row_tile, 0, n);
+            UNROLL for (int t = 0; t < TILES; t += N)
+                store<F16, N>(out + (size_t)part * n * w.row_tiles * 16, w, in, sum + t, 1, row_tile, token + t * 8, n);
     });
 #endif
 }
 
-/* Describes halves for the copies of product_halves: a box of up to 128 rows by 64 columns, which puts the rows of each 16 in
- * the order 0, 2 ... 14, 1, 3 ... 15, so that a thread gets two neighbours, and is swizzled as wgmma wants it (CUDA driver API,
- * tensor maps; that strides do not grow from dimension to dimension is nowhere forbidden, and works). How high a box is, and
- * into how many parts columns are cut, is chosen so that all multiprocessors end together; of equals the highest box, of which
- * most is read ahead, and then the fewest parts. The function is the driver's, which is not linked. Does nothing if not built for
- * a Hopper, where halves are read as they lie. */
-static void make_map(Weights *w) {
+/* How many rows a block of product_halves has in decoding, and into how many parts columns are cut, is chosen so that all
+ * multiprocessors end together; of equals the highest block, of which most is read ahead, and then the fewest parts. */
+static void choose_blocks(Weights *w) {
     int multiprocessors;
-    if (!built_for_wgmma()) return;
     CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
     double least = INFINITY;
     for (int tiles = 8; tiles > 4; tiles--)
@@ -314,15 +318,4 @@ static void make_map(Weights *w) {
             double time = (double)rounds * tiles / parts;
             if (time < least) { least = time; w->block_tiles = tiles; w->parts = parts; }
         }
-    static decltype(&cuTensorMapEncodeTiled) encode_map;
-    void *driver = encode_map ? NULL : dlopen("libcuda.so.1", RTLD_NOW);
-    if (driver) *(void **)&encode_map = dlsym(driver, "cuTensorMapEncodeTiled");
-    cuuint64_t width = (cuuint64_t)w->column_tiles * COLUMNS, row = width * sizeof(__half);
-    cuuint64_t sizes[] = {width, 8, 2, (cuuint64_t)w->row_tiles}, apart[] = {2 * row, row, 16 * row};
-    cuuint32_t box[] = {64, 8, 2, (cuuint32_t)w->block_tiles}, every[] = {1, 1, 1, 1};
-    if (!encode_map || encode_map(&w->map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, w->halves, sizes, apart, box, every,
-                                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-        die("CUDA: no tensor map for [%d, %d] (the driver is older than CUDA 12?)", w->rows, w->cols);
 }
-

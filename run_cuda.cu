@@ -11,21 +11,24 @@
  *   6. The sampler
  *   7. The step       forward() as a list of launches, which CUDA keeps as a graph
  *
+ * Words: a row tile is 16 rows of a matrix, a column tile 128 columns (of FP16 64), a token tile 8 tokens (TILES counts these).
+ * Parts are shares of a product's columns that are summed apart (split-K). A run is neighbouring tokens of a sequence, a span 256
+ * or 512 positions of one; halves are FP16 numbers. What has no plain kernel here has its plain form in run.c: matrix_row (embed),
+ * rms_norm (norm_input), quantize_activations (write_inputs), rope and cache_store (make_head), swiglu (store), merge_softmax
+ * (attention_input), sample (sample_kernel).
+ *
  * A token's numbers are the same whatever else is in the batch, and from run to run: every sum has an order that depends on the
- * model, the place in the text, the number of slots, the GPU and whether this is prefill or decoding (but for prefill with FP16
- * weights, where cuBLAS chooses by the number of tokens). They differ from the CPU's in the last digits: sums over groups are
- * added in another order (those within a group are of whole numbers, and the same).
+ * model, the place in the text, the number of slots, the GPU and whether this is prefill or decoding. They differ from the CPU's:
+ * sums over groups are added in another order (those within a group are of whole numbers, and the same). That is the last digits,
+ * until an activation rounds to its other neighbour: then single logits move by up to 2% of the largest (SPEED.md).
  *
  * Written for compute capability 7.5 (the T4) and later, older ones are slow. On 9.0 a kernel starts while the one before it
  * ends. */
 #define RUN_NO_MAIN
 #pragma nv_diag_suppress 128, 161, 177  /* a template's loops without turns; OpenMP's pragmas; functions that a GPU does not use */
 #include "run.c"
-#include <cublas_v2.h>
-#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <dlfcn.h>
 #include <type_traits>
 
 /* Ends the program with one line if a call to CUDA fails. */
@@ -58,30 +61,29 @@ __device__ inline void wait_for_inputs() {
 /* ------------------------------------------------------------------------------------------------------------------
  * 1. Weights                                                                                                        */
 
-/* A matrix on the device, [rows, cols].
+/* A matrix on the device, [rows, cols]; f32 becomes FP16.
  *
- * Quantized ones lie in tiles of 16 rows by 128 columns, a tile being what the 32 threads of a warp hold when they give it to the
- * tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 the q-th of each four strips of columns: 32 columns a row, which
- * are 16 bytes in q4 and nf4 and 32 in q8. A strip is 4 columns; in q8 it is the 16 that a thread reads at once, since a Hopper
- * takes those from shared memory as they lie, but not with groups of 32, two of which an instruction would then cross.
- *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8: half 0, 1][thread_place] of 16 bytes. In q4 a word has
- *           eight columns, the low halves of its bytes the first four, the high halves the others; in nf4 from the lowest bits on
- *           in their order.
+ * It lies in tiles of 16 rows by 128 columns, of FP16 by 64, a tile being what the 32 threads of a warp hold when they give it to
+ * the tensor cores. Thread 4 g + q has of the rows 2 g and 2 g + 1 the q-th of each four strips of columns: 32 columns a row (FP16:
+ * 16), which are 16 bytes in q4 and nf4 and 32 in q8 and FP16. A strip is 4 columns; in q8 and FP16 it is the 16 bytes that a
+ * thread reads at once, since a Hopper takes those from shared memory as they lie, but not with groups of 32, two of which an
+ * instruction would then cross.
+ *   codes   [8 row tiles][column tile][row tile][row 2 g, 2 g + 1][q8, f16: strip q, strip 4 + q][thread_place] of 16 bytes. In q4
+ *           a word has eight columns, the low halves of its bytes the first four, the high halves the others; in nf4 from the
+ *           lowest bits on in their order. f16: [column tile][row tile], so that any neighbouring rows lie together.
  *   scales  [8 row tiles][column tile][row tile][group][16 rows] of (scale, zero)
- * f16 and f32 become FP16, [rows][cols], row-major as cuBLAS wants it. All are padded to multiples of 128 rows (w13: of 256) and
- * columns. The rows of w13 change places: after each of the gate comes that of up which it is multiplied with. So both stand in
- * the same thread. */
+ * All are padded to multiples of 128 rows (w13: of 256) and columns. The rows of w13 change places: after each of the gate comes
+ * that of up which it is multiplied with. So both stand in the same thread. */
 typedef struct {
     int     type, group, shift;         /* F16, Q8, Q4 or NF4; shift: group is 2^shift */
-    int     strip_shift;                /* a strip is 2^strip_shift columns */
-    int     rows, cols, row_tiles, column_tiles;
+    int     strip_shift;                /* a strip is 2^strip_shift bytes of activations */
+    int     rows, cols, width;          /* width: cols rounded up to a multiple of 128 */
+    int     row_tiles, column_tiles;
     int     units;                      /* of w13: columns of its output, SwiGLU's; else 0, by which all below know w13 */
     uint4  *codes;
     __half2 *scales;
-    __half *halves;
-    int     parts, most_parts;          /* into which a launch cuts the columns; which are possible */
-    CUtensorMap map;                    /* of halves, for product_halves, where there is a Hopper */
-    int     block_tiles;                /* row tiles of one of its blocks */
+    int     parts, most_parts;          /* into so many a launch cuts the columns; at most */
+    int     block_tiles;                /* row tiles of a block of product_halves, where there is a Hopper */
     bool    to_halves;                  /* of w13: w2 is FP16 as well, so that SwiGLU's output can be left as its input */
     double  bytes;                      /* in the file: what a step counts as read */
 } Weights;
@@ -94,61 +96,55 @@ __device__ inline int file_row(const Weights &w, int row) {
     return row >= w.rows ? -1 : w.units ? row % 2 * (w.rows / 2) + row / 2 : row;
 }
 
-/* The code at a row and column of m, here and below a matrix as in the file, on the device: in a block 4 * PANEL bytes of scales
- * and zeros, then codes as unpack_codes() in run.c reads them. 0 beyond the matrix. */
-__device__ inline int file_code(const Matrix &m, int row, int col) {
-    if (row < 0 || col >= m.cols) return 0;
+/* The code at a row and column of m, or the number as FP16. m: here and below a matrix as in the file, on the device: of codes, in
+ * a block, 4 * PANEL bytes of scales and zeros, then codes as unpack_codes() in run.c reads them. */
+__device__ inline unsigned file_bits(const Matrix &m, int row, int col) {
+    size_t at = (row / PANEL * m.cols + col) * PANEL + row % PANEL;
+    if (m.type == F32) return __half_as_ushort(to_half(((const float *)m.data)[at]));
+    if (m.type == F16) return ((const uint16_t *)m.data)[at];
     const unsigned char *codes = m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes + 4 * PANEL;
     int k = col % m.group, r = row % PANEL;
     return m.type == Q8 ? codes[(k / 4 * PANEL + r) * 4 + k % 4] : codes[(k / 4 * 16 + r % 16) * 4 + k % 4] >> r / 16 * 4 & 15;
 }
 
-/* Column of a tile that is the j-th, j < 32, of those that thread 4 g + q has; and, of a column, 32 q + j. */
-__device__ inline int tile_column(const Weights &w, int q, int j) {
-    int shift = w.strip_shift;
-    return (j >> shift << (shift + 2)) + (q << shift) + (j & ((1 << shift) - 1));
-}
-__device__ inline int of_column(const Weights &w, int column) {
-    int shift = w.strip_shift;
-    return (column >> shift & 3) * 32 + (column >> (shift + 2) << shift) + (column & ((1 << shift) - 1));
+/* Of a byte of a tile's activations, 32 q + j: it is the j-th of those for the threads 4 g + q. A strip is 2^shift bytes. */
+__host__ __device__ inline int of_byte(int shift, int byte) {
+    return (byte >> shift & 3) * 32 + (byte >> (shift + 2) << shift) + (byte & ((1 << shift) - 1));
 }
 
 /* Where a thread's 16 bytes stand among those of a warp: so that wgmma finds them as it wants 8 rows of 64 bytes (PTX ISA, its
  * layout swizzled by 64). It is its own inverse. */
 __device__ inline int thread_place(int thread) { return thread ^ thread / 8; }
 
-/* The place of a tile among all: eight below one another lie together, which is what one block of threads needs at a time. */
+/* The place of a tile among all: of codes, eight below one another lie together, which is what one block of threads needs. */
 __device__ inline size_t tile_index(const Weights &w, int row_tile, int column_tile) {
-    return ((size_t)(row_tile / 8) * w.column_tiles + column_tile) * 8 + row_tile % 8;
+    return w.type == F16 ? (size_t)column_tile * w.row_tiles + row_tile
+                         : ((size_t)(row_tile / 8) * w.column_tiles + column_tile) * 8 + row_tile % 8;
 }
 
-/* Makes a tile from m. A block for each; beyond m's rows and columns all is 0 (memory is zeroed). */
-__global__ void make_tile(Weights w, Matrix m) {
-    size_t tile = blockIdx.x;
-    int row_tile = (int)(tile / 8 / w.column_tiles) * 8 + tile % 8, first_col = (int)(tile / 8 % w.column_tiles) * COLUMNS;
-    for (int i = threadIdx.x; i < 16 * COLUMNS && w.type == F16; i += blockDim.x) {         /* an FP16 number */
-        int row = file_row(w, row_tile * 16 + i / COLUMNS), col = first_col + i % COLUMNS;
-        if (row < 0 || col >= m.cols) continue;
-        size_t from = row / PANEL * (size_t)PANEL * m.cols + (size_t)col * PANEL + row % PANEL;
-        w.halves[(size_t)(row_tile * 16 + i / COLUMNS) * w.column_tiles * COLUMNS + col] =
-            m.type == F16 ? ((const __half *)m.data)[from] : to_half(((const float *)m.data)[from]);
-    }
-    if (w.type == F16) return;
-    int pieces = m.type == Q8 ? 4 : 2, groups = COLUMNS / w.group;
-    for (int i = threadIdx.x; i < pieces * 512; i += blockDim.x) {                          /* a byte of codes */
-        int thread = thread_place(i / 16 % 32), piece = i / 512, b = i % 16, half = m.type == Q8 ? piece / 2 : piece;
-        int row = file_row(w, row_tile * 16 + thread / 4 * 2 + half);
-        int low = m.type == Q8 ? piece % 2 * 16 + b : m.type == NF4 ? 2 * b : b / 4 * 8 + b % 4;
-        int high = m.type == NF4 ? low + 1 : low + 4;           /* its column, or those of its low half and of its high one */
-        int code = file_code(m, row, first_col + tile_column(w, thread % 4, low));
-        if (m.type != Q8) code |= file_code(m, row, first_col + tile_column(w, thread % 4, high)) << 4;
-        ((uint8_t *)w.codes)[tile * pieces * 512 + i] = code;
-    }
-    for (int i = threadIdx.x; i < groups * 16; i += blockDim.x) {                           /* a (scale, zero) */
-        int row = file_row(w, row_tile * 16 + i % 16), col = first_col + i / 16 * w.group;
-        const __half *block = (const __half *)(m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes);
-        if (row < 0 || col >= m.cols) continue;
-        w.scales[tile * groups * 16 + i] = __halves2half2(block[row % PANEL], block[PANEL + row % PANEL]);
+/* The first bit of the code or FP16 number of a row and column; the place of its (scale, zero). */
+__device__ inline size_t code_bit(const Weights &w, int row, int col) {
+    int wide = w.type == F16 ? 2 : 1, at = of_byte(w.strip_shift, col * wide % COLUMNS), j = at % 32;
+    int place = thread_place(row % 16 / 2 * 4 + at / 32);
+    size_t of_row = tile_index(w, row / 16, col * wide / COLUMNS) * 2 + row % 2;
+    if (w.type <= Q8) return ((of_row * 2 + j / 16) * 32 + place) * 128 + j % 16 * 8;
+    return (of_row * 32 + place) * 128 + j / 8 * 32 + (w.type == NF4 ? j % 8 * 4 : j % 4 * 8 + j % 8 / 4 * 4);
+}
+__device__ inline size_t scale_at(const Weights &w, int row, int col) {
+    return (tile_index(w, row / 16, col / COLUMNS) * (COLUMNS / w.group) + col % COLUMNS / w.group) * 16 + row % 16;
+}
+
+/* Puts 16 rows by 128 columns of m, a block each, where w has them; beyond m's rows and columns all stays 0 (memory is zeroed). */
+__global__ void lay_out(Weights w, Matrix m) {
+    for (int i = threadIdx.x; i < 16 * COLUMNS; i += blockDim.x) {
+        int row = blockIdx.x % w.row_tiles * 16 + i / COLUMNS, col = blockIdx.x / w.row_tiles * COLUMNS + i % COLUMNS;
+        int from = file_row(w, row);
+        if (from < 0 || col >= m.cols) continue;
+        size_t bit = code_bit(w, row, col);
+        atomicOr((unsigned *)w.codes + bit / 32, file_bits(m, from, col) << bit % 32);      /* neighbours share a word */
+        const __half *block = (const __half *)(m.data + from / PANEL * m.panel_bytes + col / m.group * m.block_bytes);
+        if (w.type != F16 && col % w.group == 0)
+            w.scales[scale_at(w, row, col)] = __halves2half2(block[from % PANEL], block[PANEL + from % PANEL]);
     }
 }
 
@@ -160,17 +156,12 @@ __device__ inline uint32_t of_nf4(uint32_t codes) {
 
 /* One weight, as the plain product and the embedding read it. */
 __device__ inline float weight_at(const Weights &w, int row, int col) {
-    if (w.type == F16) return __half2float(w.halves[(size_t)row * w.column_tiles * COLUMNS + col]);
-    size_t tile = tile_index(w, row / 16, col / COLUMNS);
-    int c = col % COLUMNS, g = row % 16 / 2, half = row % 2, at = of_column(w, c), j = at % 32, code;
-    int place = thread_place(4 * g + at / 32);
-    if (w.type == Q8) code = ((const uint8_t *)&w.codes[(tile * 4 + half * 2 + j / 16) * 32 + place])[j % 16];
-    else {
-        uint32_t word = ((const uint32_t *)&w.codes[(tile * 2 + half) * 32 + place])[j / 8];
-        code = w.type == NF4 ? of_nf4(word >> j % 8 * 4 & 15) & 255 : word >> (j % 4 * 8 + j % 8 / 4 * 4) & 15;
-    }
-    float2 scale = __half22float2(w.scales[(tile * (COLUMNS / w.group) + c / w.group) * 16 + 2 * g + half]);
-    return scale.x * ((float)code - scale.y);
+    size_t bit = code_bit(w, row, col);
+    const uint8_t *at = (const uint8_t *)w.codes + bit / 8;
+    if (w.type == F16) return __half2float(*(const __half *)at);
+    int code = w.type == Q8 ? *at : *at >> bit % 8 & 15;
+    float2 scale = __half22float2(w.scales[scale_at(w, row, col)]);
+    return scale.x * ((float)(w.type == NF4 ? of_nf4(code) & 255 : code) - scale.y);
 }
 
 static size_t ceil_div(size_t n, size_t per_block) { return (n + per_block - 1) / per_block; }
@@ -200,7 +191,7 @@ static void device_free(Memory *m) {
     memset(m, 0, sizeof *m);
 }
 
-static void make_map(Weights *w);       /* in hopper.h; does nothing if not built for a Hopper */
+static void choose_blocks(Weights *w);          /* in hopper.h */
 
 /* m on the device. gated: it is w13; whole: whoever reads its output adds up no parts. staging: room for m there. */
 static Weights upload(const Matrix *m, bool gated, bool whole, void *staging, Memory *memory, const char *path) {
@@ -208,26 +199,23 @@ static Weights upload(const Matrix *m, bool gated, bool whole, void *staging, Me
     w.type = m->type < Q8 ? F16 : m->type;
     w.group = (int)m->group;
     w.shift = m->group == 32 ? 5 : m->group == 64 ? 6 : 7;
-    w.strip_shift = m->type == Q8 && m->group > 32 ? 4 : 2;
+    w.strip_shift = m->type < Q8 || (m->type == Q8 && m->group > 32) ? 4 : 2;
     w.rows = (int)m->rows;
     w.cols = (int)m->cols;
+    w.width = (int)round_up(m->cols, COLUMNS);
     w.units = gated ? (int)round_up(m->rows / 2, COLUMNS) : 0;
     w.row_tiles = gated ? w.units / 8 : (int)ceil_div(m->rows, 128) * 8;
-    w.column_tiles = (int)ceil_div(m->cols, COLUMNS);
-    w.most_parts = gated || whole ? 1 : max(1, min((int)MAX_PARTS, w.column_tiles / 4));
+    w.column_tiles = w.width / (w.type == F16 ? 64 : COLUMNS);
+    w.most_parts = gated || whole ? 1 : max(1, min((int)MAX_PARTS, w.width / (4 * COLUMNS)));
     w.bytes = (double)m->bytes;
-    size_t tiles = (size_t)w.row_tiles * w.column_tiles, n = tiles * 16 * COLUMNS;
+    size_t n = (size_t)w.row_tiles * 16 * w.width;
     Matrix raw = *m;
     raw.data = (const unsigned char *)staging;
     CUDA(cudaMemcpy(staging, m->data, m->bytes, cudaMemcpyHostToDevice));
-    if (w.type == F16) {
-        w.halves = (__half *)device_allocate(n * sizeof(__half), memory, path);
-        make_map(&w);
-    } else {
-        w.codes = (uint4 *)device_allocate(m->type == Q8 ? n : n / 2, memory, path);
-        w.scales = (__half2 *)device_allocate(n / m->group * sizeof(__half2), memory, path);
-    }
-    make_tile<<<tiles, 256>>>(w, raw);
+    w.codes = (uint4 *)device_allocate(w.type == F16 ? 2 * n : w.type == Q8 ? n : n / 2, memory, path);
+    if (w.type == F16) choose_blocks(&w);
+    else w.scales = (__half2 *)device_allocate(n / m->group * sizeof(__half2), memory, path);
+    lay_out<<<n / (16 * COLUMNS), 256>>>(w, raw);
     CUDA(cudaGetLastError());
     return w;
 }
@@ -294,26 +282,21 @@ static void cuda_unload(Model *m) {
 
 /* Activations on their way into a product, as `write_inputs` below leaves them. */
 typedef struct {
-    int8_t *q;                          /* [column tile][stride tokens][128], a tile's columns in the order of its threads
-                                           (input_place) */
+    int8_t *q;                          /* [column tile][stride tokens][128 bytes], int8 or, for FP16 weights, FP16; a tile's in the
+                                           order of its threads (of_byte) */
     float2 *scale;                      /* [group][stride tokens] of (scale, sum of q) */
-    __half *halves;                     /* [stride tokens][128 * column tiles], for FP16 weights */
-    int     stride;                     /* room for so many tokens, a multiple of 128 */
-    bool    swizzled;                   /* for wgmma, which finds in shared memory what a copy leaves there: pieces of 16 bytes
-                                           change places by token, so that 8 tokens' lie in different banks. A tile's columns
-                                           are then in their order; halves (product_halves) lie as [column / 64][stride tokens]
-                                           [64] */
+    int     stride;                     /* room for so many tokens, a multiple of 256 */
+    bool    swizzled;                   /* for wgmma, which finds in shared memory what a copy leaves there: a tile's are in their
+                                           order, but pieces of 16 bytes change places by token, so that 8 tokens' lie in
+                                           different banks */
 } Inputs;
 
-/* Where column `column` of a tile stands among the 128 bytes of a token; 4 neighbours stand together. */
-__device__ inline int input_place(const Inputs &in, const Weights &w, int token, int column) {
-    return in.swizzled ? (column / 16 ^ token % 8) * 16 + column % 16 : of_column(w, column);
-}
-
-/* Where the FP16 activation of a column stands; 8 neighbours stand together. */
-__device__ inline __half *halves_at(const Inputs &in, int width, int token, int column) {
-    if (!in.swizzled) return in.halves + (size_t)token * width + column;
-    return in.halves + ((size_t)(column / 64) * in.stride + token) * 64 + (column / 8 ^ token) % 8 * 8 + column % 8;
+/* Where the activation of a column stands, of BYTES bytes; 4 neighbours stand together. */
+template <int BYTES>
+__host__ __device__ inline int8_t *input_at(const Inputs &in, const Weights &w, int token, int column) {
+    int byte = column * BYTES % 128;
+    return in.q + ((size_t)(column * BYTES / 128) * in.stride + token) * 128 +
+           (in.swizzled ? (byte / 16 ^ token % 8) * 16 + byte % 16 : of_byte(BYTES == 2 ? 4 : w.strip_shift, byte));
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -384,38 +367,33 @@ __global__ void product_plain(float *out, Weights w, Inputs in, int n) {
     float sum = 0;
     if (row >= w.rows || token >= n) return;
     for (int k = 0; k < w.cols; k++) {
-        float x = w.type == F16 ? __half2float(in.halves[(size_t)token * w.column_tiles * COLUMNS + k])
-                : in.q[((size_t)(k / COLUMNS) * in.stride + token) * COLUMNS + input_place(in, w, token, k % COLUMNS)] *
-                  in.scale[(size_t)(k / w.group) * in.stride + token].x;
+        float x = w.type == F16 ? __half2float(*(const __half *)input_at<2>(in, w, token, k))
+                                : *input_at<1>(in, w, token, k) * in.scale[(size_t)(k / w.group) * in.stride + token].x;
         sum += weight_at(w, row, k) * x;
     }
     out[(size_t)token * w.rows + row] = sum;
 }
 
-/* What a warp has under way of a tile of weights: 32 rows by 128 columns of codes or by 64 of FP16. */
+/* What a warp has under way of two tiles of weights, one below the other. */
 template <int TYPE, int GROUPS> struct Stage {
-    static const int PIECES = TYPE == Q4 || TYPE == NF4 ? 2 : 4;        /* of 16 bytes a thread, of 16 rows */
+    static const int PIECES = TYPE == Q4 || TYPE == NF4 ? 2 : 4;        /* of 16 bytes a thread, of a tile */
     uint4 codes[2][PIECES];
     uint2 scales[2][GROUPS];            /* (scale, zero) of row 2 g, of row 2 g + 1 */
-    uint32_t codes_at, scales_at;       /* of the rows' first tile (f16: of row 2 g), in pieces of 16 bytes and of 8: fewer than
-                                           2^32 */
+    uint32_t codes_at, scales_at;       /* of the rows' first tile, in pieces of 16 bytes and of 8: fewer than 2^32 */
 
     __device__ inline void start(const Weights &w, int row_tile) {
-        int lane = threadIdx.x % 32;
-        uint32_t tile = (uint32_t)tile_index(w, row_tile, 0);
-        codes_at = TYPE == F16 ? (uint32_t)(row_tile * 16 + lane / 4 * 2) * w.column_tiles * 16 + lane % 4
-                               : tile * PIECES * 32 + thread_place(lane);
+        uint32_t lane = threadIdx.x % 32, tile = TYPE == F16 ? row_tile : row_tile / 8 * w.column_tiles * 8 + row_tile % 8;
+        codes_at = tile * PIECES * 32 + thread_place(lane);
         scales_at = tile * GROUPS * 8 + lane / 4;
     }
 
-    /* k: of tiles of 128 columns, or of 64 for FP16. once: no other block reads these codes, so that they need not stay in a
-     * cache, where others would be pushed out. */
+    /* k: of the tiles of columns. once: no other block reads these codes, so that they need not stay in a cache, where others would
+     * be pushed out. */
     __device__ inline void load(const Weights &w, int k, bool once) {
-        const uint4 *all = TYPE == F16 ? (const uint4 *)w.halves : w.codes;
+        int apart = TYPE == F16 ? w.row_tiles : 8;
         UNROLL for (int m = 0; m < 2; m++) {
             UNROLL for (int p = 0; p < PIECES; p++) {
-                const uint4 *from = TYPE == F16 ? all + (codes_at + (16 * m + p / 2) * w.column_tiles * 16 + k * 8) + p % 2 * 4
-                                                : all + (codes_at + (8 * k + m) * (PIECES * 32)) + p * 32;
+                const uint4 *from = w.codes + (codes_at + (apart * k + m) * (PIECES * 32)) + p * 32;
                 codes[m][p] = once ? __ldcs(from) : __ldg(from);
             }
             UNROLL for (int g = 0; g < GROUPS && TYPE != F16; g++)
@@ -425,7 +403,7 @@ template <int TYPE, int GROUPS> struct Stage {
 
     /* 16 rows as the tensor cores want them, four codes or two halves a register: a[i] for the i-th instruction of a tile. */
     __device__ inline void unpack(uint32_t (*a)[4], int m) const {
-        const uint32_t *words = (const uint32_t *)codes[m];     /* q4, nf4: [row 2 g, 2 g + 1][4]; q8: [row][8]; f16: [row][2][4] */
+        const uint32_t *words = (const uint32_t *)codes[m];     /* q4, nf4: [row 2 g, 2 g + 1][4]; q8, f16: [row][8] */
         UNROLL for (int i = 0; i < 4; i++)
             UNROLL for (int r = 0; r < 4; r++) {                /* rows 2 g and 2 g + 1 of the first columns; of the others */
                 uint32_t word = words[4 * (r % 2) + i];
@@ -496,17 +474,20 @@ __device__ inline void store(float *out, const Weights &w, Inputs in, const floa
     int lane = threadIdx.x % 32, first = token + lane % 4 * 2, left = n - first, unit = row_tile * 8 + lane / 4;
     uint32_t width = w.units ? w.units : w.row_tiles * 16;
     float *to = out + (size_t)first * width + (w.units ? unit : 2 * unit);
-    in.halves = (__half *)out;
+    in.q = (int8_t *)out;
+    int8_t *halves[2] = {input_at<2>(in, w, first, unit), input_at<2>(in, w, first + 1, unit)};     /* 8 tokens on: 1,024 bytes */
     if (w.units) {
         float h[N][2];                  /* all of them at once, since each takes long */
         UNROLL for (int i = 0; i < 2 * N; i++)
             h[i / 2][i % 2] = silu(total[i / 2 * apart][i % 2]) * total[i / 2 * apart][i % 2 + 2];
-        UNROLL for (int i = 0; i < 2 * N; i++) {
-            int t = i / 2 * 8 + i % 2;
-            if (t >= left) continue;
-            if (TYPE == F16 && w.to_halves) *halves_at(in, width, first + t, unit) = to_half(h[i / 2][i % 2]);
-            else to[(size_t)width * t] = h[i / 2][i % 2];
-        }
+        if (TYPE == F16 && w.to_halves)
+            UNROLL for (int i = 0; i < 2 * N; i++) {
+                __half x = to_half(h[i / 2][i % 2]);
+                if (i / 2 * 8 + i % 2 < left) *(__half *)(halves[i % 2] + i / 2 * 1024) = x;
+            }
+        else
+            UNROLL for (int i = 0; i < 2 * N; i++)
+                if (i / 2 * 8 + i % 2 < left) to[(size_t)width * (i / 2 * 8 + i % 2)] = h[i / 2][i % 2];
     } else
         UNROLL for (int i = 0; i < 2 * N; i++)
             if (i / 2 * 8 + i % 2 < left)
@@ -542,7 +523,7 @@ __global__ void __launch_bounds__(256, TYPE == Q4 ? 3 : 2)
 product_few(float *out, Weights w, Inputs in, int n) {
     __shared__ float4 room[7][2][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int row_tile = blockIdx.x * 2, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
+    int row_tile = blockIdx.x * 2, all = w.column_tiles;
     int k = all * blockIdx.y / gridDim.y + warp, end = all * (blockIdx.y + 1) / gridDim.y;
     Stage<TYPE, GROUPS> s;
     float total[1][2][4] = {};
@@ -550,14 +531,13 @@ product_few(float *out, Weights w, Inputs in, int n) {
     if (k < end) s.load(w, k, true);
     wait_for_inputs();
 
-    const uint4 *inputs = TYPE == F16 ? (const uint4 *)in.halves + (size_t)(lane / 4) * w.column_tiles * 16 + lane % 4
-                                      : (const uint4 *)in.q + lane / 4 * 8 + lane % 4 * 2;
+    const uint4 *inputs = (const uint4 *)in.q + lane / 4 * 8 + lane % 4 * 2;
     const float4 *input_scales = (const float4 *)in.scale + lane % 4;
     uint4 x[1][2] = {};
     float4 scale[1][GROUPS];
     auto load_inputs = [&](int k) {     /* of the tokens that there are */
         UNROLL for (int h = 0; h < 2; h++)
-            if (lane / 4 < n) x[0][h] = inputs[TYPE == F16 ? (size_t)k * 8 + 4 * h : (size_t)k * in.stride * 8 + h];
+            if (lane / 4 < n) x[0][h] = inputs[(size_t)k * in.stride * 8 + h];
         UNROLL for (int g = 0; g < GROUPS && TYPE != F16; g++)
             scale[0][g] = input_scales[(size_t)(k * GROUPS + g) * (in.stride / 2)];
     };
@@ -609,14 +589,14 @@ template <int TYPE, int GROUPS, int TILES>
 __global__ void __launch_bounds__(256, TILES < 8 && GROUPS < 4 ? BLOCKS_HELD : 1)
 product_many(float *out, Weights w, Inputs in, int n) {
     const int TOKEN_WARPS = TILES == 16 ? 2 : 1, COLUMN_WARPS = 3 - TOKEN_WARPS, TOKEN_TILES = TILES / TOKEN_WARPS;
-    const int TOKENS = 8 * TILES, DEPTH = TILES < 8 ? 3 : 1, ABREAST = TILES == 4 ? 4 : 2, ODD = TYPE == F16 ? 4 : 1;
+    const int TOKENS = 8 * TILES, DEPTH = TILES < 8 ? 3 : 1, ABREAST = TILES == 4 ? 4 : 2;
     const int SCALES = COLUMN_WARPS * GROUPS * TOKENS / 2;
     const int X = COLUMN_WARPS * TOKENS * 8, COPIES = X / 256;  /* pieces of 16 bytes of a step's activations; of a thread */
     __shared__ uint4 x[(DEPTH + 1) * X];                        /* [DEPTH + 1][COLUMN_WARPS][TOKENS][8] */
     __shared__ float4 scales[(DEPTH + 1) * SCALES];             /* [DEPTH + 1][COLUMN_WARPS][GROUPS][TOKENS / 2] */
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int row_warp = warp % 4, token_warp = warp / 4 % TOKEN_WARPS, column_warp = warp / 4 / TOKEN_WARPS;
-    int row_tile = (blockIdx.y * 4 + row_warp) * 2, token = blockIdx.x * TOKENS, all = w.column_tiles * (TYPE == F16 ? 2 : 1);
+    int row_tile = (blockIdx.y * 4 + row_warp) * 2, token = blockIdx.x * TOKENS, all = w.column_tiles;
     int first = all * blockIdx.z / gridDim.z, end = all * (blockIdx.z + 1) / gridDim.z;
     int steps = (end - first + COLUMN_WARPS - 1) / COLUMN_WARPS, k = first + column_warp;
     Stage<TYPE, GROUPS> s;
@@ -629,13 +609,11 @@ product_many(float *out, Weights w, Inputs in, int n) {
     Copy copies[COPIES + 1];
     int piece = threadIdx.x % 8, t0 = threadIdx.x / 8 % TOKENS, tile0 = threadIdx.x / 8 / TOKENS;
     int scale_row = threadIdx.x / (TOKENS / 2);
-    const uint4 *from = TYPE == F16
-                      ? (const uint4 *)in.halves + (size_t)(token + t0) * w.column_tiles * 16 + (first + tile0) * 8 + piece
-                      : (const uint4 *)in.q + ((size_t)(first + tile0) * in.stride + token + t0) * 8 + piece;
+    const uint4 *from = (const uint4 *)in.q + ((size_t)(first + tile0) * in.stride + token + t0) * 8 + piece;
     const float2 *scale_from = in.scale + (size_t)(first * GROUPS + scale_row) * in.stride + token + threadIdx.x % (TOKENS / 2) * 2;
-    uint32_t to = shared_address(x + (tile0 * TOKENS + t0) * 8 + (piece ^ (t0 % 2 * ODD)));
+    uint32_t to = shared_address(x + (tile0 * TOKENS + t0) * 8 + (piece ^ t0 % 2));
     uint32_t scale_to = shared_address(scales + threadIdx.x);
-    size_t tile_step = TYPE == F16 ? 8 : (size_t)in.stride * 8, token_step = TYPE == F16 ? (size_t)w.column_tiles * 16 : 8;
+    size_t tile_step = (size_t)in.stride * 8;
     bool has_scale = TYPE != F16 && threadIdx.x < SCALES;
     wait_for_inputs();
 
@@ -643,7 +621,7 @@ product_many(float *out, Weights w, Inputs in, int n) {
         int buffer = step % (DEPTH + 1), left = end - first - step * COLUMN_WARPS;
         UNROLL for (int i = 0; i < COPIES; i++) {               /* 32 tokens further each, or tiles */
             int rows = i * 32, tile = rows / TOKENS, t = rows % TOKENS;
-            start_copy(copies[i], to + (buffer * X + rows * 8) * 16, from + tile * tile_step + t * token_step, tile0 + tile < left);
+            start_copy(copies[i], to + (buffer * X + rows * 8) * 16, from + tile * tile_step + t * 8, tile0 + tile < left);
         }
         start_copy(copies[COPIES], scale_to + buffer * SCALES * 16, scale_from, has_scale && scale_row / GROUPS < left);
         from += COLUMN_WARPS * tile_step;
@@ -651,9 +629,8 @@ product_many(float *out, Weights w, Inputs in, int n) {
         end_group();
     };
     /* What it reads, of token lane / 4 of 8: two pieces, exchanged as above, and two tokens' scales. */
-    int b_at = (column_warp * TOKENS + token_warp * TOKEN_TILES * 8 + lane / 4) * 8, odd = lane / 4 % 2 * ODD;
-    int b_piece[2] = {b_at + ((TYPE == F16 ? lane % 4 : lane % 4 * 2) ^ odd),
-                      b_at + ((TYPE == F16 ? lane % 4 + 4 : lane % 4 * 2 + 1) ^ odd)};
+    int b_at = (column_warp * TOKENS + token_warp * TOKEN_TILES * 8 + lane / 4) * 8, odd = lane / 4 % 2;
+    int b_piece[2] = {b_at + (lane % 4 * 2 ^ odd), b_at + ((lane % 4 * 2 + 1) ^ odd)};
     int scale_at = column_warp * GROUPS * (TOKENS / 2) + token_warp * TOKEN_TILES * 4 + lane % 4;
     for (int step = 0; step < DEPTH; step++) { fetch(step); land(copies, COPIES + 1); }
     for (int step = 0; step < steps; step++, k += COLUMN_WARPS) {
@@ -713,15 +690,14 @@ __device__ inline int over_group(int x, bool largest, int group) {
     return x;
 }
 
-/* Puts 128 activations of a token, a column tile, where the product with w reads them: rounded to int8 by group, or as FP16. By a
+/* Puts 128 activations of a token where the product with w reads them: rounded to int8 by group, or as FP16. By a
  * warp, each thread of which has four neighbours. */
 __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int tile, float4 x) {
     int lane = threadIdx.x % 32, group = w.group;
     float v[4] = {x.x, x.y, x.z, x.w}, max = 0;
     if (w.type == F16) {
         __half2 low = __halves2half2(to_half(v[0]), to_half(v[1])), high = __halves2half2(to_half(v[2]), to_half(v[3]));
-        *(uint2 *)halves_at(in, w.column_tiles * COLUMNS, token, tile * COLUMNS + lane * 4) =
-            make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
+        *(uint2 *)input_at<2>(in, w, token, tile * COLUMNS + lane * 4) = make_uint2(*(uint32_t *)&low, *(uint32_t *)&high);
         return;
     }
     for (int i = 0; i < 4; i++) max = fmaxf(max, fabsf(v[i]));
@@ -734,7 +710,7 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
         bytes |= (uint32_t)(q & 255) << 8 * i;
         sum += q;
     }
-    *(uint32_t *)(in.q + ((size_t)tile * in.stride + token) * COLUMNS + input_place(in, w, token, lane * 4)) = bytes;
+    *(uint32_t *)input_at<1>(in, w, token, tile * COLUMNS + lane * 4) = bytes;
     sum = over_group(sum, false, group);
     if (lane * 4 % group == 0)
         in.scale[(size_t)((tile * COLUMNS + lane * 4) >> w.shift) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
@@ -758,7 +734,7 @@ __global__ void embed(float *x, float2 *rotations, const Entry *entries, Weights
     wait_for_inputs();
     int token = blockIdx.x, first = ((int)blockIdx.y - 1) * blockDim.x + threadIdx.x;
     for (int i = first; blockIdx.y && i < w.cols; i += ROW_BLOCKS * blockDim.x)
-        x[(size_t)token * w.column_tiles * COLUMNS + i] = weight_at(w, entries[token].id, i);
+        x[(size_t)token * w.width + i] = weight_at(w, entries[token].id, i);
     for (int i = threadIdx.x; blockIdx.y == 0 && i < half; i += blockDim.x) {
         double sine, cosine;
         sincos(entries[token].pos * frequencies[i], &sine, &cosine);
@@ -767,24 +743,24 @@ __global__ void embed(float *x, float2 *rotations, const Entry *entries, Weights
 }
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or for each of `wanted`: WARPS
- * warps, each with every WARPS-th tile of columns, TILES at most. What counts here is the time until an answer comes: all that is
+ * warps, each with every WARPS-th tile of columns, MOST at most. What counts here is the time until an answer comes: all that is
  * read of a tile, or of two, is asked for before any of it is used. PARTS: as many as there can be; or one, for a prefill, two
  * blocks of which then fit on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
 enum { MAX_DIM = 16384 };
-template <int WARPS, int TILES, int PARTS>
+template <int WARPS, int MOST, int PARTS>
 __global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 2 : 1)
 norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, float eps, Inputs in, Weights w,
            const Entry *wanted) {
-    const int STEP = WARPS * COLUMNS, TOGETHER = TILES < 2 ? TILES : 2;
-    int warp = threadIdx.x / 32, n_tiles = (w.column_tiles - warp + WARPS - 1) / WARPS;
+    const int STEP = WARPS * COLUMNS, TOGETHER = MOST < 2 ? MOST : 2;
+    int warp = threadIdx.x / 32, n_tiles = (w.width / COLUMNS - warp + WARPS - 1) / WARPS;
     auto load = [](const float *from, bool there) { return there ? *(const float4 *)from : make_float4(0, 0, 0, 0); };
-    float4 v[TILES], weights[TILES];
-    UNROLL for (int i = 0; i < TILES; i++) weights[i] = load(weight + threadIdx.x * 4 + i * STEP, i < n_tiles);
+    float4 v[MOST], weights[MOST];
+    UNROLL for (int i = 0; i < MOST; i++) weights[i] = load(weight + threadIdx.x * 4 + i * STEP, i < n_tiles);
     wait_for_inputs();
     int token = wanted ? wanted[blockIdx.x].wanted : blockIdx.x;
-    size_t width = (size_t)w.column_tiles * COLUMNS, first = token * width + threadIdx.x * 4;
+    size_t width = w.width, first = token * width + threadIdx.x * 4;
     float squares = 0;
-    UNROLL for (int pair = 0; pair < TILES; pair += TOGETHER) {
+    UNROLL for (int pair = 0; pair < MOST; pair += TOGETHER) {
         float4 part[TOGETHER][PARTS];
         if (pair >= n_tiles) break;
         UNROLL for (int i = 0; i < TOGETHER; i++) {
@@ -799,7 +775,7 @@ norm_input(float *x, const float *parts, int n_parts, int n, const float *weight
         }
     }
     float scale = rsqrtf(block_sum(squares) / (float)w.cols + eps);
-    UNROLL for (int i = 0; i < TILES; i++) {
+    UNROLL for (int i = 0; i < MOST; i++) {
         if (i >= n_tiles) break;
         *(float4 *)(x + first + i * STEP) = v[i];
         write_inputs(in, w, blockIdx.x, warp + WARPS * i,
@@ -814,30 +790,44 @@ norm_input(float *x, const float *parts, int n_parts, int n, const float *weight
  *   keys and values: [slot][n_kv_heads][ring / 32] blocks of 32 positions; keys [32][width], values [width][32]. E, the type of
  *   an element, is FP16, or with --kv q8 bytes, behind which come 32 FP16 scales, one of each position: x is about
  *   scale * (byte - 128)
- * group: query heads of a key head; width: head_dim rounded up to a power of two; cache: bytes of a ring. */
-typedef struct { int n_heads, n_kv_heads, group, head_dim, width, ring, window; float query_scale; size_t cache; } Heads;
+ * group: query heads of a key head; width: head_dim rounded up to a power of two; cache: bytes of a ring. All of attention's
+ * kernels are given all of this. */
+typedef struct {
+    int      n_heads, n_kv_heads, group, head_dim, width, ring, window;
+    float    query_scale;
+    size_t   cache;
+    const Entry *entries;
+    int      n, n_runs;                 /* tokens; runs of them, in a prefill */
+    int      n_parts, parts_width;      /* of wqkv's product, which are still to be added up: */
+    const float *parts;                 /* [n_parts][n][parts_width] */
+    float2  *rotations;                 /* [n][head_dim / 2] of (cos, sin) */
+    __half  *queries;                   /* [n][n_heads][width] */
+    unsigned char *keys, *values;       /* [n_layers][slot] as above; a kernel's are those of its layer */
+    float   *out;                       /* what attention found in each span, [n_spans][n][n_heads][width] */
+    float2  *softmax;                   /* [n_spans][n][n_heads] of (maximum, sum), the maximum as an exponent of two */
+    int      span, n_spans;             /* positions that a block of decoding attention takes; how many of these there are */
+    int      head_parts;                /* blocks among which a key head's query heads are divided */
+    Inputs   in;                        /* of the product with wo, */
+    Weights  wo;
+    bool     fused;                     /* which the result goes straight into: one span, one part, heads that fill its tiles */
+} Heads;
 template <class E>
-__device__ constexpr size_t block_bytes(int width) { return 32 * (width * sizeof(E) + (sizeof(E) == 1 ? sizeof(__half) : 0)); }
-
-/* The parts of a product, [n_parts][tokens][width], which are still to be added up. */
-typedef struct { const float *parts; int n_parts, width; } Product;
+__device__ constexpr size_t cache_block(int width) { return 32 * (width * sizeof(E) + (sizeof(E) == 1 ? sizeof(__half) : 0)); }
 
 /* Head `head` of a token, by a warp: the parts of its product are added up, it is turned if it is no value, and then it is put
- * where attention reads it: a query in `query`, a key or value among the slot's. Thread i has the elements i and i + head_dim / 2,
+ * where attention reads it: a query in `query`, a key or value in the cache. Thread i has the elements i and i + head_dim / 2,
  * i + 32 and i + 32 + head_dim / 2. As norm_input it asks for everything first. */
-template <class E>
-__device__ inline void make_head(__half *query, unsigned char *keys, unsigned char *values, Product qkv, int n,
-                                 const float2 *rotations, int token, int pos, int head, const Heads &c) {
-    int half = c.head_dim / 2, lane = threadIdx.x % 32;
-    const float *of_head = qkv.parts + (size_t)token * qkv.width + head * c.head_dim;
+template <class E> __device__ inline void make_head(__half *query, const Heads &c, int token, int head) {
+    int half = c.head_dim / 2, lane = threadIdx.x % 32, pos = c.entries[token].pos;
+    const float *of_head = c.parts + (size_t)token * c.parts_width + head * c.head_dim;
     bool turned = head < c.n_heads + c.n_kv_heads;      /* a query or a key */
     float2 x[2], part[2][MAX_PARTS], turn[2];
     UNROLL for (int j = 0; j < 2; j++) {
         int i = lane + 32 * j;
-        turn[j] = i < half && turned ? rotations[(size_t)token * half + i] : make_float2(1, 0);
+        turn[j] = i < half && turned ? c.rotations[(size_t)token * half + i] : make_float2(1, 0);
         UNROLL for (int p = 0; p < MAX_PARTS; p++) {
-            const float *at = of_head + (size_t)p * n * qkv.width + i;
-            part[j][p] = i < half && p < qkv.n_parts ? make_float2(at[0], at[half]) : make_float2(0, 0);
+            const float *at = of_head + (size_t)p * c.n * c.parts_width + i;
+            part[j][p] = i < half && p < c.n_parts ? make_float2(at[0], at[half]) : make_float2(0, 0);
         }
     }
     UNROLL for (int j = 0; j < 2; j++) {
@@ -852,8 +842,8 @@ __device__ inline void make_head(__half *query, unsigned char *keys, unsigned ch
     if (head < c.n_heads) { each([&](int i, float v) { query[i] = to_half(v * c.query_scale); }); return; }
 
     int at = pos % 32;
-    unsigned char *block = (turned ? keys : values) + (head - c.n_heads) % c.n_kv_heads * c.cache +
-                           pos % c.ring / 32 * block_bytes<E>(c.width);
+    size_t kv_head = (size_t)c.entries[token].slot * c.n_kv_heads + (head - c.n_heads) % c.n_kv_heads;
+    unsigned char *block = (turned ? c.keys : c.values) + kv_head * c.cache + pos % c.ring / 32 * cache_block<E>(c.width);
     float max = fmaxf(fmaxf(fabsf(x[0].x), fabsf(x[0].y)), fmaxf(fabsf(x[1].x), fabsf(x[1].y))), inverse = 0;
     if (sizeof(E) == 1) {
         for (int other = 16; other; other /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, other));
@@ -869,47 +859,37 @@ __device__ inline void make_head(__half *query, unsigned char *keys, unsigned ch
 }
 
 /* What attention starts from, in a prefill. A warp for each head, 8 in a block; blockIdx.y: the token. */
-template <class E>
-__global__ void rope_and_cache(__half *queries, unsigned char *keys, unsigned char *values, Product qkv, int n,
-                               const float2 *rotations, const Entry *entries, Heads c) {
+template <class E> __global__ void rope_and_cache(Heads c) {
     wait_for_inputs();
     int head = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
     if (head >= c.n_heads + 2 * c.n_kv_heads) return;
-    size_t slot = entries[token].slot * c.n_kv_heads * c.cache;
-    make_head<E>(queries + ((size_t)token * c.n_heads + head) * c.width, keys + slot, values + slot, qkv, n, rotations, token,
-                 entries[token].pos, head, c);
+    make_head<E>(c.queries + ((size_t)token * c.n_heads + head) * c.width, c, token, head);
 }
 
-/* Activations that stand in memory as FP32, [n][128 * column tiles], into the product with w. pairs: they are what cuBLAS made of
- * w13, twice as many, after each gate what it is multiplied with. A warp for each tile of columns, 8 in a block; blockIdx.y: the
- * token. */
-__global__ void quantize_input(const float *from, Inputs in, Weights w, bool pairs) {
+/* Activations that stand in memory as FP32, [n][width], into the product with w. A warp for each 128 columns, 8 in a block;
+ * blockIdx.y: the token. */
+__global__ void quantize_input(const float *from, Inputs in, Weights w) {
     wait_for_inputs();
-    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
-    if (tile >= w.column_tiles) return;
-    const float4 *at = (const float4 *)from + (((size_t)token * w.column_tiles + tile) * 32 + threadIdx.x % 32) * (1 + pairs);
-    float4 x = at[0], y = at[pairs];
-    if (pairs) x = make_float4(silu(x.x) * x.y, silu(x.z) * x.w, silu(y.x) * y.y, silu(y.z) * y.w);
-    write_inputs(in, w, token, tile, x);
+    int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y, first = tile * COLUMNS + threadIdx.x % 32 * 4;
+    if (first < w.width) write_inputs(in, w, token, tile, *(const float4 *)(from + (size_t)token * w.width + first));
 }
 
-/* The same, of what attention found in each span. spans: [n_spans][n][n_heads][width]; softmax: [n_spans][n][n_heads] of
- * (maximum, sum), the maximum as an exponent of two. */
-__global__ void attention_input(const float *spans, const float2 *softmax, int n_spans, int n, Heads c, Inputs in, Weights w) {
+/* The same, of what attention found in each span. */
+__global__ void attention_input(Heads c) {
     wait_for_inputs();
     int tile = blockIdx.x * 8 + threadIdx.x / 32, token = blockIdx.y;
     float out[4];
-    if (tile >= w.column_tiles) return;
+    if (tile * COLUMNS >= c.wo.width) return;
     UNROLL for (int i = 0; i < 4; i++) {
         int column = tile * COLUMNS + threadIdx.x % 32 * 4 + i;
-        size_t head = (size_t)token * c.n_heads + column / c.head_dim, step = (size_t)n * c.n_heads;
-        const float *of_head = spans + head * c.width + column % c.head_dim;
+        size_t head = (size_t)token * c.n_heads + column / c.head_dim, step = (size_t)c.n * c.n_heads;
+        const float *of_head = c.out + head * c.width + column % c.head_dim;
         float max = -INFINITY, sum = 0, x = 0;
         out[i] = 0;
-        if (column >= w.cols) continue;
-        for (int s = 0; s < n_spans; s++) max = fmaxf(max, softmax[head + s * step].x);
-        for (int s = 0; s < n_spans; s++) {
-            float2 of = softmax[head + s * step];
+        if (column >= c.wo.cols) continue;
+        for (int s = 0; s < c.n_spans; s++) max = fmaxf(max, c.softmax[head + s * step].x);
+        for (int s = 0; s < c.n_spans; s++) {
+            float2 of = c.softmax[head + s * step];
             if (of.y == 0) continue;
             float share = exp2f(of.x - max);
             x = fmaf(share, of_head[s * step * c.width], x);
@@ -917,7 +897,7 @@ __global__ void attention_input(const float *spans, const float2 *softmax, int n
         }
         out[i] = x * (1.0f / sum);      /* as where attention does it itself */
     }
-    write_inputs(in, w, token, tile, make_float4(out[0], out[1], out[2], out[3]));
+    write_inputs(c.in, c.wo, token, tile, make_float4(out[0], out[1], out[2], out[3]));
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -927,30 +907,28 @@ __device__ inline int first_position(int pos, int window) { return window && pos
 
 /* The plain one, to be read, and for test_all.c to compare with: a thread for each query head of each token, two passes over the
  * keys. */
-template <class E>
-__global__ void attention_plain(float *out, float2 *softmax, const __half *queries, const unsigned char *keys,
-                                const unsigned char *values, const Entry *entries, int n, Heads c) {
+template <class E> __global__ void attention_plain(Heads c) {
     int at = blockIdx.x * blockDim.x + threadIdx.x, token = at / c.n_heads, head = at % c.n_heads;
-    if (token >= n) return;
-    const __half *q = queries + (size_t)at * c.width;
-    size_t cache = ((size_t)entries[token].slot * c.n_kv_heads + head / c.group) * c.cache;
+    if (token >= c.n) return;
+    const __half *q = c.queries + (size_t)at * c.width;
+    size_t cache = ((size_t)c.entries[token].slot * c.n_kv_heads + head / c.group) * c.cache;
     auto element = [&](const unsigned char *of, int p, int i) {
-        const unsigned char *block = of + cache + p % c.ring / 32 * block_bytes<E>(c.width);
+        const unsigned char *block = of + cache + p % c.ring / 32 * cache_block<E>(c.width);
         return sizeof(E) == 1 ? __half2float(((const __half *)(block + 32 * c.width))[p % 32]) * (block[i] - 128)
                               : __half2float(((const __half *)block)[i]);
     };
     float max = -INFINITY, sum = 0;
-    for (int d = 0; d < c.head_dim; d++) out[(size_t)at * c.width + d] = 0;
+    for (int d = 0; d < c.head_dim; d++) c.out[(size_t)at * c.width + d] = 0;
     for (int pass = 0; pass < 2; pass++)
-        for (int p = first_position(entries[token].pos, c.window); p <= entries[token].pos; p++) {
+        for (int p = first_position(c.entries[token].pos, c.window); p <= c.entries[token].pos; p++) {
             float score = 0;
-            for (int d = 0; d < c.head_dim; d++) score += __half2float(q[d]) * element(keys, p, p % 32 * c.width + d);
+            for (int d = 0; d < c.head_dim; d++) score += __half2float(q[d]) * element(c.keys, p, p % 32 * c.width + d);
             if (pass == 0) { max = fmaxf(max, score); continue; }
             float e = exp2f(score - max);
             sum += e;
-            for (int d = 0; d < c.head_dim; d++) out[(size_t)at * c.width + d] += e * element(values, p, d * 32 + p % 32);
+            for (int d = 0; d < c.head_dim; d++) c.out[(size_t)at * c.width + d] += e * element(c.values, p, d * 32 + p % 32);
         }
-    softmax[at] = make_float2(max, sum);
+    c.softmax[at] = make_float2(max, sum);
 }
 
 /* Eight neighbours of a cache as FP16. Bytes become the low ones of halves of which 0x64 is the high one: 1,024 + byte. */
@@ -991,7 +969,7 @@ template <int WIDTH, class E> struct Attention {
                                const int pos[2]) {
         typedef std::conditional_t<sizeof(E) == 1, uint2, uint4> Eights;
         int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-        size_t block = start % ring / 32 * block_bytes<E>(WIDTH);
+        size_t block = start % ring / 32 * cache_block<E>(WIDTH);
         const E *k = (const E *)(keys + block), *v = (const E *)(values + block);
         float score[4][4] = {};
         Eights value[WIDTH / 8];        /* asked for before the scores, which take their time */
@@ -1055,55 +1033,50 @@ template <int WIDTH, class E> struct Attention {
 /* What attention found goes into the product with wo: a token's n_heads heads from `head` on, which fill tiles of columns. By a
  * warp: every `step`-th tile from `first` on. found(h, d): elements d to d + 3 of the h-th. */
 template <class Found>
-__device__ inline void write_heads(Inputs in, const Weights &wo, int token, int head, int n_heads, int head_dim, int first,
-                                   int step, Found found) {
-    for (int tile = first; tile < n_heads * head_dim / COLUMNS; tile += step) {
+__device__ inline void write_heads(const Heads &c, int token, int head, int n_heads, int first, int step, Found found) {
+    for (int tile = first, head_dim = c.head_dim; tile < n_heads * head_dim / COLUMNS; tile += step) {
         int column = tile * COLUMNS + threadIdx.x % 32 * 4;
-        write_inputs(in, wo, token, head * head_dim / COLUMNS + tile, found(column / head_dim, column % head_dim));
+        write_inputs(c.in, c.wo, token, head * head_dim / COLUMNS + tile, found(column / head_dim, column % head_dim));
     }
 }
 
 /* Prefill: each warp of a block has queries of its own and all their keys. Tile i is the tokens of run i / head_parts with the
- * heads of part i % head_parts, 16 at most. The result goes into the product with wo if `fused`; else to out, [n][n_heads][WIDTH],
- * and softmax, [n][n_heads] of (maximum, sum). gridDim.x: blocks of 4 tiles; y: key heads. */
-template <int WIDTH, class E>
-__global__ void __launch_bounds__(128, 1)
-attention_prefill(float *out, float2 *softmax, const __half *queries, const unsigned char *keys, const unsigned char *values,
-                  const Entry *entries, int n_runs, int head_parts, Heads c, Inputs in, Weights wo, bool fused) {
+ * heads of part i % head_parts, 16 at most. gridDim.x: blocks of 4 tiles; y: key heads. */
+template <int WIDTH, class E> __global__ void __launch_bounds__(128, 1) attention_prefill(Heads c) {
     __shared__ float4 room[4][16][WIDTH / 4];       /* pieces exchanged by row, so that few lie in the same banks */
     wait_for_inputs();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, index = blockIdx.x * 4 + warp;
     int heads = min(c.group, 16), kv_head = blockIdx.y;
-    if (index >= n_runs * head_parts) return;
-    Entry run = entries[index / head_parts], at_first = entries[run.first];
+    if (index >= c.n_runs * c.head_parts) return;
+    Entry run = c.entries[index / c.head_parts], at_first = c.entries[run.first];
     size_t cache = ((size_t)at_first.slot * c.n_kv_heads + kv_head) * c.cache;
     const __half *query[2];
     int pos[2], first[2], head[2];      /* of row g, row g + 8; where their output goes, in heads, or -1 */
     UNROLL for (int h = 0; h < 2; h++) {
-        int row = lane / 4 + 8 * h, of_tile = min(row / heads, run.n - 1), of_group = index % head_parts * heads + row % heads;
+        int row = lane / 4 + 8 * h, of_tile = min(row / heads, run.n - 1), of_group = index % c.head_parts * heads + row % heads;
         bool valid = row < run.n * heads && of_group < c.group;
         pos[h] = at_first.pos + of_tile;
         first[h] = first_position(pos[h], c.window);
         head[h] = valid ? (run.first + of_tile) * c.n_heads + kv_head * c.group + of_group : -1;
-        query[h] = valid ? queries + (size_t)head[h] * WIDTH : NULL;
+        query[h] = valid ? c.queries + (size_t)head[h] * WIDTH : NULL;
     }
     Attention<WIDTH, E> sums(query);
     for (int start = first_position(at_first.pos, c.window) / 32 * 32; start < at_first.pos + run.n; start += 32)
-        sums.add(keys + cache, values + cache, c.ring, start, first, pos);
+        sums.add(c.keys + cache, c.values + cache, c.ring, start, first, pos);
     sums.finish();
     UNROLL for (int h = 0; h < 2; h++) {
         if (head[h] < 0) continue;
-        float *to = fused ? (float *)room[warp][lane / 4 + 8 * h] : out + (size_t)head[h] * WIDTH;
-        float share = fused ? 1.0f / sums.total[h] : 1;
-        int exchange = fused ? lane / 4 : 0;
-        if (!fused && lane % 4 == 0) softmax[head[h]] = make_float2(sums.max[h], sums.total[h]);
+        float *to = c.fused ? (float *)room[warp][lane / 4 + 8 * h] : c.out + (size_t)head[h] * WIDTH;
+        float share = c.fused ? 1.0f / sums.total[h] : 1;
+        int exchange = c.fused ? lane / 4 : 0;
+        if (!c.fused && lane % 4 == 0) c.softmax[head[h]] = make_float2(sums.max[h], sums.total[h]);
         UNROLL for (int d = 0; d < WIDTH / 8; d++)
             *(float2 *)(to + ((2 * d + lane % 4 / 2) ^ exchange) * 4 + lane % 2 * 2) =
                 make_float2(sums.sum[d][2 * h] * share, sums.sum[d][2 * h + 1] * share);
     }
     __syncwarp();
-    for (int t = 0; t < run.n && fused; t++)
-        write_heads(in, wo, run.first + t, kv_head * c.group, c.group, c.head_dim, 0, 1,
+    for (int t = 0; t < run.n && c.fused; t++)
+        write_heads(c, run.first + t, kv_head * c.group, c.group, 0, 1,
                     [&](int h, int d) { return room[warp][t * heads + h][d / 4 ^ (t * heads + h) % 8]; });
 }
 
@@ -1112,38 +1085,34 @@ __host__ __device__ constexpr int decode_heads(int warps) { return 64 / warps; }
 
 /* Decoding: a block is there for a token, a key head with up to HEADS of its query heads, and a span of positions (flash-decoding),
  * of which its WARPS take 32 each in turn. It makes the queries from wqkv's product itself, and in the last span the token's key
- * and value. With one span, all of a key head's query heads in one block, and heads that fill column tiles of wo, its result goes
- * straight into the product with it; else to out, [spans][n][n_heads][WIDTH], and softmax. 200 registers leave room for one of
- * product_halves's blocks for up to 8 tokens to wait in. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
-template <int WIDTH, class E, int WARPS>
-__global__ void __maxnreg__(200)
-attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotations, unsigned char *keys, unsigned char *values,
-                 const Entry *entries, int n, int head_parts, int span, Heads c, Inputs in, Weights wo, bool fused) {
+ * and value. 200 registers leave room for one of product_halves's blocks for up to 8 tokens to wait in. gridDim.x: tokens times
+ * parts of the heads; y: key heads; z: spans. */
+template <int WIDTH, class E, int WARPS> __global__ void __maxnreg__(200) attention_decode(Heads c) {
     const int HEADS = decode_heads(WARPS), THREADS = 32 * WARPS;
     __shared__ __align__(16) __half query[HEADS][WIDTH];
     __shared__ __align__(16) float shared_out[WARPS][HEADS][WIDTH + 4];
     __shared__ float2 shared_softmax[WARPS][HEADS];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / head_parts, kv_head = blockIdx.y;
-    int first_head = kv_head * c.group + (int)blockIdx.x % head_parts * HEADS;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.x / c.head_parts, kv_head = blockIdx.y;
+    int first_head = kv_head * c.group + (int)blockIdx.x % c.head_parts * HEADS;
     int n_heads = min(HEADS, (kv_head + 1) * c.group - first_head);
-    int pos = entries[token].pos, from = first_position(pos, c.window), to = pos + 1;      /* no kernel writes entries */
-    int start = (from / span + (int)blockIdx.z) * span;
+    int pos = c.entries[token].pos, from = first_position(pos, c.window), to = pos + 1;      /* no kernel writes entries */
+    int start = (from / c.span + (int)blockIdx.z) * c.span;
     from = max(from, start);
-    to = min(to, start + span);
-    size_t slot = entries[token].slot * c.n_kv_heads * c.cache, of_head = slot + kv_head * c.cache;
+    to = min(to, start + c.span);
+    size_t of_head = ((size_t)c.entries[token].slot * c.n_kv_heads + kv_head) * c.cache;
     bool last = from <= pos && pos < to;
 
     /* Where each block has a multiprocessor of its own it has long begun, and asks for its first keys and values meanwhile, into
      * that one's cache: what this token adds to them the block writes itself. */
     int at_first = from / 32 * 32 + warp * 32;
-    size_t first_block = of_head + at_first % c.ring / 32 * block_bytes<E>(WIDTH);
-    for (int i = lane * 128; WARPS == 8 && at_first < to && i < (int)block_bytes<E>(WIDTH); i += 32 * 128)
+    size_t first_block = of_head + at_first % c.ring / 32 * cache_block<E>(WIDTH);
+    for (int i = lane * 128; WARPS == 8 && at_first < to && i < (int)cache_block<E>(WIDTH); i += 32 * 128)
         asm volatile("prefetch.global.L1 [%0]; prefetch.global.L1 [%1];"
-                     ::"l"(keys + first_block + i), "l"(values + first_block + i));
+                     ::"l"(c.keys + first_block + i), "l"(c.values + first_block + i));
     wait_for_inputs();
     for (int row = warp; from < to && row < n_heads + 2 * last; row += WARPS) {
         int head = row < n_heads ? first_head + row : c.n_heads + kv_head + (row - n_heads) * c.n_kv_heads;
-        make_head<E>(query[row], keys + slot, values + slot, qkv, n, rotations, token, pos, head, c);
+        make_head<E>(query[row], c, token, head);
     }
     for (int at = threadIdx.x; at < n_heads * (WIDTH - c.head_dim); at += THREADS)
         query[at / (WIDTH - c.head_dim)][c.head_dim + at % (WIDTH - c.head_dim)] = 0;
@@ -1152,7 +1121,7 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
     int first[2] = {from, from}, until[2] = {to - 1, to - 1};
     Attention<WIDTH, E> sums(rows_of);
     for (int at = from / 32 * 32 + warp * 32; at < to; at += THREADS)
-        sums.add(keys + of_head, values + of_head, c.ring, at, first, until);
+        sums.add(c.keys + of_head, c.values + of_head, c.ring, at, first, until);
     sums.finish();
     UNROLL for (int h = 0; h < HEADS / 8; h++) {
         if (lane % 4 == 0) shared_softmax[warp][lane / 4 + 8 * h] = make_float2(sums.max[h], sums.total[h]);
@@ -1173,8 +1142,8 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
         }
         return x;
     };
-    if (fused) {
-        write_heads(in, wo, token, first_head, n_heads, c.head_dim, warp, WARPS, [&](int h, int d) {
+    if (c.fused) {
+        write_heads(c, token, first_head, n_heads, warp, WARPS, [&](int h, int d) {
             float2 of_row;
             float4 x = merged(h, d, &of_row);
             float share = 1.0f / of_row.y;
@@ -1184,10 +1153,10 @@ attention_decode(float *out, float2 *softmax, Product qkv, const float2 *rotatio
     }
     for (int at = threadIdx.x; at < n_heads * WIDTH / 4; at += THREADS) {
         int row = at / (WIDTH / 4), d = at % (WIDTH / 4) * 4;
-        size_t to_head = ((size_t)blockIdx.z * n + token) * c.n_heads + first_head + row;
+        size_t to_head = ((size_t)blockIdx.z * c.n + token) * c.n_heads + first_head + row;
         float2 of_row;
-        *(float4 *)(out + to_head * WIDTH + d) = merged(row, d, &of_row);
-        if (d == 0) softmax[to_head] = of_row;
+        *(float4 *)(c.out + to_head * WIDTH + d) = merged(row, d, &of_row);
+        if (d == 0) c.softmax[to_head] = of_row;
     }
 }
 
@@ -1323,23 +1292,18 @@ typedef struct {
     bool     overlap;                   /* kernels may start before the one before has ended */
     int      wgmma;                     /* built for, and on, a GPU that has it */
     Memory   memory, logits_memory;
-    size_t   room;                      /* tokens there is room for, a multiple of 128 */
+    size_t   room;                      /* tokens there is room for, a multiple of 256 */
     Heads    heads;
     float   *x, *h;                     /* [room, dim]; [room, hidden_dim], or that as w2's input; widths rounded up to 128,
                                            the rest 0 */
     float   *parts, *logits;            /* of products: [parts, n, rows]; [n_want, vocab_size], rows rounded up to 128 */
-    float   *spans;                     /* of attention: [spans, n, n_heads, head_width] */
-    float2  *softmax, *rotations;       /* [spans, n, n_heads] of (maximum, sum); [n, head_dim / 2] of (cos, sin) */
-    __half  *queries;                   /* [n, n_heads, head_width] */
-    unsigned char *keys, *values;       /* [n_layers, n_slots, n_kv_heads, ring * position_bytes bytes] */
     double  *frequencies;
     Inputs   in;
     Entry   *entries, *entries_host;    /* on the device; in the host's memory, from where a step copies them */
     int     *ids;                       /* the next ones, in the host's memory, where the sampler writes them */
     size_t   logits_room;               /* tokens */
-    int      span, max_spans;           /* positions that a block of decoding attention takes; over how many spans the keys of a
-                                           token can go */
-    int      n, n_want, n_runs, n_spans;       /* of this step: tokens; wanted ones; runs; spans, if it is decoding */
+    int      max_spans;                 /* over how many the keys of a token can go */
+    int      n, n_want;                 /* of this step: tokens; wanted ones */
     struct { cudaGraphExec_t exec; const float *logits; int n_spans; float temperature, top_p; double bytes; } *graphs;
                                         /* [n_slots + 1]: decoding steps of so many tokens, what they were recorded with, and what
                                            they read */
@@ -1380,17 +1344,16 @@ static int token_tiles(const State *s) {
 }
 
 /* Where a product with w finds its inputs, and how they lie: swizzled if product_wide makes it, which is there for codes and 16
- * token tiles, or product_halves, for FP16 and fewer. */
+ * token tiles, or product_halves, for FP16. */
 static Inputs inputs(const State *s, const Weights &w) {
     const Device *d = (const Device *)s->device;
-    int tiles = token_tiles(s);
     Inputs in = d->in;
-    in.swizzled = d->wgmma && (w.type == F16 ? tiles < 16 : tiles == 16);
+    in.swizzled = d->wgmma && (w.type == F16 || token_tiles(s) == 16);
     return in;
 }
 
 template <int TYPE, int GROUPS>
-static void launch_product(State *s, int operation, float *out, const Weights &w, Inputs in, int n) {
+static void launch_product(State *s, int operation, float *out, Weights w, Inputs in, int n) {
     const int CODES = TYPE == F16 ? Q8 : TYPE;      /* for product_wide, which is given no FP16, but must compile */
     Device *d = (Device *)s->device;
     int tiles = token_tiles(s), token_blocks = (n + 8 * tiles - 1) / (8 * tiles), row_blocks = w.row_tiles / 8;
@@ -1400,9 +1363,19 @@ static void launch_product(State *s, int operation, float *out, const Weights &w
     Grid grid = {dim3(token_blocks, row_blocks, w.parts), 256};
     if (tiles == 1) grid = {dim3(4 * row_blocks, w.parts), w.units ? 128 : 256};
     if (in.swizzled && TYPE == F16) {
+        /* A prefill's blocks have 256 tokens, or 64, where the large ones would leave multiprocessors idle; the bits are the same.
+         * How often all multiprocessors take a block: one of 256 takes some 8/3 as long (SPEED.md). */
+        if (tiles == 16) {
+            int small = (int)ceil_div(ceil_div(n, 64) * row_blocks, d->multiprocessors);
+            int large = (int)ceil_div(ceil_div(n, 256) * row_blocks, d->multiprocessors);
+            tiles = 8 * large > 3 * small ? 8 : 32;
+            w.block_tiles = WIDE_ROWS;
+        }
         kernel = tiles == 1 ? product_halves<1> : tiles == 2 ? product_halves<2> : tiles == 4 ? product_halves<4>
-               : product_halves<8>;
-        grid = {min(d->multiprocessors, (int)ceil_div(w.row_tiles, w.block_tiles) * w.parts), WIDE_ROWS * 32 + 64, HALVES_ROOM};
+               : tiles == 8 ? product_halves<8> : product_halves<32>;
+        token_blocks = (n + 8 * tiles - 1) / (8 * tiles);
+        grid = {min(d->multiprocessors, (int)ceil_div(w.row_tiles, w.block_tiles) * w.parts * token_blocks), WIDE_ROWS * 32 + 64,
+                tiles == 32 ? sizeof(Halves<32>) * Halves<32>::STAGES : HALVES_ROOM};
     } else if (in.swizzled) {
         kernel = product_wide<CODES, GROUPS>;
         grid = {min(d->multiprocessors, token_blocks * row_blocks), WIDE_ROWS * 32 + 128,
@@ -1411,88 +1384,49 @@ static void launch_product(State *s, int operation, float *out, const Weights &w
     launch(d, operation, kernel, grid, out, w, in, n);
 }
 
-static cublasHandle_t cublas;
-static cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int, const void *, const void *,
-                              cudaDataType, int, const void *, cudaDataType, int, const void *, void *, cudaDataType, int,
-                              cublasComputeType_t, cublasGemmAlgo_t);
-static bool without_cublas;             /* for test_all.c */
-
-/* Whether a product is given to cuBLAS: in a prefill with FP16 weights, if it is installed (it is part of the toolkit). It is
- * opened when needed, so that nothing must be linked. It knows no SwiGLU: w13's product comes out as it is, in d->parts. */
-static bool uses_cublas(const State *s, const Weights &w) {
-    static bool tried;
-    static cublasStatus_t (*create)(cublasHandle_t *), (*set_stream)(cublasHandle_t, cudaStream_t);
-    void *library = NULL;
-    if (w.type != F16 || s->decoding || without_cublas) return false;
-    for (const char *name : {"libcublas.so", "libcublas.so.13", "libcublas.so.12"})
-        if (!tried && !library) library = dlopen(name, RTLD_NOW);
-    tried = true;
-    if (library) {
-        *(void **)&create = dlsym(library, "cublasCreate_v2");
-        *(void **)&set_stream = dlsym(library, "cublasSetStream_v2");
-        *(void **)&gemm = dlsym(library, "cublasGemmEx");
-        if (!create || !set_stream || !gemm || create(&cublas) != CUBLAS_STATUS_SUCCESS) cublas = NULL;
-    }
-    return cublas && set_stream(cublas, ((const Device *)s->device)->stream) == CUBLAS_STATUS_SUCCESS;
-}
-
 /* out: [parts][n][w.row_tiles * 16], or of w13 SwiGLU's, as store() leaves it; returns the number of parts: so many that there are
- * two or three blocks for each multiprocessor, or, for product_halves, as make_map chose. */
-static int device_product(State *s, int operation, float *out, const Weights &w, Inputs in, int n) {
-    static void (*const LAUNCH[][3])(State *, int, float *, const Weights &, Inputs, int) = {       /* groups of 32, 64, 128 */
+ * two or three blocks for each multiprocessor, or, for product_halves, as choose_blocks() chose. */
+static int device_product(State *s, int operation, float *out, Weights w, Inputs in, int n) {
+    static void (*const LAUNCH[][3])(State *, int, float *, Weights, Inputs, int) = {               /* groups of 32, 64, 128 */
         {NULL, NULL, launch_product<F16, 1>}, {launch_product<Q8, 4>, launch_product<Q8, 2>, launch_product<Q8, 1>},
         {launch_product<Q4, 4>, launch_product<Q4, 2>, launch_product<Q4, 1>},
         {launch_product<NF4, 4>, launch_product<NF4, 2>, launch_product<NF4, 1>}};
     Device *d = (Device *)s->device;
+    int tiles = token_tiles(s);
+    int held = tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3;         /* blocks that a multiprocessor has registers for */
     count(s, operation, 2.0 * n * w.rows * w.cols, w.bytes);
-    if (!uses_cublas(s, w)) {
-        int tiles = token_tiles(s);
-        int held = tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3;     /* blocks that a multiprocessor has registers for */
-        Weights cut = w;
-        if (w.type != F16 || !in.swizzled)
-            cut.parts = max(1, min(w.most_parts, held * d->multiprocessors / (w.row_tiles / (tiles == 1 ? 2 : 8))));
-        if (tiles == 16) cut.parts = 1;
-        LAUNCH[w.type - F16][w.shift - 5](s, operation, out, cut, in, n);
-        return cut.parts;
-    }
-    float one = 1, none = 0;
-    int rows = w.row_tiles * 16, width = w.column_tiles * COLUMNS;
-    if (gemm(cublas, CUBLAS_OP_T, CUBLAS_OP_N, rows, n, width, &one, w.halves, CUDA_R_16F, width, in.halves, CUDA_R_16F, width,
-             &none, w.units ? d->parts : out, CUDA_R_32F, rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT) != CUBLAS_STATUS_SUCCESS)
-        die("cuBLAS: a product of [%d, %d] with %d tokens failed", w.rows, w.cols, n);
-    mark(d, operation);
-    return 1;
+    if (w.type != F16 || !in.swizzled)
+        w.parts = max(1, min(w.most_parts, held * d->multiprocessors / (w.row_tiles / (tiles == 1 ? 2 : 8))));
+    if (tiles == 16) w.parts = 1;
+    LAUNCH[w.type - F16][w.shift - 5](s, operation, out, w, in, n);
+    return w.parts;
 }
 
 /* From wqkv's product to the input of the one with wo. */
 template <int WIDTH, class E>
 static void launch_attention(State *s, size_t layer, int n_parts) {
     Device *d = (Device *)s->device;
-    const Heads &c = d->heads;
+    Heads c = d->heads;
     const DeviceLayer &w = ((const DeviceModel *)s->model->device)->layers[layer];
-    size_t cache = layer * s->n_slots * c.n_kv_heads * c.cache;
-    unsigned char *keys = d->keys + cache, *values = d->values + cache;
-    Product qkv = {d->parts, n_parts, w.wqkv.row_tiles * 16};
-    int n = d->n;
-    bool fused = c.group * c.head_dim % COLUMNS == 0 && c.head_dim % 4 == 0;            /* its heads fill column tiles of wo */
-    bool roomy = s->n_slots * c.n_kv_heads <= (size_t)d->multiprocessors;               /* each block has one of its own */
-    if (s->decoding) {
-        int warps = roomy ? 8 : 4, head_parts = (int)ceil_div(c.group, decode_heads(warps));
-        fused = fused && d->n_spans == 1 && head_parts == 1;
+    bool roomy = s->n_slots * c.n_kv_heads <= (size_t)d->multiprocessors;       /* each block has one of its own */
+    int warps = roomy ? 8 : 4;
+    c.keys += layer * s->n_slots * c.n_kv_heads * c.cache;
+    c.values += layer * s->n_slots * c.n_kv_heads * c.cache;
+    c.parts = d->parts;
+    c.n_parts = n_parts;
+    c.parts_width = w.wqkv.row_tiles * 16;
+    c.head_parts = (int)ceil_div(c.group, s->decoding ? decode_heads(warps) : 16);
+    c.wo = w.wo;
+    c.in = inputs(s, w.wo);
+    c.fused = c.group * c.head_dim % COLUMNS == 0 && c.head_dim % 4 == 0 && c.n_spans == 1 && c.head_parts == 1;
+    if (s->decoding)
         launch(d, ATTENTION, roomy ? attention_decode<WIDTH, E, 8> : attention_decode<WIDTH, E, 4>,
-               {dim3(n * head_parts, c.n_kv_heads, d->n_spans), 32 * warps}, d->spans, d->softmax, qkv, d->rotations, keys, values,
-               d->entries, n, head_parts, d->span, c, inputs(s, w.wo), w.wo, fused);
-    } else {
-        int head_parts = (int)ceil_div(c.group, 16);
-        fused = fused && head_parts == 1;
-        launch(d, ROPE, rope_and_cache<E>, {dim3((c.n_heads + 2 * c.n_kv_heads + 7) / 8, n), 256}, d->queries, keys, values, qkv,
-               n, d->rotations, d->entries, c);
-        launch(d, ATTENTION, attention_prefill<WIDTH, E>, {dim3((d->n_runs * head_parts + 3) / 4, c.n_kv_heads), 128}, d->spans,
-               d->softmax, d->queries, keys, values, d->entries, d->n_runs, head_parts, c, inputs(s, w.wo), w.wo, fused);
+               {dim3(c.n * c.head_parts, c.n_kv_heads, c.n_spans), 32 * warps}, c);
+    else {
+        launch(d, ROPE, rope_and_cache<E>, {dim3((c.n_heads + 2 * c.n_kv_heads + 7) / 8, c.n), 256}, c);
+        launch(d, ATTENTION, attention_prefill<WIDTH, E>, {dim3((c.n_runs * c.head_parts + 3) / 4, c.n_kv_heads), 128}, c);
     }
-    if (!fused)
-        launch(d, ATTENTION, attention_input, {dim3((w.wo.column_tiles + 7) / 8, n), 256}, d->spans, d->softmax,
-               s->decoding ? d->n_spans : 1, n, c, inputs(s, w.wo), w.wo);
+    if (!c.fused) launch(d, ATTENTION, attention_input, {dim3((w.wo.width + 1023) / 1024, c.n), 256}, c);
 }
 
 /* All launches of a forward over the tokens of prepare(), below. The logits are in d->logits afterwards. */
@@ -1515,7 +1449,7 @@ static void launch_forward(State *s) {
 
     CUDA(cudaMemcpyAsync(d->entries, d->entries_host, (size_t)n * sizeof(Entry), cudaMemcpyHostToDevice, d->stream));
     mark(d, EMBEDDING);                 /* where the first begins */
-    launch(d, EMBEDDING, embed, {dim3(n, 1 + ROW_BLOCKS), 128}, d->x, d->rotations, d->entries, m->embedding, d->frequencies,
+    launch(d, EMBEDDING, embed, {dim3(n, 1 + ROW_BLOCKS), 128}, d->x, d->heads.rotations, d->entries, m->embedding, d->frequencies,
            (int)c->head_dim / 2);
     for (size_t l = 0; l < c->n_layers; l++) {
         const DeviceLayer &w = m->layers[l];
@@ -1526,10 +1460,8 @@ static void launch_forward(State *s) {
         norm(w.rms_ffn, w.w13, NULL);
         Inputs h = inputs(s, w.w2);
         device_product(s, W13, d->h, w.w13, inputs(s, w.w13), n);
-        bool pairs = uses_cublas(s, w.w13);     /* which leaves gates beside what they gate */
-        if (w.w13.to_halves && !pairs) h.halves = (__half *)d->h;
-        else launch(d, SWIGLU, quantize_input, {dim3((w.w2.column_tiles + 7) / 8, n), 256}, pairs ? d->parts : d->h, h, w.w2,
-                    pairs);
+        if (w.w13.to_halves) h.q = (int8_t *)d->h;
+        else launch(d, SWIGLU, quantize_input, {dim3((w.w2.width + 1023) / 1024, n), 256}, d->h, h, w.w2);
         n_parts = device_product(s, W2, d->parts, w.w2, h, n);
     }
     if (!d->n_want) return;
@@ -1545,10 +1477,10 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws) 
     size_t needed, spans = 1, most = (size_t)max(16 / d->heads.group, 1);
     double n_keys, n_reads;
     d->profiled = s->profiled;
-    d->n = (int)n;
-    d->n_runs = (int)find_runs(s->runs, tokens, n, most, c->window, (size_t)d->span, &n_keys, &n_reads, &needed);
+    d->n = d->heads.n = (int)n;
+    d->heads.n_runs = (int)find_runs(s->runs, tokens, n, most, c->window, (size_t)d->heads.span, &n_keys, &n_reads, &needed);
     while (spans < needed) spans *= 2;
-    d->n_spans = (int)min_size(spans, (size_t)d->max_spans);
+    d->heads.n_spans = s->decoding ? (int)min_size(spans, (size_t)d->max_spans) : 1;
     d->n_want = 0;
     for (size_t i = 0; i < n; i++) {
         const Token *t = &tokens[i];
@@ -1605,7 +1537,8 @@ static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, floa
     prepare(s, tokens, n, draws);
     if (s->decoding && n <= s->n_slots && (size_t)d->n_want == n && !s->profiled) {
         auto *g = &d->graphs[n];
-        if (g->exec && g->logits == d->logits && g->n_spans == d->n_spans && g->temperature == temperature && g->top_p == top_p)
+        if (g->exec && g->logits == d->logits && g->n_spans == d->heads.n_spans && g->temperature == temperature &&
+            g->top_p == top_p)
             s->bytes += g->bytes;
         else {
             cudaGraph_t graph;
@@ -1616,7 +1549,7 @@ static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, floa
             CUDA(cudaStreamEndCapture(d->stream, &graph));
             CUDA(cudaGraphInstantiate(&g->exec, graph, 0));
             CUDA(cudaGraphDestroy(graph));
-            *g = {g->exec, d->logits, d->n_spans, temperature, top_p, s->bytes - before};
+            *g = {g->exec, d->logits, d->heads.n_spans, temperature, top_p, s->bytes - before};
         }
         CUDA(cudaGraphLaunch(g->exec, d->stream));
     } else launch_step();
@@ -1639,11 +1572,12 @@ static void cuda_open(State *s) {
     CUDA(cudaGetDeviceProperties(&properties, 0));
     CUDA(cudaFuncGetAttributes(&attributes, quantize_input));
     int built_for = attributes.ptxVersion;
-    if (built_for < 75)
-        fprintf(stderr, "%s: built for old GPUs, without tensor cores: "
-                "nvcc -O3 -arch=native run_cuda.cu -o run_cuda makes it many times as fast\n", program);
     d->overlap = properties.major >= 9 && built_for >= 90;
     d->wgmma = built_for_wgmma();
+    if (built_for < 75 || (properties.major == 9 && !d->wgmma))         /* the latter is what -arch=native builds on a Hopper */
+        fprintf(stderr, "%s: built without this GPU's own instructions: nvcc -O3 -arch=%s run_cuda.cu -o run_cuda makes it %s\n",
+                program, properties.major == 9 ? "sm_90a" : "native",
+                built_for < 75 ? "many times as fast" : "up to twice as fast");
     d->multiprocessors = properties.multiProcessorCount;
     s->device = d;
     s->head_width = c->head_dim <= 32 ? 32 : c->head_dim <= 64 ? 64 : 128;
@@ -1652,30 +1586,31 @@ static void cuda_open(State *s) {
     if (c->dim > MAX_DIM) die("%s: a dim of %u; run_cuda takes up to %d (run takes it)", m->path, c->dim, MAX_DIM);
     if (s->n_slots > 65535) die("-b %zu: run_cuda takes up to 65535", s->n_slots);
     d->heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)(c->n_heads / c->n_kv_heads), (int)c->head_dim, (int)s->head_width,
-                (int)s->ring, (int)c->window, 1.44269504f / sqrtf((float)c->head_dim), s->ring * s->position_bytes};
-    d->room = round_up(s->chunk, 128);
-    d->span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 256;
-    d->max_spans = (int)(s->ring / (size_t)d->span + 2);
+                (int)s->ring, (int)min_size(c->window, INT32_MAX), 1.44269504f / sqrtf((float)c->head_dim),
+                s->ring * s->position_bytes};
+    d->room = round_up(s->chunk, 256);
+    d->heads.span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 256;
+    d->max_spans = (int)(s->ring / (size_t)d->heads.span + 2);
 
     /* sizes of all that a step needs, and whether it fits */
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv_dim = q_dim + 2ull * c->n_kv_heads * c->head_dim;
     size_t slots = min_size(s->n_slots, d->room);
     size_t widest_out = round_up(max_size(qkv_dim, c->dim), 128), part_rows = max_size(d->room, MAX_PARTS * 64);
     size_t widest_in = round_up(max_size(max_size(c->dim, q_dim), c->hidden_dim), COLUMNS);
-    bool half_weights = ((const DeviceModel *)m->device)->has_halves;
-    size_t parts = max_size(part_rows * widest_out, half_weights ? d->room * 2 * round_up(c->hidden_dim, COLUMNS) : 0);
+    size_t input_bytes = ((const DeviceModel *)m->device)->has_halves ? sizeof(__half) : 1;
     size_t span_rows = max_size(slots * (size_t)d->max_spans, d->room);
-    s->kv_bytes = 2 * c->n_layers * s->n_slots * c->n_kv_heads * d->heads.cache;
+    s->kv_bytes = cache_bytes(s, 1e18, properties.name);        /* dies where it is more than a size_t holds */
     const struct { void **to; size_t bytes; } all[] = {
-        {(void **)&d->x, d->room * round_up(c->dim, COLUMNS) * sizeof(float)}, {(void **)&d->parts, parts * sizeof(float)},
+        {(void **)&d->x, d->room * round_up(c->dim, COLUMNS) * sizeof(float)},
+        {(void **)&d->parts, part_rows * widest_out * sizeof(float)},
         {(void **)&d->h, d->room * round_up(c->hidden_dim, COLUMNS) * sizeof(float)},
-        {(void **)&d->spans, span_rows * c->n_heads * s->head_width * sizeof(float)},
-        {(void **)&d->softmax, span_rows * c->n_heads * sizeof(float2)},
-        {(void **)&d->rotations, d->room * (c->head_dim / 2) * sizeof(float2)},
-        {(void **)&d->queries, d->room * c->n_heads * s->head_width * sizeof(__half)}, {(void **)&d->keys, s->kv_bytes / 2},
-        {(void **)&d->values, s->kv_bytes / 2}, {(void **)&d->frequencies, c->head_dim / 2 * sizeof(double)},
-        {(void **)&d->in.q, d->room * widest_in}, {(void **)&d->in.scale, d->room * widest_in / 32 * sizeof(float2)},
-        {(void **)&d->in.halves, half_weights ? d->room * widest_in * sizeof(__half) : 0},
+        {(void **)&d->heads.out, span_rows * c->n_heads * s->head_width * sizeof(float)},
+        {(void **)&d->heads.softmax, span_rows * c->n_heads * sizeof(float2)},
+        {(void **)&d->heads.rotations, d->room * (c->head_dim / 2) * sizeof(float2)},
+        {(void **)&d->heads.queries, d->room * c->n_heads * s->head_width * sizeof(__half)},
+        {(void **)&d->heads.keys, s->kv_bytes / 2}, {(void **)&d->heads.values, s->kv_bytes / 2},
+        {(void **)&d->frequencies, c->head_dim / 2 * sizeof(double)},
+        {(void **)&d->in.q, d->room * widest_in * input_bytes}, {(void **)&d->in.scale, d->room * widest_in / 32 * sizeof(float2)},
         {(void **)&d->entries, d->room * sizeof(Entry)}};
     double need = (double)slots * c->vocab_size * sizeof(float), per_slot = (double)s->kv_bytes / (double)s->n_slots;
     size_t free_bytes, total;
@@ -1690,6 +1625,7 @@ static void cuda_open(State *s) {
     }
     for (const auto &one : all) *one.to = device_allocate(one.bytes, &d->memory, m->path);
     d->in.stride = (int)d->room;
+    d->heads.entries = d->entries;
     CUDA(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
     CUDA(cudaMallocHost((void **)&d->entries_host, d->room * sizeof(Entry)));
     CUDA(cudaMallocHost((void **)&d->ids, d->room * sizeof(int)));
