@@ -452,7 +452,7 @@ static void loss_backward(float *p, size_t vocab_size, uint64_t *seed) {
 static void gradients_io(Calibration *o, bool out, size_t l, float *x) {
     size_t count = o->n_tokens * o->m->c.dim;
     char name[4200];
-    snprintf(name, sizeof name, "%.4000s.XXXXXX", final_path);
+    snprintf(name, sizeof name, "%.4000s.XXXXXX", temporary[0] ? final_path : "quantize");      /* of what is no file: here */
     if (!o->gradients) {
         int descriptor = mkstemp(name);
         if (descriptor < 0 || !(o->gradients = fdopen(descriptor, "w+b"))) die("%s: cannot be written: %s", name, strerror(errno));

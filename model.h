@@ -27,24 +27,30 @@
 static const char *program = "run";     /* stands before every message */
 static char temporary[4096];            /* a file being written, removed if the program fails; "" = none */
 
-/* Prints one line, "run: " and the message, and ends the program with exit status 1. Only loading, the command line
- * and what talks to files call it; the mathematics never fails. */
+/* Prints "run: ", the message and `end` as one line, whatever names and arguments hold. */
+static void complain(const char *format, va_list args, const char *end) {
+    char line[8192];
+    vsnprintf(line, sizeof line, format, args);
+    for (char *c = line; *c; c++) if ((unsigned char)*c < ' ' || *c == 0x7f) *c = '?';
+    fflush(stdout);
+    fprintf(stderr, "%s: %s%s\n", program, line, end);
+}
+
+/* A line, and the end of the program with exit status 1. Only loading, the command line and what talks to files call it; the
+ * mathematics never fails. */
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
     va_list args;
-    fflush(stdout);
-    fprintf(stderr, "%s: ", program);
     va_start(args, format);
-    vfprintf(stderr, format, args);
-    va_end(args);
-    fputc('\n', stderr);
-    if (temporary[0]) unlink(temporary);
+    complain(format, args, "");
     exit(1);
 }
 
+static void remove_temporary(void) { if (temporary[0]) unlink(temporary); }     /* at exit */
+
 static_assert(sizeof(size_t) == 8, "sizes are computed in 64 bits");
 
-/* Zeroed memory for n elements of `size` bytes, aligned to 128 (two cache lines; CUDA's tensor maps), and 64 bytes more, so that
+/* Zeroed memory for n elements of `size` bytes, aligned to 128 (two cache lines), and 64 bytes more, so that
  * no size is 0; dies if there is none. */
 static void *allocate(size_t n, size_t size, const char *what) {
     size_t bytes;
@@ -222,6 +228,8 @@ static void check_header(const char *path, const Header *c) {
     if (!(c->rope_theta > 0 && c->rope_theta < 1e300)) die("%s: header: rope_theta is %g", path, c->rope_theta);
     if (c->chat_template > 2) die("%s: header: chat_template is %u, not 0, 1 or 2", path, c->chat_template);
     if (c->name[sizeof c->name - 1]) die("%s: header: the name is not ended by a zero", path);
+    for (const char *p = c->name; *p; p++)
+        if ((unsigned char)*p < ' ' || *p == 0x7f) die("%s: header: the name has control characters", path);
     if (c->n_tensors != 6 * c->n_layers + 2 && c->n_tensors != 6 * c->n_layers + 3)
         die("%s: header: %u tensors do not make %u layers", path, c->n_tensors, c->n_layers);
     uint64_t table_end = sizeof *c + (uint64_t)c->n_tensors * sizeof(Tensor);
@@ -364,7 +372,7 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         if (type == BYTE) {
             char digits[8] = {0};
             memcpy(digits, p->text, length == 6 ? 6 : 0);
-            if (sscanf(digits, "<0x%2X>", &p->byte) != 1 || p->byte > 255)      /* it takes a sign, too */
+            if (sscanf(digits, "<0x%2X>", &p->byte) != 1 || digits[5] != '>' || p->byte > 255)     /* it takes a sign, too */
                 die("%s: tokenizer: byte piece %zu is not <0xHH>", path, i);
             t->byte_ids[p->byte] = (int)i;
         }
@@ -382,6 +390,8 @@ static int find_control(const Tokenizer *t, const char *text) {     /* -1 if the
 typedef struct { float score; uint32_t left, right, length; } Merge;
 /* A part of the text, linked to its neighbours; next of the last and previous of the first is NONE. */
 typedef struct { uint32_t start, length, previous, next; int id; bool frozen; } Symbol;     /* frozen: user-defined, never merged */
+
+static bool is_space(const char *text, const Symbol *s) { return s->length >= 3 && !memcmp(text + s->start, SPACE, 3); }
 #define NONE UINT32_MAX
 
 static bool goes_first(const Merge *a, const Merge *b) {
@@ -447,7 +457,7 @@ static int *encode(const Tokenizer *t, const char *text, size_t n, size_t *n_ids
     if (n_symbols) s[n_symbols - 1].next = NONE;    /* the first's previous is 0 - 1 = NONE */
     for (uint32_t first = 0, end; first < n_symbols; first = end) {
         for (end = first + 1; end < n_symbols; end++) {         /* a word ends before a space that no space precedes */
-            if (t->by_words && !memcmp(norm.text + s[end].start, SPACE, 3) && memcmp(norm.text + s[end - 1].start, SPACE, 3)) break;
+            if (t->by_words && is_space(norm.text, &s[end]) && !is_space(norm.text, &s[end - 1])) break;
             push_merge(t, norm.text, s, end - 1, end, heap, &n_merges);
         }
         while (n_merges) {

@@ -709,12 +709,13 @@ int main(int argc, char **argv) {
             case CALIB: calibration.text = optarg; break;
             case CALIB_TOKENS: calibration.tokens = whole_argument("--calib-tokens", optarg, 1, 1u << 30); break;
             case BITS: calibration.bits = real_argument("--bits", optarg, 1, 16); break;
-            case 'h': fputs(QUANTIZE_HELP, stdout); return 0;
+            case 'h': fputs(QUANTIZE_HELP, stdout); flush_stdout(); return 0;
             case ':': usage("%s: needs a value", argv[optind - 1]);
             default: usage("%s: unknown option, or one that takes no value", argv[optind - 1]);
         }
     }
     int n = argc - optind, wanted = shape ? 2 : 3;
+    if (n == wanted && !strcmp(argv[argc - 2], "-")) argv[argc - 2] = (char *)"/dev/stdout";
     if (n != wanted) usage(shape ? "needs OUT.bin and a type" : "needs IN.bin, OUT.bin and a type");
     if (group && group != 32 && group != 64 && group != 128) usage("-g %u: not 32, 64 or 128", group);
     for (uint32_t t = F32; t <= NF4; t++) if (!strcmp(argv[argc - 1], TYPE_NAMES[t])) type = t;

@@ -113,25 +113,29 @@ static bool read_line(FILE *f, Text *line) {
 static char final_path[4096];           /* what `temporary` becomes */
 
 /* Opens a file for writing under a temporary name; close_output() gives it its name, so that a file of that name is
- * always whole. What is no file (a pipe, /dev/stdout) is written as it is. Both die on errors. */
+ * always whole. What is no file (a pipe, /dev/stdout even where the shell sends it into a file, a link to where nothing is) is
+ * written as it is. Both die on errors. */
 static FILE *open_output(const char *path) {
-    struct stat st;
-    bool exists = stat(path, &st) == 0, plain = path[0] && (!exists || S_ISREG(st.st_mode));
+    struct stat st, link;
+    int fd = !strcmp(path, "/dev/stdout") ? dup(STDOUT_FILENO) : !strcmp(path, "/dev/stderr") ? dup(STDERR_FILENO) : -1;
+    bool exists = stat(path, &st) == 0, plain = path[0] && fd < 0 && (exists ? S_ISREG(st.st_mode) : lstat(path, &link) != 0);
     char *real = exists ? realpath(path, NULL) : NULL;          /* a link's target is replaced, not the link */
     int n = snprintf(final_path, sizeof final_path, "%s", real ? real : path);
     if (n > (int)sizeof final_path - 32) die("%s: the name is too long", path);
     free(real);
     FILE *f = NULL;
     if (plain) snprintf(temporary, sizeof temporary, "%.4000s.tmp.%d", final_path, (int)getpid());
-    if (path[0]) f = fopen(plain ? temporary : path, "wb");
+    if (path[0]) f = fd >= 0 ? fdopen(fd, "wb") : fopen(plain ? temporary : path, "wb");
     if (!f) { temporary[0] = 0; die("%s: cannot be written: %s", path, strerror(errno)); }
+    if (plain && exists && fchmod(fileno(f), st.st_mode & 07777)) {}            /* as it was; where that cannot be, as new files are */
+    atexit(remove_temporary);
     return f;
 }
 
 /* Whether both names are of one file that is there. */
 static bool same_file(const char *a, const char *b) {
     struct stat of_a, of_b;
-    return !stat(a, &of_a) && !stat(b, &of_b) && of_a.st_ino == of_b.st_ino && of_a.st_dev == of_b.st_dev;
+    return !stat(a, &of_a) && !stat(b, &of_b) && S_ISREG(of_a.st_mode) && of_a.st_ino == of_b.st_ino && of_a.st_dev == of_b.st_dev;
 }
 
 static void close_output(FILE *f) {
@@ -367,6 +371,7 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     if (interrupted) die("interrupted after %zu of %zu tokens", nlls.n, n_ids);
     double mean, error, kl_mean = 0, kl_error = 0, same_top = (double)n_same / (double)nlls.n, kl_p99 = 0;
     mean_and_error(&nlls, &mean, &error);
+    if (isnan(mean)) die("%s: gives probabilities that are no numbers: are its weights?", m->path);
     if (o->against) { mean_and_error(&kls, &kl_mean, &kl_error); kl_p99 = quantile(&kls, 0.99); }
     printf("ppl %.4f +- %.4f  nll %.6f  tokens %zu  ctx %zu", exp(mean), exp(mean) * error, mean, nlls.n, context);
     if (o->against) printf("  kl %.5f +- %.5f  kl_p99 %.4g  same_top %.1f%%", kl_mean, kl_error, kl_p99, 100 * same_top);

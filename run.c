@@ -979,14 +979,17 @@ static volatile sig_atomic_t interrupted;
 /* Ctrl-C and the like: the generation ends after this step. The second one, or that nobody reads on, ends the program, which
  * leaves no file. */
 static void on_signal(int number) {
-    if (!interrupted && number != SIGPIPE) { interrupted = number; return; }
-    if (temporary[0]) unlink(temporary);
+    static const char shorter[] = "a file became shorter while it was read\n";
+    if (!interrupted && number != SIGPIPE && number != SIGBUS) { interrupted = number; return; }
+    if (number == SIGBUS && write(STDERR_FILENO, shorter, sizeof shorter - 1)) {}
+    remove_temporary();
+    if (number == SIGBUS) _exit(1);
     signal(number, SIG_DFL);
     raise(number);
 }
 
 static void catch_signals(void) {
-    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE};
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGBUS};
     struct sigaction action;
     memset(&action, 0, sizeof action);
     action.sa_handler = on_signal;      /* no SA_RESTART: a question that waits for its answer ends too */
@@ -1310,11 +1313,10 @@ enum { N_OPTIONS = sizeof OPTIONS / sizeof *OPTIONS };
 __attribute__((noreturn, format(printf, 1, 2)))
 static void usage(const char *format, ...) {        /* wrong usage: one line, exit status 2 */
     va_list args;
-    fprintf(stderr, "%s: ", program);
+    char end[64];
+    snprintf(end, sizeof end, " (%s --help lists the options)", program);
     va_start(args, format);
-    vfprintf(stderr, format, args);
-    va_end(args);
-    fprintf(stderr, " (%s --help lists the options)\n", program);
+    complain(format, args, end);
     exit(2);
 }
 
@@ -1449,8 +1451,10 @@ static int run(int argc, char **argv) {
     /* gcc's threads wait for one another spinning, up to some 20 ms: as soon as another program wants a core, that keeps
      * from running whom they wait for (SPEED.md: 7 tok/s instead of 750). How long is read from the environment before
      * main begins, hence a second start, with about 0.1 ms. */
-    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "1000", 1))
+    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "1000", 1)) {
+        setenv("OMP_STACKSIZE", "2M", 0);       /* attention() takes a quarter of that; some systems give threads less */
         execv("/proc/self/exe", argv);
+    }
 #endif
     /* where the shell closed a standard stream, the first file to be opened would take its place */
     if (fcntl(STDIN_FILENO, F_GETFD) < 0) open("/dev/null", O_WRONLY);
@@ -1465,7 +1469,7 @@ static int run(int argc, char **argv) {
     Model m = load_model(o.path);
     if (o.no_mmap) read_into_memory(&m, o.quiet);
     if (o.kv) m.kv_type = o.kv[0] == 'q' ? Q8 : F16;
-    const char *inputs[] = {o.path, o.file, o.against};
+    const char *inputs[] = {o.path, o.file, o.against, "/dev/stdin"};
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
         if (o.output && inputs[i] && same_file(inputs[i], o.output))
             die("%s: is read as well, and would be lost: give -o another name", o.output);

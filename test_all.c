@@ -1084,6 +1084,13 @@ static void test_decode(void) {
     int *ids = encode(&m.tokenizer, "Once upon a time", 16, &n);
     CHECK(n == 5 && ids[0] == 609 && ids[1] == 1293 && ids[2] == 595 && ids[3] == 261 && ids[4] == 579, "%zu ids", n);
     free(ids);
+    char text[500];
+    memset(text, 'x', sizeof text);     /* of some lengths an array of the text has just as much room: for the sanitizer */
+    for (size_t length = 0; length < sizeof text; length++) {
+        ids = encode(&m.tokenizer, text, length, &n);
+        CHECK(n <= length + 1, "%zu ids for %zu characters", n, length);
+        free(ids);
+    }
     free_model(&m);
 }
 
@@ -1123,8 +1130,8 @@ static int tokenize(const char *path) {
  * what differs is the order of the groups' FP32 sums, and with FP16 weights that activations are rounded to FP16. */
 static void test_cuda_products(void) {
     static const size_t SHAPES[][2] = {{5, 7}, {33, 130}, {64, 128}, {100, 300}, {257, 1000}, {300, 4100}};
-    static const size_t COUNTS[] = {1, 3, 8, 9, 17, 33, 64, 65, 130};
-    enum { ROOM = 256 };
+    static const size_t COUNTS[] = {1, 3, 8, 9, 17, 33, 64, 65, 130, 300};
+    enum { ROOM = 512 };
     for (size_t kind = 0; kind < N_KINDS; kind++)
         for (size_t shape = 0; shape < sizeof SHAPES / sizeof *SHAPES; shape++) {
             size_t rows = SHAPES[shape][0], cols = SHAPES[shape][1];
@@ -1132,7 +1139,7 @@ static void test_cuda_products(void) {
             float *w = (float *)allocate(rows * cols, 4, "test"), *x = (float *)allocate(ROOM * width, 4, "test");
             float *expect = (float *)allocate(ROOM * rows, 4, "test");
             float *got = (float *)allocate(MAX_PARTS * ROOM * out_width, 4, "test");
-            float *packed = (float *)allocate(ROOM * cols, 4, "test");
+            float *packed = (float *)allocate(ROOM * cols, 4, "test"), *prefill = (float *)allocate(ROOM * out_width, 4, "test");
             for (size_t i = 0; i < rows * cols; i++) w[i] = random_float();
             for (size_t t = 0; t < ROOM; t++)
                 for (size_t k = 0; k < cols; k++) packed[t * cols + k] = x[t * width + k] = random_float();
@@ -1149,7 +1156,6 @@ static void test_cuda_products(void) {
             model.layers = (Layer *)allocate(1, sizeof(Layer), "test");
             s.model = &model;
             s.device = &d;
-            d.multiprocessors = 20;
             int hopper = built_for_wgmma();
             Memory memory = {};
             void *staging = device_allocate(m.bytes, &memory, "test");
@@ -1157,10 +1163,8 @@ static void test_cuda_products(void) {
             Weights gated = upload(&m, true, false, staging, &memory, "test");
             float *device_x = (float *)device_allocate(ROOM * width * 4, &memory, "test");
             float *device_out = (float *)device_allocate(MAX_PARTS * ROOM * out_width * 4, &memory, "test");
-            d.parts = device_out;
-            d.in.q = (int8_t *)device_allocate(ROOM * width, &memory, "test");
+            d.in.q = (int8_t *)device_allocate(ROOM * width * 2, &memory, "test");
             d.in.scale = (float2 *)device_allocate(ROOM * width / 32 * 8, &memory, "test");
-            d.in.halves = (__half *)device_allocate(ROOM * width * 2, &memory, "test");
             d.in.stride = ROOM;
             CUDA(cudaMemcpy(device_x, x, ROOM * width * 4, cudaMemcpyHostToDevice));
             double tolerance = m.type < Q8 ? 2e-3 : 2e-5;
@@ -1169,13 +1173,14 @@ static void test_cuda_products(void) {
                 matmul(expect, packed, &m, &a, n);
                 double largest = 0;
                 for (size_t i = 0; i < n * rows; i++) largest = fmax(largest, fabs(expect[i]));
-                for (int way = 0; way < 5; way++) {     /* plainly; as decoding does, as prefill; on a Hopper, with cuBLAS */
-                    without_cublas = way < 3;
-                    d.wgmma = hopper && !without_cublas;
-                    dim3 tiles((unsigned)(weights.column_tiles + 7) / 8, (unsigned)n);
-                    s.decoding = way % 2;
+                /* plainly; as decoding does, as prefill; both on a Hopper; prefill where there is work for all multiprocessors */
+                for (int way = 0; way < 6; way++) {
+                    d.wgmma = hopper && way > 2;
+                    d.multiprocessors = way == 5 ? 1 : 20;
+                    dim3 tiles((unsigned)(weights.width + 1023) / 1024, (unsigned)n);
+                    s.decoding = way == 1 || way == 3;
                     s.n_slots = n;
-                    quantize_input<<<tiles, 256>>>(device_x, inputs(&s, weights), weights, false);
+                    quantize_input<<<tiles, 256>>>(device_x, inputs(&s, weights), weights);
                     CUDA(cudaMemset(device_out, 0xff, MAX_PARTS * ROOM * out_width * 4));       /* NaN */
                     int parts = 1, stride = weights.row_tiles * 16;
                     if (way == 0) {
@@ -1183,6 +1188,9 @@ static void test_cuda_products(void) {
                         stride = (int)rows;
                     } else parts = device_product(&s, WQKV, device_out, weights, inputs(&s, weights), (int)n);
                     CUDA(cudaMemcpy(got, device_out, MAX_PARTS * ROOM * out_width * 4, cudaMemcpyDeviceToHost));
+                    if (way == 4) memcpy(prefill, got, n * stride * 4);
+                    CHECK(way < 5 || !memcmp(prefill, got, n * stride * 4), "%s groups of %u [%zu, %zu], %zu tokens: other bits",
+                          KINDS[kind].type, KINDS[kind].group, rows, cols, n);
                     double worst = 0;
                     for (size_t t = 0; t < n; t++)
                         for (size_t r = 0; r < rows; r++) {
@@ -1193,7 +1201,7 @@ static void test_cuda_products(void) {
                         }
                     CHECK(worst <= tolerance * largest, "%s groups of %u [%zu, %zu], %zu tokens, way %d: off by %g of %g",
                           KINDS[kind].type, KINDS[kind].group, rows, cols, n, way, worst, largest);
-                    if (rows % 2 || way == 0 || (way == 4 && m.type < Q8)) continue;        /* SwiGLU; cuBLAS leaves it to others */
+                    if (rows % 2 || way == 0) continue;                                     /* SwiGLU */
                     for (int halves = 0; halves < 1 + (m.type < Q8); halves++) {            /* as the input of FP16 weights */
                         gated.to_halves = halves;
                         CUDA(cudaMemset(device_out, 0xff, ROOM * out_width * 4));
@@ -1204,8 +1212,9 @@ static void test_cuda_products(void) {
                             for (size_t i = 0; i < rows / 2; i++) {
                                 double gate = expect[t * rows + i], h = gate / (1 + exp(-gate)) * expect[t * rows + rows / 2 + i];
                                 size_t at = t * (size_t)gated.units + i;
-                                if (halves && inputs(&s, gated).swizzled)
-                                    at = (i / 64 * ROOM + t) * 64 + (i / 8 ^ t) % 8 * 8 + i % 8;
+                                Inputs in = inputs(&s, gated);
+                                in.q = NULL;
+                                if (halves) at = (size_t)input_at<2>(in, gated, (int)t, (int)i) / 2;
                                 double off = fabs((halves ? (double)__half2float(((const __half *)got)[at]) : (double)got[at]) - h);
                                 if (!(off <= worst)) worst = off;
                             }
@@ -1215,10 +1224,9 @@ static void test_cuda_products(void) {
                     }
                 }
             }
-            without_cublas = false;
             device_free(&memory);
-            void *on_host[] = {w, x, expect, got, packed, a.x, a.scale, a.sum, (void *)m.data, model.layers};
-            for (size_t i = 0; i < 10; i++) free(on_host[i]);
+            void *on_host[] = {w, x, expect, got, packed, prefill, a.x, a.scale, a.sum, (void *)m.data, model.layers};
+            for (size_t i = 0; i < 11; i++) free(on_host[i]);
         }
 }
 
@@ -1265,9 +1273,9 @@ static void compare_logits(const Model *cpu, const Model *gpu, const int *ids) {
         CHECK(worst <= tolerance * largest && rms <= tolerance / 5 * largest,
               "%s, cache %s, chunks of %zu in %zu slots: off by %g, rms %g, of %g",
               cpu->path, TYPE_NAMES[cpu->kv_type], WAYS[way][0], WAYS[way][2], worst, rms, largest);
-        /* however a prompt is cut, a prefill's bits are the same (but cuBLAS's) */
+        /* however a prompt is cut, a prefill's bits are the same */
         if (WAYS[way][0] == LENGTH) memcpy(prefill, got, sizeof got);
-        else if (WAYS[way][0] > 1 && (without_cublas || (cpu->layers[0].w2.type >= Q8 && cpu->layers[0].wqkv.type >= Q8)))
+        else if (WAYS[way][0] > 1)
             CHECK(!memcmp(prefill, got, LENGTH * vocab * sizeof(float)), "%s, cache %s: chunks of %zu in %zu slots: other bits",
                   cpu->path, TYPE_NAMES[cpu->kv_type], WAYS[way][0], WAYS[way][2]);
     }
@@ -1339,7 +1347,6 @@ static void test_cuda_forward(void) {
             free(text.text);
         }
         if (k % 2) cpu.kv_type = gpu.kv_type = Q8;
-        without_cublas = k % 2;
         gpu.backend = &GPU;
         GPU.load(&gpu);
         compare_logits(&cpu, &gpu, ids);
@@ -1348,7 +1355,6 @@ static void test_cuda_forward(void) {
         free_model(&gpu);
         free_model(&half);
     }
-    without_cublas = false;
 }
 
 /* The attention of a prefill beside the plain kernel, on what a forward leaves of its last layer in the device's memory. */
@@ -1370,14 +1376,17 @@ static void test_cuda_attention(void) {
         float2 *sums = (float2 *)device_allocate(rows * 8, &memory, "test");
         float2 *fast_sums = (float2 *)allocate(rows, 8, "test"), *plain_sums = (float2 *)allocate(rows, 8, "test");
         unsigned blocks = (unsigned)(rows + 63) / 64;
-        if (kv) attention_plain<uint8_t><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer,
-                                                         d->entries, N, d->heads);
-        else attention_plain<__half><<<blocks, 64>>>(to, sums, d->queries, d->keys + layer, d->values + layer,
-                                                     d->entries, N, d->heads);
+        Heads c = d->heads;
+        c.keys += layer;
+        c.values += layer;
+        c.out = to;
+        c.softmax = sums;
+        if (kv) attention_plain<uint8_t><<<blocks, 64>>>(c);
+        else attention_plain<__half><<<blocks, 64>>>(c);
         CUDA(cudaMemcpy(plain, to, n * 4, cudaMemcpyDeviceToHost));
-        CUDA(cudaMemcpy(fast, d->spans, n * 4, cudaMemcpyDeviceToHost));
+        CUDA(cudaMemcpy(fast, d->heads.out, n * 4, cudaMemcpyDeviceToHost));
         CUDA(cudaMemcpy(plain_sums, sums, rows * 8, cudaMemcpyDeviceToHost));
-        CUDA(cudaMemcpy(fast_sums, d->softmax, rows * 8, cudaMemcpyDeviceToHost));
+        CUDA(cudaMemcpy(fast_sums, d->heads.softmax, rows * 8, cudaMemcpyDeviceToHost));
         for (size_t i = 0; i < n; i++) {
             if (i % s.head_width >= m.c.head_dim) continue;
             float a = plain[i] / plain_sums[i / s.head_width].y, off = fabsf(a - fast[i] / fast_sums[i / s.head_width].y);
@@ -1397,7 +1406,6 @@ static void test_cuda_attention(void) {
 /* A sequence of a batch does not depend on the others, nor on when they end; the same batch twice is the same. */
 static void test_cuda_batch(void) {
     static const size_t slot_counts[] = {1, 5, 12, 32, 40, 12};
-    without_cublas = true;              /* which chooses its kernels by the number of tokens */
     for (size_t k = 0; k < 12; k++) {
         Model m = load_on(&GPU, k % 2 ? odd_model("f16", 0) : odd_model("q4", 32));
         size_t slots = slot_counts[k / 2];
@@ -1413,7 +1421,6 @@ static void test_cuda_batch(void) {
         free_sequences(again, 32);
         free_model(&m);
     }
-    without_cublas = false;
     Model m = load_on(&GPU, odd_model("q4", 32));
     Sequence *none = run_batch(&m, 3, 0, 2, 0, 4000, 90);
     for (size_t i = 0; i < 3; i++)

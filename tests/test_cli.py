@@ -372,6 +372,55 @@ def test_output_replaces_a_file_and_nothing_else(tmp):
     assert strict_json(out.read_bytes())["generated_tokens"] == 2 and os.listdir(tmp) == ["a.json"]
 
 
+def test_output_that_is_no_plain_name(tmp, odd):
+    """/dev/stdout goes where the shell sends it, behind what is there; a link to where nothing is leads there; modes stay; prompts
+    that are read are not overwritten; - is standard output for quantize."""
+    with open(tmp / "log", "w+") as log:
+        log.write("earlier\n")
+        log.flush()
+        assert subprocess.run([RUN, DEMO, "-i", "hi", "-n", "3", "-q", "-o", "/dev/stdout"], stdout=log, env=ENV).returncode == 0
+        log.seek(0)
+        assert log.read().startswith("earlier\nhi") and '"sequences"' in open(tmp / "log").read()
+    os.symlink("target.json", tmp / "link.json")
+    assert run(DEMO, "-i", "hi", "-n", 1, "-q", "-o", tmp / "link.json")[0] == 0
+    assert os.path.islink(tmp / "link.json") and strict_json((tmp / "target.json").read_bytes())
+    os.chmod(tmp / "target.json", 0o600)
+    assert run(DEMO, "-i", "hi", "-n", 1, "-q", "-o", tmp / "link.json")[0] == 0
+    assert os.path.islink(tmp / "link.json") and os.stat(tmp / "target.json").st_mode & 0o777 == 0o600
+    (tmp / "prompts").write_text("Once")
+    with open(tmp / "prompts") as prompts:
+        one_line(run(DEMO, "-n", 1, "-o", tmp / "prompts", stdin=prompts), 1, "", "is read as well")
+    assert (tmp / "prompts").read_text() == "Once"
+    whole = quantize("--random", "odd", "-", "q8")
+    done_as_file = quantize("--random", "odd", tmp / "odd.bin", "q8")
+    assert whole[0] == done_as_file[0] == 0 and whole[1] == (tmp / "odd.bin").read_bytes()
+
+
+def test_control_characters_are_not_printed(tmp):
+    one_line(run(DEMO, "-n", "128\r"), 2, "-n 128?:")
+    one_line(run("no\nsuch\x1b[31m"), 1, "no?such?[31m:")
+
+
+def test_file_that_becomes_shorter(tmp):
+    """The pages of a mapped file that are gone: one line, and nothing half-written is left."""
+    with open(DEMO, "rb") as f:
+        (tmp / "m.bin").write_bytes(f.read())
+    p = start(tmp / "m.bin", "-i", "Once", "-n", 1000000, "-E", "-o", tmp / "a.json")
+    os.read(p.stdout.fileno(), 1)
+    os.truncate(tmp / "m.bin", 100)
+    _, err = p.communicate(timeout=20)
+    assert p.returncode == 1 and err.endswith(b"a file became shorter while it was read\n") and os.listdir(tmp) == ["m.bin"]
+
+
+def test_weights_that_are_no_numbers(tmp, odd):
+    with open(odd["f16"], "rb") as f:
+        data = bytearray(f.read())
+    data[-2000:] = b"\xff\x7f" * 1000
+    (tmp / "nan.bin").write_bytes(data)
+    (tmp / "t").write_text("some text")
+    one_line(run(tmp / "nan.bin", "-m", "perplexity", "-f", tmp / "t"), 1, "", "no numbers")
+
+
 def test_target(tmp):
     for target, status, word in ((0.001, 0, "PASS"), (1e12, 1, "FAIL")):
         got, out, err = run(DEMO, "-i", "Once", "-n", 5, "-T", target, "-o", tmp / "a.json")
