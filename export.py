@@ -81,7 +81,7 @@ def read_config(config):
         raise Bad(f"config.json: head_dim is {c.head_dim} (RoPE rotates pairs: an even number is needed)")
     for key, value, limit in (("hidden_size", c.dim, 2**20), ("intermediate_size", c.hidden_dim, 2**24), ("head_dim", c.head_dim, 512),
                               ("num_hidden_layers", c.n_layers, 2**16), ("num_attention_heads", c.n_heads, 2**16),
-                              ("vocab_size", c.vocab_size, 2**24), ("rms_norm_eps", c.norm_eps, 1)):
+                              ("vocab_size", c.vocab_size, 2**24), ("rms_norm_eps", c.norm_eps, 1 - 2**-24)):  # as FP32 below 1
         if value > limit:
             raise Bad(f"config.json: {key} is {value} (at most {limit} is supported)")
 
@@ -303,9 +303,11 @@ def read_tokenizer(directory, vocab_size):
 
 def checked(where, t):
     """The tokenizer t, with unk, the unknown piece's id; Bad if the file cannot hold it."""
-    for id, (text, score, _) in enumerate(t.pieces):
+    for id, (text, score, kind) in enumerate(t.pieces):
         if len(text.encode()) > 0xFFFF or not math.isfinite(score):
             raise Bad(f"{where}: piece {id} {show(text)} is too long, or its score {score} is no number")
+        if kind == BYTE and not re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+            raise Bad(f"{where}: piece {id} {show(text)} is a byte, but not of the form <0xHH>")
     unknown, n_bytes = ([id for id, piece in enumerate(t.pieces) if piece[2] == kind] for kind in (UNKNOWN, BYTE))
     if len(unknown) != 1 or t.byte_fallback and len(n_bytes) != 256:
         raise Bad(f"{where}: the tokenizer has {len(unknown)} unknown pieces and {len(n_bytes)} bytes, not 1 and 256")
@@ -387,13 +389,20 @@ def pack_tokenizer(t, bos, eos):
 
 
 @contextlib.contextmanager
-def output(path):
-    """A binary file that becomes `path`: a temporary one beside it, renamed when it is whole and closed,
-    removed if anything goes wrong. "-", and what is no plain file (a pipe, a device), is written directly."""
-    if path == "-" or os.path.exists(path) and not os.path.isfile(path):
-        with open(1 if path == "-" else path, "wb", closefd=path != "-") as file:
+def output(path, sources):
+    """A binary file that becomes `path`: a temporary one beside it, renamed when it is whole and closed, removed if anything
+    goes wrong; Bad if it is a file that is read: of `sources`, files and directories. "-", and what is no plain file (a pipe,
+    a device), is written directly."""
+    # standard output by its names as a path, too: what it is redirected to must not be replaced
+    number = 1 if path in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") else None
+    if number or os.path.exists(path) and not os.path.isfile(path):
+        with open(number or path, "wb", closefd=not number) as file:
             yield file
         return
+    inside = (os.path.join(folder, name) for source in sources for folder, _, names in os.walk(source) for name in names
+              if name.endswith((".json", ".safetensors", ".model", ".jinja")))
+    if os.path.exists(path) and any(os.path.exists(each) and os.path.samefile(path, each) for each in (*sources, *inside)):
+        raise Bad(f"{path}: is one of the files that are read (give another name)")
     with temporary(path) as name, open(name, "wb") as file:
         yield file
 
@@ -484,8 +493,9 @@ def export(source, out, dtype=None, adapters=(), base_quant=None):
         t = read_tokenizer(weights.tokenizer, c.vocab_size)
         chat = chat_template(weights.tokenizer, t)
     bos, eos = sequence_ids(source, weights.tokenizer, weights.config, t, c.vocab_size)
-    name = "+".join(os.path.basename(os.path.abspath(each)) for each in (source, *(adapter for adapter, _ in adapters)))
-    with output(out) as file:
+    sources = source, *(adapter for adapter, _ in adapters)
+    name = "+".join(os.path.basename(os.path.abspath(each)) for each in sources)
+    with output(out, sources) as file:
         size = write_checkpoint(file, name, c, chat, pack_tokenizer(t, bos, eos), tensors, weights)
     types = dict.fromkeys(dtype for _, dtype, _, _, cols, _ in tensors if cols > 1)
     return "; ".join([
@@ -501,7 +511,7 @@ def convert(source, out, to, dtype=None):
     if to == "hf":
         size, lines = write_hf(model, out, dtype)
     else:
-        with output(out) as file:
+        with output(out, [source]) as file:
             size, lines = write_gguf(model, file, dtype)
     return "; ".join([f"{size / 1e6:.1f} MB", *lines])
 

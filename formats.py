@@ -17,7 +17,7 @@ import json, math, os, re, struct, sys, time
 from types import SimpleNamespace
 
 import numpy as np
-from lora_merge import NF4, NUMPY, Bad, Weights, demand, form, new_directory, progress, rounded, show
+from lora_merge import NF4, NUMPY, Bad, Weights, demand, form, new_directory, opened, progress, rounded, show
 from sentencepiece import sentencepiece_model_pb2
 
 # ---------------------------------------------------------------------------- what they share
@@ -816,7 +816,7 @@ class Checkpoint(Packed):
         super().__init__()
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with opened(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
                 head = file.read(256)
                 self.read_header(head)
@@ -1045,6 +1045,8 @@ def write_gguf(m, file, dtype=None):
     Q8_0, Q4_0 or Q4_1 for codes, as they allow. Returns (bytes written, lines for the user)."""
     inverse = {**{hf: own for own, hf in GGUF_NAMES.items()}, **{hf: own for own, hf in GGUF_OUTSIDE.items()}}
     c, tensors, counts = m.config, [], {}
+    if not 2**-126 <= c["rope_theta"] <= float(np.finfo(np.float32).max):
+        raise Bad(f"{m.path}: rope_theta is {c['rope_theta']:g}, but in a GGUF file it is an FP32 number")
     for name, (_, shape, _) in m.tensors.items():
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
         own = f"blk.{match[1]}.{inverse[match[2]]}" if match else inverse[name.removesuffix(".weight")]

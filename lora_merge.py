@@ -90,12 +90,34 @@ def form(where):
         raise Bad(f"{where}: not in the expected form ({type(error).__name__}: {error})")
 
 
+@contextlib.contextmanager
+def time_limit(where, seconds=5):
+    """Inside, regular expressions of the file `where` are matched; Bad if that takes so long, as some would take years."""
+    def stop(*_):
+        raise Bad(f"{where}: its regular expressions take longer than {seconds} s to match")
+
+    handler = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # of computing: a busy machine, or Ctrl-Z, is not their fault
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler)
+
+
+def opened(path):
+    """A file, opened for reading; Bad if it is no regular one: a pipe would be waited for, and a device may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Bad(f"{path}: not a regular file")
+    return open(path, "rb")
+
+
 def read(path, optional=False):
     """The bytes of a file; b"" if it is absent and may be."""
     if optional and not os.path.exists(path):
         return b""
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             return file.read()
     except OSError as error:
         raise Bad(f"{path}: {error.strerror}")
@@ -112,6 +134,8 @@ def read_json(path, optional=False):
 @contextlib.contextmanager
 def temporary(path):
     """The name beside `path` of a file or directory to be made: renamed to it in the end, removed if anything goes wrong."""
+    if not path:  # realpath() would make the current directory of it
+        raise Bad("OUT is empty (give it a name)")
     path = os.path.realpath(path)  # a link stays a link
     name = f"{path}.tmp.{os.getpid()}"
 
@@ -379,12 +403,11 @@ class Lora:
     Of a linear layer left is B and right is A. PEFT has an embedding the other way round, as a matrix [dim, vocabulary]:
     there left is A transposed, right is B transposed, and DoRA's lengths are the columns' instead of the rows'."""
 
-    def __init__(self, adapter, name, shape):
-        """Takes the matrices for the tensor `name`, of the base's shape [out, in], from the adapter."""
+    def __init__(self, adapter, name, shape, r, scaling):
+        """Takes the matrices for the tensor `name`, of the base's shape [out, in], from the adapter;
+        r, scaling: rank_and_scaling()."""
         (out, cols), module = shape, name.removesuffix(".weight")
         self.adapter, self.embedding = adapter, name == EMBEDDING
-        with form(adapter.where):
-            r, scaling = rank_and_scaling(adapter.c, module)
         parts = ([("lora_embedding_A", [r, out]), ("lora_embedding_B", [cols, r])] if self.embedding
                  else [("lora_B.weight", [out, r]), ("lora_A.weight", [r, cols])])
         if adapter.c.use_dora:
@@ -502,18 +525,19 @@ class MergedWeights(Weights):
 
     def add(self, adapter):
         """Plan all changes of one adapter; Bad if it does not fit."""
-        with form(adapter.where):
+        with form(adapter.where), time_limit(adapter.where):
             names = [name for name in self.tensors if name.endswith(".weight")]
             targets = [name for name in names
                        if is_target(adapter.c, name.removesuffix(".weight")) and len(self.tensors[name][1]) == 2]
+            scalings = [rank_and_scaling(adapter.c, name.removesuffix(".weight")) for name in targets]
             saved = [name for name in names if is_saved(adapter.c, name.removesuffix(".weight"))]
         if not targets:
             raise Bad(f"{adapter.where}: target_modules is {show(adapter.c.target_modules)}, which the base has none of")
         self.add_whole(adapter, saved)
-        for name in targets:
+        for name, scaling in zip(targets, scalings):
             if self.tied and name in (EMBEDDING, CLASSIFIER):
                 raise Bad(f"{adapter.where}: a LoRA for {name}, but the base has tie_word_embeddings (not supported)")
-            self.changes.setdefault(name, []).append(Lora(adapter, name, self.tensors[name][1]))
+            self.changes.setdefault(name, []).append(Lora(adapter, name, self.tensors[name][1], *scaling))
         self.add_tokens(adapter)
         adapter.finish(self.tensors)
 

@@ -523,6 +523,7 @@ def refused(directory, *words):
     ({"num_hidden_layers": 1}, ["model.layers.1.input_layernorm.weight"]),
     ({"sliding_window": 0}, ["sliding_window", "0"]),
     ({"rms_norm_eps": -1}, ["rms_norm_eps", "-1"]),
+    ({"rms_norm_eps": 1}, ["rms_norm_eps", "1"]), ({"rms_norm_eps": 1 - 1e-9}, ["rms_norm_eps", "0.999999999"]),  # 1 as FP32
     ({"rope_theta": float("nan")}, ["rope_theta", "NaN"]),
     ({"tie_word_embeddings": "no"}, ["tie_word_embeddings", '"no"']),
     ({"bos_token_id": 77}, ["bos_token_id", "77"]),
@@ -607,6 +608,8 @@ def test_files_refused(tmp_path):
         refused(one, "config.json")
     (one / "config.json").unlink()
     refused(one, "config.json")
+    os.mkfifo(one / "config.json")
+    refused(one, "config.json", "not a regular file")
     refused(tmp_path / "nowhere", "nowhere", "directory")
 
 
@@ -626,6 +629,7 @@ def changed_sentencepiece(spec, key, value):
     (changed_sentencepiece("normalizer_spec", "escape_whitespaces", False), ["escape_whitespaces", "false"]),
     (with_piece("spare", 5), ["UNUSED", "10", "spare"]),
     (with_piece("again", 2), ["2 unknown"]),
+    *((with_piece(text, 6), ["piece 10", text, "<0xHH>"]) for text in ("<0xG0>", "<0x+1>", "<0x1>", "<0x012>", "a")),
     (with_piece("x" * 70000, 1), ["piece 10"]),
     (sentencepiece_model_pb2.ModelProto(), ["tokenizer"])])
 def test_sentencepiece_refused(tmp_path, tokenizer, words):
@@ -718,6 +722,32 @@ def test_target_that_cannot_be_written(tmp_path):
         done = run(directory, out)
         assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and str(out).encode() in done.stderr
     assert os.listdir(tmp_path) == ["m"] and not os.path.isfile("/dev/full")
+
+
+def test_target_that_is_read(tmp_path):
+    """Neither what is read nor the directory around an empty name is replaced; what else is in the source may be."""
+    directory = hf_directory(tmp_path / "m")
+    for name in "model.safetensors", "config.json", "tokenizer.model":
+        data = (directory / name).read_bytes()
+        status, text = call(directory, directory / name)
+        assert status == 1 and text.count("\n") == 1 and name in text and "files that are read" in text
+        assert (directory / name).read_bytes() == data
+    for _ in range(2):
+        status, text = call(directory, directory / "model.bin")
+        assert status == 0, text
+    for arguments in [directory], ["--to", "hf", directory / "model.bin"], ["--to", "gguf", directory / "model.bin"]:
+        status, text = call(*arguments, "")
+        assert status == 1 and text == "export.py: OUT is empty (give it a name)\n"
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_appends_to_standard_output(tmp_path, name):
+    directory = hf_directory(tmp_path / "m")
+    with open(tmp_path / "all", "ab") as file:
+        file.write(b"before")
+        file.flush()
+        assert subprocess.run([sys.executable, EXPORT, directory, name], stdout=file, stderr=subprocess.PIPE).returncode == 0
+    assert (tmp_path / "all").read_bytes() == b"before" + export(directory).data
 
 
 def test_closed_stderr(tmp_path):

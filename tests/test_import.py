@@ -746,6 +746,18 @@ def test_gguf_refused(tmp_path):
     refused(path, "not inside m.gguf")
 
 
+def test_source_as_target(tmp_path, golden):
+    """A file is not replaced by what is made of it, whatever its name."""
+    write_gguf(tmp_path / "m.gguf", SMALL, small_tensors(SMALL), QTYPE.F16)
+    checkpoint = imported(tmp_path, "gptq-sym", golden)
+    for source, options in (tmp_path / "m.gguf", []), (checkpoint, ["--to", "gguf"]):
+        data, link = source.read_bytes(), tmp_path / (source.name + ".link")
+        link.symlink_to(source)
+        for out in source, link:
+            status, text = call(*options, source, out)
+            assert status == 1 and text.count("\n") == 1 and "files that are read" in text and source.read_bytes() == data
+
+
 def test_gguf_damaged(tmp_path):
     """Bytes of the header changed at random: a checkpoint or a line, never a traceback."""
     path, rng = tmp_path / "m.gguf", np.random.default_rng(8)
@@ -994,7 +1006,13 @@ def test_way_out_refused(tmp_path, golden):
     (tmp_path / "there").mkdir()
     status, text = call("--to", "hf", source, tmp_path / "there")
     assert status == 1 and "exists already" in text
-    refused(tmp_path, "Is a directory", options=["--to", "gguf"])
+    os.mkfifo(tmp_path / "fifo")
+    for path in tmp_path, tmp_path / "fifo":
+        refused(path, "not a regular file", options=["--to", "gguf"])
+    path = tmp_path / "x.bin"
+    for theta in 1e40, 1e-60:  # run takes both
+        path.write_bytes(data[:80] + struct.pack("<d", theta) + data[88:])
+        refused(path, "x.bin", "rope_theta", f"{theta:g}", "GGUF", options=["--to", "gguf"])
     for option in ["--lora", "x"], ["--base-quant", "nf4"]:
         with pytest.raises(SystemExit) as stop:
             call("--to", "gguf", source, tmp_path / "o.gguf", *option)

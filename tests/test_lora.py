@@ -471,6 +471,16 @@ def test_config_refused(odd, adapter, config, words):
     refused(odd, adapter, words=words)
 
 
+@pytest.mark.parametrize("config", [
+    {"target_modules": r"((\w|\.)+)+Z"}, {"exclude_modules": r"((\w|\.)+)+Z"}, {"modules_to_save": [r"((\w|\.)+)+Z"]},
+    {"rank_pattern": {r"((\w|\.)+)+Z": 3}}, {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": [r"((\w|\.)+)+Z"]}])
+def test_regular_expressions_without_end(odd, adapter, monkeypatch, config):
+    limit = lora_merge.time_limit
+    monkeypatch.setattr(lora_merge, "time_limit", lambda where: limit(where, 0.2))
+    small_adapter(adapter, **config)
+    refused(odd, adapter, words=["adapter_config.json", "regular expressions", "longer than 0.2 s"])
+
+
 def zeros(*shape):
     return np.zeros(shape, np.float32)
 
@@ -564,7 +574,14 @@ def test_files_refused(odd, adapter):
     config.unlink()
     refused(odd, adapter, words=["adapter_config.json", "No such file"])
     refused(odd, odd.parent / "nowhere", words=["nowhere", "No such file"])
+    os.mkfifo(config)
+    refused(odd, adapter, words=["adapter_config.json", "not a regular file"])
+    config.unlink()
     config.write_text(good)
+    for name in config, weights:  # export.py's OUT
+        data = name.read_bytes()
+        status, text = call(export, odd, name, "--lora", adapter)
+        assert status == 1 and "files that are read" in text and name.read_bytes() == data
     merge(odd, adapter, odd.parent / "adapter-out")
 
 
@@ -744,6 +761,7 @@ def test_target_that_cannot_be_written(tmp_path, odd):
             ("file/out", "Not a directory"), ("/proc/out", "/proc/out"), (odd, "exists"):
         status, error = finish(start(odd, tmp_path / "a", tmp_path / out))
         assert status == 1 and error.count("\n") == 1 and word in error and str(out).rstrip("/") in error
+    assert finish(start(odd, tmp_path / "a", "")) == (1, "lora_merge.py: OUT is empty (give it a name)\n")
     assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "file").read_text() == (tmp_path / "full" / "file").read_text() == "kept"
 
 
