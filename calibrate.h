@@ -447,8 +447,8 @@ static void loss_backward(float *p, size_t vocab_size, uint64_t *seed) {
     for (size_t v = 0; v < vocab_size; v++) p[v] = (float)(p[v] / sum) - (v == drawn);
 }
 
-/* Layer l's piece of the gradients' file, n_tokens * dim numbers, to it or from it; a file beside the new one that has no name.
- * Dies if it cannot be written or read. */
+/* Layer l's piece of the gradients' file, n_tokens * dim numbers, to it or from it; a file beside the new one that has no name, or
+ * in the current directory where the new one is no file. Dies if it cannot be written or read. */
 static void gradients_io(Calibration *o, bool out, size_t l, float *x) {
     size_t count = o->n_tokens * o->m->c.dim;
     char name[4200];

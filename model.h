@@ -372,7 +372,7 @@ static void load_tokenizer(const char *path, const Header *c, const unsigned cha
         if (type == BYTE) {
             char digits[8] = {0};
             memcpy(digits, p->text, length == 6 ? 6 : 0);
-            if (sscanf(digits, "<0x%2X>", &p->byte) != 1 || digits[5] != '>' || p->byte > 255)     /* it takes a sign, too */
+            if (sscanf(digits, "<0x%2X>", &p->byte) != 1 || strspn(digits + 3, "0123456789ABCDEFabcdef") != 2 || digits[5] != '>')
                 die("%s: tokenizer: byte piece %zu is not <0xHH>", path, i);
             t->byte_ids[p->byte] = (int)i;
         }

@@ -662,7 +662,7 @@ static void convert(Source *source, const char *shape, const char *out_path, uin
 
 #ifndef TESTING
 static const char QUANTIZE_HELP[] =
-    "usage: quantize IN.bin OUT.bin TYPE [options]       IN.bin may be -, standard input\n"
+    "usage: quantize IN.bin OUT.bin TYPE [options]       - is standard input, or output\n"
     "       quantize IN.bin OUT.bin TYPE --gptq|--awq --calib FILE [options]\n"
     "       quantize --random SHAPE OUT.bin TYPE [options]\n"
     "makes a checkpoint of another type from an FP32 or FP16 one, or one of random weights\n"

@@ -116,8 +116,11 @@ static char final_path[4096];           /* what `temporary` becomes */
  * always whole. What is no file (a pipe, /dev/stdout even where the shell sends it into a file, a link to where nothing is) is
  * written as it is. Both die on errors. */
 static FILE *open_output(const char *path) {
+    static const char *const NAMES[] = {"/dev/stdout", "/dev/fd/1", "/proc/self/fd/1",
+                                        "/dev/stderr", "/dev/fd/2", "/proc/self/fd/2"};
     struct stat st, link;
-    int fd = !strcmp(path, "/dev/stdout") ? dup(STDOUT_FILENO) : !strcmp(path, "/dev/stderr") ? dup(STDERR_FILENO) : -1;
+    int fd = -1;
+    for (int i = 0; i < 6; i++) if (fd < 0 && !strcmp(path, NAMES[i])) fd = dup(i < 3 ? STDOUT_FILENO : STDERR_FILENO);
     bool exists = stat(path, &st) == 0, plain = path[0] && fd < 0 && (exists ? S_ISREG(st.st_mode) : lstat(path, &link) != 0);
     char *real = exists ? realpath(path, NULL) : NULL;          /* a link's target is replaced, not the link */
     int n = snprintf(final_path, sizeof final_path, "%s", real ? real : path);
@@ -127,7 +130,7 @@ static FILE *open_output(const char *path) {
     if (plain) snprintf(temporary, sizeof temporary, "%.4000s.tmp.%d", final_path, (int)getpid());
     if (path[0]) f = fd >= 0 ? fdopen(fd, "wb") : fopen(plain ? temporary : path, "wb");
     if (!f) { temporary[0] = 0; die("%s: cannot be written: %s", path, strerror(errno)); }
-    if (plain && exists && fchmod(fileno(f), st.st_mode & 07777)) {}            /* as it was; where that cannot be, as new files are */
+    if (plain && exists && fchmod(fileno(f), st.st_mode & 07777)) {}            /* where it cannot be as it was, as new files are */
     atexit(remove_temporary);
     return f;
 }
@@ -306,6 +309,8 @@ static void mean_and_error(const Samples *s, double *mean, double *error) {
     *error = s->n > 1 ? sqrt(squares / (double)(s->n - 1) / (double)s->n) : 0;
 }
 
+#define NO_NUMBERS "gives probabilities that are no numbers: are its weights?"
+
 static void check_same_pieces(const Model *a, const Model *b) {
     const Tokenizer *x = &a->tokenizer, *y = &b->tokenizer;
     bool same = a->c.vocab_size == b->c.vocab_size && x->n_pieces == y->n_pieces;
@@ -371,8 +376,9 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     if (interrupted) die("interrupted after %zu of %zu tokens", nlls.n, n_ids);
     double mean, error, kl_mean = 0, kl_error = 0, same_top = (double)n_same / (double)nlls.n, kl_p99 = 0;
     mean_and_error(&nlls, &mean, &error);
-    if (isnan(mean)) die("%s: gives probabilities that are no numbers: are its weights?", m->path);
-    if (o->against) { mean_and_error(&kls, &kl_mean, &kl_error); kl_p99 = quantile(&kls, 0.99); }
+    if (o->against) mean_and_error(&kls, &kl_mean, &kl_error);
+    if (isnan(mean) || isnan(kl_mean)) die("%s: " NO_NUMBERS, isnan(mean) ? m->path : o->against);
+    if (o->against) kl_p99 = quantile(&kls, 0.99);
     printf("ppl %.4f +- %.4f  nll %.6f  tokens %zu  ctx %zu", exp(mean), exp(mean) * error, mean, nlls.n, context);
     if (o->against) printf("  kl %.5f +- %.5f  kl_p99 %.4g  same_top %.1f%%", kl_mean, kl_error, kl_p99, 100 * same_top);
     putchar('\n');
@@ -463,6 +469,7 @@ static bool score_mode(const Model *m, const Options *o) {
             if (q.n_ids > longest)
                 die("%s: line %zu: %zu tokens do not fit in a context of %zu: raise -c", o->file, line_number, q.n_ids, longest);
             scores[0][k] = log_likelihood(&s, q.ids, from + 1, q.n_ids, logits);
+            if (isnan(scores[0][k])) die("%s: " NO_NUMBERS, m->path);
             scores[1][k] = scores[0][k] / (double)(strlen(fields[k + 1]) + 1);
             for (int way = 0; way < 2; way++) if (scores[way][k] > scores[way][best[way]]) best[way] = k;
             free(context);

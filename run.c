@@ -61,8 +61,8 @@ struct Backend {
     size_t chunk;                       /* more tokens than this in a forward bring no more speed */
     void (*load)(Model *m);             /* takes the weights of a model that was just mapped, where they must go elsewhere */
     void (*unload)(Model *m);
-    void (*open)(State *s);             /* makes room for caches and activations; new_state() has filled in the fields down to
-                                           `frequencies`, of which this may widen head_width */
+    void (*open)(State *s);             /* makes room for caches and activations; new_state() has filled in what describes them,
+                                           of which this may widen head_width, and position_bytes with it */
     void (*close)(State *s);
     /* a step of the model over n <= chunk tokens; logits: [wanted tokens, vocab_size] */
     void (*forward)(State *s, const Token *tokens, size_t n, float *logits);
@@ -979,9 +979,11 @@ static volatile sig_atomic_t interrupted;
 /* Ctrl-C and the like: the generation ends after this step. The second one, or that nobody reads on, ends the program, which
  * leaves no file. */
 static void on_signal(int number) {
-    static const char shorter[] = "a file became shorter while it was read\n";
+    static const char shorter[] = ": a file became shorter while it was read\n";
+    static int told;
     if (!interrupted && number != SIGPIPE && number != SIGBUS) { interrupted = number; return; }
-    if (number == SIGBUS && write(STDERR_FILENO, shorter, sizeof shorter - 1)) {}
+    if (number == SIGBUS && __sync_lock_test_and_set(&told, 1)) for (;;) pause();       /* another thread tells it */
+    if (number == SIGBUS && write(STDERR_FILENO, program, strlen(program)) && write(STDERR_FILENO, shorter, sizeof shorter - 1)) {}
     remove_temporary();
     if (number == SIGBUS) _exit(1);
     signal(number, SIG_DFL);
@@ -1451,10 +1453,10 @@ static int run(int argc, char **argv) {
     /* gcc's threads wait for one another spinning, up to some 20 ms: as soon as another program wants a core, that keeps
      * from running whom they wait for (SPEED.md: 7 tok/s instead of 750). How long is read from the environment before
      * main begins, hence a second start, with about 0.1 ms. */
-    if (!getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "1000", 1)) {
-        setenv("OMP_STACKSIZE", "2M", 0);       /* attention() takes a quarter of that; some systems give threads less */
-        execv("/proc/self/exe", argv);
-    }
+    bool again = !getenv("GOMP_SPINCOUNT") && !getenv("OMP_WAIT_POLICY") && !setenv("GOMP_SPINCOUNT", "1000", 1);
+    again |= !getenv("OMP_STACKSIZE") && !setenv("OMP_STACKSIZE", "2M", 1);     /* some systems give threads less than attention()
+                                                                                   takes, a quarter of that */
+    if (again) execv("/proc/self/exe", argv);
 #endif
     /* where the shell closed a standard stream, the first file to be opened would take its place */
     if (fcntl(STDIN_FILENO, F_GETFD) < 0) open("/dev/null", O_WRONLY);

@@ -1024,10 +1024,15 @@ static void test_damaged_files(void) {
         bytes[at] = saved;
     }
     CHECK(refused > 500, "only %d of 2000 were refused", refused);
-    for (size_t i = 0; i + 6 < file.length; i++)
-        if (!memcmp(bytes + i, "<0x41>", 6)) memcpy(bytes + i, "<0x-1>", 6);
-    write_bytes(path, bytes, file.length);
-    CHECK(try_model(path) == 1, "a byte piece of a negative number");
+    static const char *const PIECES[] = {"<0x41>", "<0x-1>", "<0x+1>", "<0x 1>", "<0x-0>", "<0x0x>", "<0x1>>", "<0x411"};
+    size_t piece = 0;
+    while (memcmp(bytes + piece, PIECES[0], 6)) piece++;
+    for (size_t i = 0; i < sizeof PIECES / sizeof *PIECES; i++) {
+        memcpy(bytes + piece, PIECES[i], 6);
+        write_bytes(path, bytes, file.length);
+        int status = try_model(path);
+        CHECK(status == (i > 0), "byte piece %s: status %d", PIECES[i], status);
+    }
     unlink(path);
     free(file.text);
 }

@@ -67,7 +67,7 @@ def expected(config, model, reference, ids, ctx, skip):
     error = [x.std(ddof=1) / np.sqrt(len(x)) for x in (nll, kl)]
     ppl = np.exp(nll.mean())
     return dict(zip(NUMBERS, (ppl, ppl * error[0], nll.mean(), len(nll), ctx, kl.mean(), error[1],
-                              np.sort(kl)[int(0.99 * (len(kl) - 1) + 0.5)], same.mean())))
+                              np.quantile(kl, 0.99), same.mean())))
 
 
 def measured(folder, model, reference, *options):

@@ -381,6 +381,9 @@ def test_output_that_is_no_plain_name(tmp, odd):
         assert subprocess.run([RUN, DEMO, "-i", "hi", "-n", "3", "-q", "-o", "/dev/stdout"], stdout=log, env=ENV).returncode == 0
         log.seek(0)
         assert log.read().startswith("earlier\nhi") and '"sequences"' in open(tmp / "log").read()
+    with open(tmp / "log", "w") as log:
+        assert run(DEMO, "-i", "hi", "-n", 1, "-q", "-o", "/proc/self/fd/1", stdout=log)[0] == 0
+    assert (tmp / "log").read_text().startswith("hi") and '"sequences"' in (tmp / "log").read_text()
     os.symlink("target.json", tmp / "link.json")
     assert run(DEMO, "-i", "hi", "-n", 1, "-q", "-o", tmp / "link.json")[0] == 0
     assert os.path.islink(tmp / "link.json") and strict_json((tmp / "target.json").read_bytes())
@@ -419,6 +422,9 @@ def test_weights_that_are_no_numbers(tmp, odd):
     (tmp / "nan.bin").write_bytes(data)
     (tmp / "t").write_text("some text")
     one_line(run(tmp / "nan.bin", "-m", "perplexity", "-f", tmp / "t"), 1, "", "no numbers")
+    one_line(run(odd["f16"], "-m", "perplexity", "-f", tmp / "t", "--against", tmp / "nan.bin"), 1, "", "no numbers")
+    (tmp / "t").write_text("a context\tone\ttwo\t0\n")
+    one_line(run(tmp / "nan.bin", "-m", "score", "-f", tmp / "t"), 1, "", "no numbers")
 
 
 def test_target(tmp):
