@@ -421,7 +421,7 @@ def write_checkpoint(file, name, c, chat, tokenizer, tensors, weights):
         offset, size = align(total), tensor_bytes(kind, group, rows, cols)
         table.append(struct.pack("<48sIIQQQQ8x", tensor.encode(), FILE_TYPES[kind], group, rows, cols, offset, size))
         total = offset + size
-    name = "".join(c if c.isprintable() else "?" for c in name)  # what run would refuse
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)  # what run would refuse
     name = name.encode(errors="replace")[:67].decode(errors="ignore").encode()  # whole characters, and a zero
     header = struct.pack(
         "<8sIIQQQ9IfdI68s96x", b"mistralc", 1, len(tensors), total, tokenizer_offset, len(tokenizer),

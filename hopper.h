@@ -1,5 +1,5 @@
 /* hopper.h - products on GPUs of compute capability 9.0 (a Hopper), built for sm_90a. Skip this on a first reading: run_cuda.cu,
- * which includes it, has the same products for all GPUs; of how they are done here only the order of codes and inputs shows there.
+ * which includes it, has the same products for all GPUs; what shows there is the order of codes and inputs, and how blocks are cut.
  *
  * A Hopper's tensor cores do twice the work if a group of four warps gives it to them at once (wgmma, PTX ISA), and can take it
  * from shared memory, where a single thread can have it copied. From top to bottom:

@@ -44,7 +44,7 @@ static void cuda_check(cudaError_t error, const char *call) {
 #define UNROLL _Pragma("unroll")
 
 enum {
-    COLUMNS = 128,                      /* of a tile of weights; activations are padded to a multiple */
+    COLUMNS = 128,                      /* of a tile of codes; all matrices and activations are padded to a multiple */
     MAX_PARTS = 8                       /* into which a product's columns are cut, for more blocks to have something to do */
 };
 
@@ -414,16 +414,16 @@ template <int TYPE, int GROUPS> struct Stage {
     }
 };
 
-/* A group's sum as FP32. Where converting is slow (a T4 does 16 a cycle, and 64 additions) the sum starts at the bits that
- * 1.5 * 2^23 has as a float: then the integer's bits, read as a float, are 1.5 * 2^23 more than it is (it is less than 2^22:
- * 128 * 255 * 127). BLOCKS_HELD: blocks of product_many that a multiprocessor shall hold at once; a T4's shared memory often
- * holds one, which may then have twice the registers. */
+/* A group's sum as FP32. Where converting is slow (a T4 does 16 a cycle, and 64 additions) the sum starts at run.c's ROUNDER_BITS:
+ * then the integer's bits, read as a float, are ROUNDER more than it is (less than 2^22: 128 * 255 * 127). BLOCKS_HELD: blocks of
+ * product_many that a multiprocessor shall hold at once; a T4's shared memory often holds one, which may then have twice the
+ * registers. */
 #if __CUDA_ARCH__ >= 800
 enum { SUM_START = 0, BLOCKS_HELD = 2 };
 __device__ inline float sum_value(int sum) { return (float)sum; }
 #else
-enum { SUM_START = 0x4b400000, BLOCKS_HELD = 1 };
-__device__ inline float sum_value(int sum) { return __int_as_float(sum) - 12582912.0f; }
+enum { SUM_START = ROUNDER_BITS, BLOCKS_HELD = 1 };
+__device__ inline float sum_value(int sum) { return __int_as_float(sum) - ROUNDER; }
 #endif
 
 /* Adds to the totals of a row and two tokens a group's sums. row: the weights' (scale, zero); tokens: (scale, sum) of each. */
@@ -706,7 +706,7 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
     int sum = 0;
     uint32_t bytes = 0;
     for (int i = 0; i < 4; i++) {
-        int q = __float_as_int(fmaf(v[i], inverse, 12582912.0f)) - 0x4b400000;      /* to nearest, as in run.c */
+        int q = __float_as_int(fmaf(v[i], inverse, ROUNDER)) - (int)ROUNDER_BITS;      /* to nearest, as in run.c */
         bytes |= (uint32_t)(q & 255) << 8 * i;
         sum += q;
     }
@@ -743,9 +743,9 @@ __global__ void embed(float *x, float2 *rotations, const Entry *entries, Weights
 }
 
 /* x += the parts of a product; then its norm goes into the product with w. A block for each token, or for each of `wanted`: WARPS
- * warps, each with every WARPS-th tile of columns, MOST at most. What counts here is the time until an answer comes: all that is
- * read of a tile, or of two, is asked for before any of it is used. PARTS: as many as there can be; or one, for a prefill, two
- * blocks of which then fit on a multiprocessor. x: [n][128 * column tiles]; parts: [n_parts][n][the same]. */
+ * warps, each with every WARPS-th 128 columns, MOST at most. What counts here is the time until an answer comes: all that is
+ * read of 128, or of 256, is asked for before any of it is used. PARTS: as many as there can be; or one, for a prefill, two
+ * blocks of which then fit on a multiprocessor. x: [n][width]; parts: [n_parts][n][width]. */
 enum { MAX_DIM = 16384 };
 template <int WARPS, int MOST, int PARTS>
 __global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 2 : 1)
@@ -1364,7 +1364,7 @@ static void launch_product(State *s, int operation, float *out, Weights w, Input
     if (tiles == 1) grid = {dim3(4 * row_blocks, w.parts), w.units ? 128 : 256};
     if (in.swizzled && TYPE == F16) {
         /* A prefill's blocks have 256 tokens, or 64, where the large ones would leave multiprocessors idle; the bits are the same.
-         * How often all multiprocessors take a block: one of 256 takes some 8/3 as long (SPEED.md). */
+         * How often all multiprocessors take a block: one of 256 takes 8/3 as long, by an estimate (SPEED.md). */
         if (tiles == 16) {
             int small = (int)ceil_div(ceil_div(n, 64) * row_blocks, d->multiprocessors);
             int large = (int)ceil_div(ceil_div(n, 256) * row_blocks, d->multiprocessors);

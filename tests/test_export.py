@@ -285,6 +285,10 @@ def test_long_names_are_cut_at_a_character(tmp_path):
     assert export(hf_directory(tmp_path / ("é" * 60))).header["name"] == "é" * 33
 
 
+def test_names_without_control_characters(tmp_path):
+    assert export(hf_directory(tmp_path / "a\tb\x1b[2J")).header["name"] == "a?b?[2J"
+
+
 def test_pipe_equals_file(tmp_path):
     directory = hf_directory(tmp_path / "m")
     done = run(directory, "-")
