@@ -286,7 +286,8 @@ def test_long_names_are_cut_at_a_character(tmp_path):
 
 
 def test_names_without_control_characters(tmp_path):
-    assert export(hf_directory(tmp_path / "a\tb\x1b[2J")).header["name"] == "a?b?[2J"
+    done = run(hf_directory(tmp_path / "a\tb\x1b[2J"), "-")
+    assert done.returncode == 0 and Checkpoint(done.stdout).header["name"] == "a?b?[2J"
 
 
 def test_pipe_equals_file(tmp_path):
