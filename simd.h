@@ -9,8 +9,9 @@
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  *   dot(sum, codes, x)          sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
  *                               activations
- * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
- * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
+ * and how many sums its registers hold: TOKENS by REGISTERS of rows; from how many tokens on it pays to unpack q4 and FP16 into
+ * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never); how many bytes ahead weights are asked for (DISTANCE),
+ * and into which cache (LOCALITY: 3 the first level, 2 the second). Some instructions stand here as assembly, because gcc 12
  * otherwise moves every sum to another register and back: a quarter of the speed. */
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -28,7 +29,7 @@
 #define INLINE static inline __attribute__((always_inline))    /* so that arguments which are constants choose the code */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
+enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0, LOCALITY = 3, DISTANCE = 2048 };
 #define VPDPBUSD "vpdpbusd"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #if defined(__AVXVNNI__)
@@ -38,16 +39,16 @@ enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
 #else
 #define PAIRS                           /* sums of two products are all it has: see dot() and pair_tile() */
 #endif
-enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, UNPACK = BLOCK + 1 };
+enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, UNPACK = BLOCK + 1, LOCALITY = 2, DISTANCE = 8192 };
 #ifdef PAIRS
 enum { BIAS = 128 };
 #else
 enum { BIAS = 0 };
 #endif
 #elif defined(__aarch64__)
-enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128 };     /* BIAS: its factors are both signed */
+enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128, LOCALITY = 2, DISTANCE = 8192 };  /* both factors signed */
 #else                                   /* none that is known */
-enum { UNPACK = BLOCK + 1 };
+enum { UNPACK = BLOCK + 1, DISTANCE = 0 };
 #define number_tiles number_tiles_plain
 #define group_product group_product_plain
 #define halves_to_floats halves_to_floats_plain
@@ -115,23 +116,36 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
 /* x in every lane: minus 0, because plus 0 makes +0 of -0, and is computed. */
 static inline Floats every(float x) { return x - (Floats){0}; }
 
-/* What a tile asks for ahead, of what Ahead names: `bytes` with every 32 columns. */
-typedef struct { uintptr_t at; size_t bytes; } Share;
+/* What a tile asks for ahead, of what Ahead names: each line of 64 bytes once - one too few is waited for, one twice is in the way
+ * of others - and evenly over the columns, and over its passes, each of which takes some of the rows: what one asks for at once
+ * waits for memory while the next leaves it idle. With a column `column` becomes due; a line asked for settles `line` of it. */
+typedef struct { uintptr_t at; size_t due, asked, column, line; } Share;
+
+INLINE void ask(Share *s, size_t columns) {
+    for (s->due += columns * s->column; s->asked < s->due; s->asked += s->line, s->at += 64)
+        __builtin_prefetch((const void *)s->at, 0, LOCALITY);
+}
+
+/* Cuts off `all` the share of a tile of T tokens and n columns, a token's part being `bytes`. */
+INLINE Share share(Ahead *all, size_t bytes, size_t T, size_t n) {
+    size_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* of a line that the last tile asks for */
+    Share part = {all->at + before, 0, before * byte, bytes * T, 64 * byte};
+    all->at += bytes * T;
+    return part;
+}
 
 /* number_tiles_plain() for T tokens. T and type are constants wherever this is inlined, so that the sums stay in registers. */
 INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Share ahead) {
-    const size_t R = AT_ONCE(T), PASSES = PANEL / WIDTH / R;
+    const size_t R = AT_ONCE(T);
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Floats sum[TOKENS][PANEL / WIDTH];
         UNROLL
         for (size_t t = 0; t < T; t++)
             UNROLL
             for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
-        uintptr_t next = ahead.at + row / WIDTH / R * n / PASSES * ahead.bytes / 32;        /* this pass's: see ask() */
-        size_t step = ahead.bytes / 32;
         for (size_t k = 0; k < n; k++) {
             Floats of_k[PANEL / WIDTH];
-            if (k % PASSES == 0) { __builtin_prefetch((const void *)next, 0, 2); next += step; }
+            ask(&ahead, 1);
             UNROLL
             for (size_t r = 0; r < R; r++) {
                 size_t at = k * PANEL + row + r * WIDTH;
@@ -147,13 +161,6 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
             UNROLL
             for (size_t r = 0; r < R; r++) *(Floats *)(out + t * PANEL + row + r * WIDTH) = sum[t][r];
     }
-}
-
-/* Cuts off `all` what a tile of T tokens and n columns is to ask for, a token's part being `bytes`. */
-static inline Share share(Ahead *all, size_t bytes, size_t T, size_t n) {
-    Share part = {all->at, bytes * T * 32 / n};
-    all->at += bytes * T;
-    return part;
 }
 
 INLINE void tiles(const int type, size_t T, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
@@ -173,21 +180,14 @@ static void number_tiles(size_t T, int type, float *out, const void *w, const fl
                ahead);
 }
 
-/* Asks for what goes with n columns of codes from k on, each line of it once: one too few is waited for, one twice is in the way
- * of others. (FP16 has a line a column for one token, and tile() asks by columns.) A tile goes over its columns once for each
- * PASSES-th of the rows, and has gone over `first` of them before: it asks evenly in all passes, or what one asks for at once waits
- * for memory while the next leaves it idle. */
-INLINE void ask(Share ahead, size_t first, size_t k, size_t n, const size_t PASSES) {
-    uintptr_t at = ahead.at + (first + k) * ahead.bytes / (32 * PASSES);
-    uintptr_t end = ahead.at + (first + k + n) * ahead.bytes / (32 * PASSES);
-    for (at = (at + 63) / 64 * 64; at < end; at += 64) __builtin_prefetch((const void *)at, 0, 2);
-}
-
-/* The codes of columns k to k + 3 of the rows from `row` on. */
-INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row) {
+/* The codes of columns k to k + 3 of the rows from `row` on; with `both`, bytes of q4 as they are for the rows from 16 on: 16 times
+ * the codes, and those of the rows 16 before. */
+INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool both) {
     if (type == Q8) return *(const Lanes *)(codes + k * PANEL + 4 * row);
-    Lanes four = *(const Lanes *)(codes + k / 2 * PANEL + 4 * (row % 16)) >> row / 16 * 4 & 0x0f0f0f0f;
-    return type == NF4 ? of_nf4(four) : four;
+    Lanes bytes = *(const Lanes *)(codes + k * (PANEL / 2) + 4 * (row % 16));
+    if (both && row >= 16) return bytes;
+    bytes = bytes >> row / 16 * 4 & 0x0f0f0f0f;
+    return type == NF4 ? of_nf4(bytes) : bytes;
 }
 
 /* The same four activations in every lane. */
@@ -197,11 +197,16 @@ static inline Lanes load_activations(const int8_t *q) {
     return (Lanes){0} + x;
 }
 
-/* What group_product_plain() does with a sum, of token t and the rows from `row` on. */
-INLINE void add_group(float *total, const float *scale, Activations a, size_t t, size_t row, Lanes sum) {
-    Floats *out = (Floats *)(total + t * PANEL + row), sum_x = every(a.sum[t]);
-    Floats of_codes = multiply_add(-*(const Floats *)(scale + PANEL + row), sum_x, __builtin_convertvector(sum, Floats));
-    *out = multiply_add(*(const Floats *)(scale + row) * a.scale[t], of_codes, *out);
+/* What group_product_plain() does with sums, here of T tokens and the rows from `row` on: sum[t][r]. */
+INLINE void add_group(const size_t T, float *total, const float *scale, Activations a, size_t row, Lanes sum[][PANEL / WIDTH],
+                      size_t r) {
+    Floats of_rows = *(const Floats *)(scale + row), zero = -*(const Floats *)(scale + PANEL + row);
+    UNROLL
+    for (size_t t = 0; t < T; t++) {
+        Floats *out = (Floats *)(total + t * PANEL + row);
+        Floats of_codes = multiply_add(zero, every(a.sum[t]), __builtin_convertvector(sum[t][r], Floats));
+        *out = multiply_add(of_rows * a.scale[t], of_codes, *out);
+    }
 }
 
 #ifdef PAIRS
@@ -222,7 +227,7 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
             for (size_t t = 0; t < T; t++)
                 UNROLL
                 for (size_t r = 0; r < R; r++) part[t][r] = (Lanes){0};
-            ask(ahead, row / (WIDTH * R / 2) * n, start, 32, PANEL / WIDTH / R);
+            ask(&ahead, 32);
             UNROLL
             for (size_t k = 0; k < 32; k += 4) {
                 Lanes half[PANEL / WIDTH];
@@ -248,21 +253,21 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
             }
         }
         UNROLL
-        for (size_t t = 0; t < T; t++)
-            UNROLL
-            for (size_t r = 0; r < R; r++) add_group(total, scale, a, t, row + r / 2 * WIDTH + r % 2 * 16, sum[t][r]);
+        for (size_t r = 0; r < R; r++) add_group(T, total, scale, a, row + r / 2 * WIDTH + r % 2 * 16, sum, r);
     }
 }
 #endif
 
 /* group_product_plain() for T tokens. With few tokens each sum is split into PARTS over the columns, so that as many additions are
- * under way. */
+ * under way. Where it takes all of a panel's rows at once, q4 is not unpacked for the rows from 16 on: the sums over whole bytes,
+ * less those of the lower halves, are 16 times theirs. */
 INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
                       size_t n, Share ahead) {
 #ifdef PAIRS
     if (type == Q4) { pair_tile(T, total, codes, scale, a, n, ahead); return; }
 #endif
     const size_t R = AT_ONCE(T), PARTS = TOKENS * REGISTERS / (T * R);
+    const bool both = type == Q4 && R * WIDTH == PANEL;
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Lanes sum[TOKENS][PANEL / WIDTH];
         UNROLL
@@ -270,24 +275,26 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
             UNROLL
             for (size_t r = 0; r < R; r++) sum[i][r] = (Lanes){0} + (i < T ? BIAS * (int32_t)a.sum[i] : 0);
         for (size_t k = 0; k < n; k += 4 * PARTS) {
+            ask(&ahead, 4 * PARTS);             /* all before the sums: a branch between them, and gcc moves each to and fro */
             UNROLL
             for (size_t i = 0; i < T * PARTS; i++) {
                 size_t column = k + i / T * 4;
                 Lanes x = load_activations(a.q + i % T * n + column);
-                if (i % T == 0) ask(ahead, row / (WIDTH * R) * n, column, 4, PANEL / WIDTH / R);
                 UNROLL
                 for (size_t r = 0; r < R; r++)
-                    sum[i][r] = dot(sum[i][r], load_codes(type, codes, column, row + r * WIDTH), x);
+                    sum[i][r] = dot(sum[i][r], load_codes(type, codes, column, row + r * WIDTH, both), x);
             }
         }
         UNROLL
-        for (size_t t = 0; t < T; t++)
+        for (size_t r = 0; r < R; r++) {
             UNROLL
-            for (size_t r = 0; r < R; r++) {
+            for (size_t t = 0; t < T; t++) {
                 UNROLL
                 for (size_t i = t + T; i < T * PARTS; i += T) sum[t][r] += sum[i][r];
-                add_group(total, scale, a, t, row + r * WIDTH, sum[t][r]);
+                if (both && r >= R / 2) sum[t][r] = (sum[t][r] - sum[t][r - R / 2]) >> 4;
             }
+            add_group(T, total, scale, a, row + r * WIDTH, sum, r);
+        }
     }
 }
 
