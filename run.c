@@ -217,7 +217,7 @@ static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
 }
 
 /* (Skip this on a first reading: no result depends on it.) What a product asks memory for while it computes: `bytes` from `at` on,
- * a little with each column, so that they are in the first- or second-level cache when their turn comes. The processor's own
+ * a little with each column, so that they are in the second-level cache when their turn comes. The processor's own
  * prefetching ends with each page of 4 KB, and all at once would be more than it can have under way. A number, not a pointer, since
  * it may be an address where nothing is: asking for that is no error. */
 typedef struct { uintptr_t at; size_t bytes; } Ahead;
@@ -289,7 +289,7 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
         for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL) {
             const unsigned char *block = w->data + p * w->panel_bytes + g * w->block_bytes;
             size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
-            Ahead next = {(uintptr_t)block + w->block_bytes + DISTANCE, w->block_bytes};
+            Ahead next = {(uintptr_t)block + w->block_bytes + 8192, w->block_bytes};    /* 8 KB: SPEED.md, one sequence on a CPU */
             if (w->type < Q8) {
                 number_tiles(T, w->type, group_sum, block, a->x + at * w->group, w->group, n_k, next);
                 for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];

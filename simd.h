@@ -9,9 +9,8 @@
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  *   dot(sum, codes, x)          sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
  *                               activations
- * and how many sums its registers hold: TOKENS by REGISTERS of rows; from how many tokens on it pays to unpack q4 and FP16 into
- * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never); how many bytes ahead weights are asked for (DISTANCE),
- * and into which cache (LOCALITY: 3 the first level, 2 the second). Some instructions stand here as assembly, because gcc 12
+ * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
+ * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
  * otherwise moves every sum to another register and back: a quarter of the speed. */
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -29,7 +28,7 @@
 #define INLINE static inline __attribute__((always_inline))    /* so that arguments which are constants choose the code */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0, LOCALITY = 3, DISTANCE = 2048 };
+enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
 #define VPDPBUSD "vpdpbusd"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #if defined(__AVXVNNI__)
@@ -39,16 +38,16 @@ enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0, LOCALITY = 
 #else
 #define PAIRS                           /* sums of two products are all it has: see dot() and pair_tile() */
 #endif
-enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, UNPACK = BLOCK + 1, LOCALITY = 2, DISTANCE = 8192 };
+enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, UNPACK = BLOCK + 1 };
 #ifdef PAIRS
 enum { BIAS = 128 };
 #else
 enum { BIAS = 0 };
 #endif
 #elif defined(__aarch64__)
-enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128, LOCALITY = 2, DISTANCE = 8192 };  /* both factors signed */
+enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128 };     /* BIAS: its factors are both signed */
 #else                                   /* none that is known */
-enum { UNPACK = BLOCK + 1, DISTANCE = 0 };
+enum { UNPACK = BLOCK + 1 };
 #define number_tiles number_tiles_plain
 #define group_product group_product_plain
 #define halves_to_floats halves_to_floats_plain
@@ -123,7 +122,7 @@ typedef struct { uintptr_t at; size_t due, asked, column, line; } Share;
 
 INLINE void ask(Share *s, size_t columns) {
     for (s->due += columns * s->column; s->asked < s->due; s->asked += s->line, s->at += 64)
-        __builtin_prefetch((const void *)s->at, 0, LOCALITY);
+        __builtin_prefetch((const void *)s->at, 0, 2);
 }
 
 /* Cuts off `all` the share of a tile of T tokens and n columns, a token's part being `bytes`. */
@@ -145,7 +144,7 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
             for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
         for (size_t k = 0; k < n; k++) {
             Floats of_k[PANEL / WIDTH];
-            ask(&ahead, 1);
+            if (k % 4 == 0) ask(&ahead, 4);
             UNROLL
             for (size_t r = 0; r < R; r++) {
                 size_t at = k * PANEL + row + r * WIDTH;
