@@ -547,7 +547,7 @@ static Model map_model(const char *path) {
     void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (map == MAP_FAILED) die("%s: cannot be mapped: %s", path, strerror(errno));
 #ifdef MADV_HUGEPAGE
-    madvise(map, (size_t)st.st_size, MADV_HUGEPAGE);    /* a wish: pages of 2 MB are read 7% faster than scattered ones of 4 KB */
+    madvise(map, (size_t)st.st_size, MADV_HUGEPAGE);    /* a wish: SPEED.md, Pages: q4 decodes 8% faster */
 #endif
     close(fd);
     m.path = path;

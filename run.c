@@ -217,9 +217,9 @@ static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
 }
 
 /* (Skip this on a first reading: no result depends on it.) What a product asks memory for while it computes: `bytes` from `at` on,
- * a little with each column, so that they are in the second-level cache when their turn comes. The processor's own
- * prefetching ends with each page of 4 KB, and all at once would be more than it can have under way. A number, not a pointer, since
- * it may be an address where nothing is: asking for that is no error. */
+ * a little with each column, so that they are in the second-level cache when their turn comes. The processor's own prefetching
+ * ends with each page of 4 KB, and all at once would be more than it can have under way. A number, not a pointer, since it may be
+ * an address where nothing is: asking for that is no error. */
 typedef struct { uintptr_t at; size_t bytes; } Ahead;
 
 /* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k, for T tokens and the 32 rows of a panel. w: [n][32], FP32
@@ -284,9 +284,9 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
                            size_t T) {
     float group_sum[BLOCK * PANEL], totals[BLOCK * PANEL], scale[2 * PANEL], *total = totals;
     uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(64)));
-    memset(totals, 0, (w->n_panels - panel + apart - 1) / apart * T * PANEL * sizeof(float));
     for (size_t g = 0; g < w->n_groups; g++, total = totals)
         for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL) {
+            if (g == 0) memset(total, 0, T * PANEL * sizeof *total);
             const unsigned char *block = w->data + p * w->panel_bytes + g * w->block_bytes;
             size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
             Ahead next = {(uintptr_t)block + w->block_bytes + 8192, w->block_bytes};    /* 8 KB: SPEED.md, one sequence on a CPU */
@@ -1426,8 +1426,8 @@ static Options read_options(int argc, char **argv) {
     return o;
 }
 
-/* Puts a copy of the checkpoint in memory of our own where it was mapped, so that all that points there stays right. Where pages of
- * files lie scattered, as in a virtual machine, it is read some 9% faster (SPEED.md). */
+/* Puts a copy of the checkpoint in memory of our own where it was mapped, so that all that points there stays right. In virtual
+ * machines that is read some 9% faster, for a reason not found (SPEED.md). */
 static void read_into_memory(const Model *m, bool quiet) {
     size_t size = (size_t)m->c.file_size, done = 0;
     if ((double)size > memory_bytes())

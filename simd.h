@@ -115,20 +115,21 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
 /* x in every lane: minus 0, because plus 0 makes +0 of -0, and is computed. */
 static inline Floats every(float x) { return x - (Floats){0}; }
 
-/* What a tile asks for ahead, of what Ahead names: each line of 64 bytes once - one too few is waited for, one twice is in the way
- * of others - and evenly over the columns, and over its passes, each of which takes some of the rows: what one asks for at once
- * waits for memory while the next leaves it idle. With a column `column` becomes due; a line asked for settles `line` of it. */
-typedef struct { uintptr_t at; size_t due, asked, column, line; } Share;
+/* What a tile asks for ahead, of what Ahead names: each line of 64 bytes once (one that is missed is waited for, one asked for
+ * twice is in the way of others), evenly over its columns and its passes, each of which goes over all columns for some of the
+ * rows: if the first pass asked for everything, memory would stand still in the others. `due` counts in fractions of a byte, as
+ * many to a byte as there are columns in all passes, so that it is whole: each column adds `column`, each line asked for takes
+ * off `line`. */
+typedef struct { uintptr_t at; ptrdiff_t due, column, line; } Share;
 
-INLINE void ask(Share *s, size_t columns) {
-    for (s->due += columns * s->column; s->asked < s->due; s->asked += s->line, s->at += 64)
-        __builtin_prefetch((const void *)s->at, 0, 2);
+INLINE void ask(Share *s, ptrdiff_t columns) {
+    for (s->due += columns * s->column; s->due > 0; s->due -= s->line, s->at += 64) __builtin_prefetch((const void *)s->at, 0, 2);
 }
 
-/* Cuts off `all` the share of a tile of T tokens and n columns, a token's part being `bytes`. */
+/* Cuts off `all` the share of a tile of T tokens and n columns, a token's part being `bytes`: the lines that begin in it. */
 INLINE Share share(Ahead *all, size_t bytes, size_t T, size_t n) {
-    size_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* of a line that the last tile asks for */
-    Share part = {all->at + before, 0, before * byte, bytes * T, 64 * byte};
+    ptrdiff_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* before: up to where the first line begins */
+    Share part = {all->at + before, -before * byte, (ptrdiff_t)(bytes * T), 64 * byte};
     all->at += bytes * T;
     return part;
 }
@@ -179,12 +180,12 @@ static void number_tiles(size_t T, int type, float *out, const void *w, const fl
                ahead);
 }
 
-/* The codes of columns k to k + 3 of the rows from `row` on; with `both`, bytes of q4 as they are for the rows from 16 on: 16 times
- * the codes, and those of the rows 16 before. */
-INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool both) {
+/* The codes of columns k to k + 3 of the rows from `row` on. With `whole`, those of q4 for rows from 16 on are left as the whole
+ * bytes they stand in: 16 * code + the code of the row 16 before. */
+INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool whole) {
     if (type == Q8) return *(const Lanes *)(codes + k * PANEL + 4 * row);
     Lanes bytes = *(const Lanes *)(codes + k * (PANEL / 2) + 4 * (row % 16));
-    if (both && row >= 16) return bytes;
+    if (whole && row >= 16) return bytes;
     bytes = bytes >> row / 16 * 4 & 0x0f0f0f0f;
     return type == NF4 ? of_nf4(bytes) : bytes;
 }
@@ -196,7 +197,7 @@ static inline Lanes load_activations(const int8_t *q) {
     return (Lanes){0} + x;
 }
 
-/* What group_product_plain() does with sums, here of T tokens and the rows from `row` on: sum[t][r]. */
+/* What group_product_plain() does with sums: here with sum[t][r] of T tokens t, r being the register of the rows from `row` on. */
 INLINE void add_group(const size_t T, float *total, const float *scale, Activations a, size_t row, Lanes sum[][PANEL / WIDTH],
                       size_t r) {
     Floats of_rows = *(const Floats *)(scale + row), zero = -*(const Floats *)(scale + PANEL + row);
@@ -258,15 +259,15 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
 #endif
 
 /* group_product_plain() for T tokens. With few tokens each sum is split into PARTS over the columns, so that as many additions are
- * under way. Where it takes all of a panel's rows at once, q4 is not unpacked for the rows from 16 on: the sums over whole bytes,
- * less those of the lower halves, are 16 times theirs. */
+ * under way. A tile that takes all rows of a panel at once does not unpack q4's upper halves: the sum over whole bytes, less that
+ * over their lower halves, is 16 times the sum over the upper ones. */
 INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
                       size_t n, Share ahead) {
 #ifdef PAIRS
     if (type == Q4) { pair_tile(T, total, codes, scale, a, n, ahead); return; }
 #endif
     const size_t R = AT_ONCE(T), PARTS = TOKENS * REGISTERS / (T * R);
-    const bool both = type == Q4 && R * WIDTH == PANEL;
+    const bool whole = type == Q4 && R * WIDTH == PANEL;
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Lanes sum[TOKENS][PANEL / WIDTH];
         UNROLL
@@ -274,14 +275,14 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
             UNROLL
             for (size_t r = 0; r < R; r++) sum[i][r] = (Lanes){0} + (i < T ? BIAS * (int32_t)a.sum[i] : 0);
         for (size_t k = 0; k < n; k += 4 * PARTS) {
-            ask(&ahead, 4 * PARTS);             /* all before the sums: a branch between them, and gcc moves each to and fro */
+            ask(&ahead, 4 * PARTS);             /* not between the sums: at a branch there gcc 12 moves each to another register */
             UNROLL
             for (size_t i = 0; i < T * PARTS; i++) {
                 size_t column = k + i / T * 4;
                 Lanes x = load_activations(a.q + i % T * n + column);
                 UNROLL
                 for (size_t r = 0; r < R; r++)
-                    sum[i][r] = dot(sum[i][r], load_codes(type, codes, column, row + r * WIDTH, both), x);
+                    sum[i][r] = dot(sum[i][r], load_codes(type, codes, column, row + r * WIDTH, whole), x);
             }
         }
         UNROLL
@@ -290,7 +291,7 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
             for (size_t t = 0; t < T; t++) {
                 UNROLL
                 for (size_t i = t + T; i < T * PARTS; i += T) sum[t][r] += sum[i][r];
-                if (both && r >= R / 2) sum[t][r] = (sum[t][r] - sum[t][r - R / 2]) >> 4;
+                if (whole && r >= R / 2) sum[t][r] = (sum[t][r] - sum[t][r - R / 2]) >> 4;
             }
             add_group(T, total, scale, a, row + r * WIDTH, sum, r);
         }
