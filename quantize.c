@@ -47,7 +47,7 @@ static void fit_codes(Fit *fit, uint8_t *codes, const float *w, const float *imp
             c = (c + ROUNDER) - ROUNDER;
             float error = fmaf(scale[r], c - zero[r], -x), h = importance[k], hc = h * c;
             fit->error[r] = fmaf(h * error, error, fit->error[r]);
-            fit->c[r] += hc;
+            fit->c[r] = fmaf(h, c, fit->c[r]);
             fit->cc[r] = fmaf(hc, c, fit->cc[r]);
             fit->wc[r] = fmaf(x, hc, fit->wc[r]);
             if (codes) codes[k * PANEL + r] = (uint8_t)c;
@@ -128,8 +128,8 @@ static void pack_group(unsigned char *block, int type, const uint8_t *codes, con
 
 static float levels_of(int type) { return type == Q8 ? 255 : 15; }
 
-/* Codes of nf4, as bitsandbytes finds them: the largest magnitude of a row's group is 1, each weight takes the nearest of 16
- * values. */
+/* Codes of nf4, nearly as bitsandbytes finds them: the largest magnitude of a row's group is 1, each weight takes the nearest of
+ * 16 values, which are rounded to codes of q8 here. */
 static void nf4_codes(uint8_t *codes, float *scale, float *zero, const float *w, size_t n) {
     for (size_t r = 0; r < PANEL; r++) {
         float largest = 0;
@@ -163,25 +163,27 @@ static void round_group(unsigned char *block, int type, const float *w, size_t n
 static const char QUANTIZED[] = "%s: %s is %s already: start from an FP32 or FP16 checkpoint";
 static const char BAD_WEIGHT[] = "%s: %s has a weight that is infinite, not a number or too large for FP16";
 
-/* One panel from an f32 or f16 matrix to a matrix of another type; returns whether all its weights were finite and, for
- * FP16, in range. */
+/* One panel from an f32 or f16 matrix to a matrix of another type. Returns false, with part of it done, where a weight is not
+ * finite or, but for f32, beyond 65519, the largest that rounds to an FP16 number. */
 static bool convert_panel(unsigned char *out, const Matrix *to, const unsigned char *in, const Matrix *from) {
-    float w[MAX_GROUP * PANEL], limit = to->type == F32 ? 3.4028235e38f : 65519;       /* 65520 would round to infinity */
+    float w[MAX_GROUP * PANEL], limit = to->type == F32 ? 3.4028235e38f : 65519;
     bool good = true;
     for (size_t g = 0; g < to->n_groups; g++) {
         size_t k = g * to->group, n = min_size(to->group, to->cols - k);
         unpack_group(w, from->type, in + k * PANEL * (from->type == F32 ? 4 : 2), n);
         for (size_t i = 0; i < n * PANEL; i++) good &= fabsf(w[i]) <= limit;           /* false for NaN */
+        if (!good) return false;
         if (to->type >= Q8) round_group(out + g * to->block_bytes, to->type, w, n, to->group);
         else for (size_t i = 0; i < n * PANEL; i++) {
             if (to->type == F16) ((uint16_t *)out)[k * PANEL + i] = float_to_half(w[i]);
             else ((float *)out)[k * PANEL + i] = w[i];
         }
     }
-    return good;
+    return true;
 }
 
-/* The group size a tensor gets when `group` is asked for: that one or the largest smaller one that divides cols. */
+/* The group size a tensor gets when `group` is asked for: that one or the largest smaller one that divides cols; 32, with rows
+ * padded, if none does. */
 static uint32_t tensor_group(uint32_t type, uint32_t group, uint64_t cols) {
     if (type < Q8) return 0;
     while (group > 32 && cols % group) group /= 2;

@@ -22,7 +22,7 @@ static int compare_doubles(const void *a, const void *b) {
 }
 
 /* What a share `part` of the samples does not exceed, between its two neighbours in proportion: 0 smallest, 0.5 median, 1 largest;
- * 0 if there are no samples. */
+ * 0 if there are no samples. Sorts them. */
 static double quantile(Samples *s, double part) {
     if (!s->n) return 0;
     qsort(s->values, s->n, sizeof(double), compare_doubles);
@@ -41,6 +41,17 @@ typedef struct {
     Samples prefill, decode, total;     /* one of each pass */
     Samples ttft, itl;                  /* from the start to a sequence's first token; between its tokens */
 } Statistics;
+
+static void end_pass(Statistics *s) {
+    add_sample(&s->prefill, s->pass.prefill_seconds);
+    add_sample(&s->decode, s->pass.decode_seconds);
+    add_sample(&s->total, s->pass.total_seconds);
+}
+
+static void free_statistics(Statistics *s) {
+    Samples *all[] = {&s->prefill, &s->decode, &s->total, &s->ttft, &s->itl};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]->values);
+}
 
 static void flush_stdout(void) {
     if (fflush(stdout) != 0 && errno == EINTR) { clearerr(stdout); fflush(stdout); }        /* Ctrl-C */
@@ -100,15 +111,6 @@ static Text read_stream(FILE *f, const char *path) {
 }
 
 static Text read_file(const char *path) { return read_stream(fopen(path, "rb"), path); }
-
-/* The next line of a stream without its end, false at the end of the stream. `line` is reused. */
-static bool read_line(FILE *f, Text *line) {
-    ssize_t n = getline(&line->text, &line->room, f);
-    line->length = n < 0 ? 0 : (size_t)n;
-    if (line->length && line->text[line->length - 1] == '\n') line->length--;
-    if (line->length && line->text[line->length - 1] == '\r') line->length--;
-    return n >= 0;
-}
 
 static char final_path[4096];           /* what `temporary` becomes */
 
@@ -286,17 +288,18 @@ static double log_sum_exp(const float *logits, size_t n) {
     return max + log(sum);
 }
 
-/* The Kullback-Leibler divergence of softmax(p) from softmax(q), in nats; *same: whether both find the same id most
- * probable. p, q: logits [n], log_p: log_sum_exp of p. */
-static double divergence(const float *p, double log_p, const float *q, size_t n, bool *same) {
-    double log_q = log_sum_exp(q, n), sum = 0;
-    size_t top_p = 0, top_q = 0;
+/* The Kullback-Leibler divergence KL(p || q) = sum of p (log p - log q), in nats, of the reference's distribution p = softmax(x)
+ * and the model's, q = softmax(y); *same: whether both find the same id most probable. x, y: logits [n]; log_y: log_sum_exp of
+ * y. */
+static double divergence(const float *x, const float *y, double log_y, size_t n, bool *same) {
+    double log_x = log_sum_exp(x, n), sum = 0;
+    size_t top_x = 0, top_y = 0;
     for (size_t i = 0; i < n; i++) {
-        sum += exp(q[i] - log_q) * ((q[i] - log_q) - (p[i] - log_p));
-        if (p[i] > p[top_p]) top_p = i;
-        if (q[i] > q[top_q]) top_q = i;
+        sum += exp(x[i] - log_x) * ((x[i] - log_x) - (y[i] - log_y));
+        if (x[i] > x[top_x]) top_x = i;
+        if (y[i] > y[top_y]) top_y = i;
     }
-    *same = top_p == top_q;
+    *same = top_x == top_y;
     return sum;
 }
 
@@ -321,16 +324,16 @@ static void check_same_pieces(const Model *a, const Model *b) {
 
 /* Perplexity of a text: it is encoded whole, without BOS, and cut in windows of context - 1 ids; each is a sequence of
  * its own that starts with BOS, and every id of it, from --skip on, is scored. The windows run as one stream: id f
- * stands in window f / span and is predicted at position f % span, from BOS or the id before it. --against: the same
- * through a second model, and the divergence of this model's distributions from that one's. */
+ * stands in window f / length and is predicted at position f % length, from BOS or the id before it. --against: the same
+ * through a second model, with its own type's cache, and KL(that one || this one). */
 static bool perplexity_mode(const Model *m, const Options *o) {
     Text text = read_file(o->file);
     size_t n_ids, context = o->context ? o->context : 512, vocab = m->c.vocab_size, n_same = 0;
     int *ids = encode(&m->tokenizer, text.text, text.length, &n_ids);
     if (m->tokenizer.bos < 0) die("%s: the tokenizer has no BOS, which perplexity needs", m->path);
     if (!n_ids) die("%s: the text is empty", o->file);
-    size_t span = min_size(context - 1, n_ids), n_slots = min_size(CHUNK / span + 2, (n_ids + span - 1) / span);
-    if (o->skip >= span) die("%s: --skip %zu leaves nothing to score", o->file, o->skip);
+    size_t length = min_size(context - 1, n_ids), n_slots = min_size(CHUNK / length + 2, (n_ids + length - 1) / length);
+    if (o->skip >= length) die("%s: --skip %zu leaves nothing to score", o->file, o->skip);
 
     Model models[2];
     State states[2];
@@ -342,7 +345,7 @@ static bool perplexity_mode(const Model *m, const Options *o) {
         check_same_pieces(m, &models[1]);
     }
     for (size_t k = 0; k < n_models; k++) {
-        states[k] = new_state(&models[k], n_slots, span, CHUNK);
+        states[k] = new_state(&models[k], n_slots, length, CHUNK);
         states[k].profiled = o->profile;
         logits[k] = (float *)allocate(CHUNK * vocab, sizeof(float), "logits");
     }
@@ -354,18 +357,18 @@ static bool perplexity_mode(const Model *m, const Options *o) {
     for (size_t f = 0; f < n_ids && !interrupted; f += CHUNK) {
         size_t n = min_size(CHUNK, n_ids - f), n_want = 0;
         for (size_t i = 0; i < n; i++) {
-            size_t pos = (f + i) % span;
-            Token token = {pos ? ids[f + i - 1] : m->tokenizer.bos, pos, (f + i) / span % n_slots, pos >= o->skip};
+            size_t pos = (f + i) % length;
+            Token token = {pos ? ids[f + i - 1] : m->tokenizer.bos, pos, (f + i) / length % n_slots, pos >= o->skip};
             tokens[i] = token;
             if (token.want) target[n_want++] = ids[f + i];
         }
         for (size_t k = 0; k < n_models; k++) m->backend->forward(&states[k], tokens, n, logits[k]);
         #pragma omp parallel for schedule(static)
         for (size_t i = 0; i < n_want; i++) {
-            const float *p = logits[0] + i * vocab;
-            double log_p = log_sum_exp(p, vocab);
-            nll[i] = log_p - p[target[i]];
-            if (o->against) kl[i] = divergence(p, log_p, logits[1] + i * vocab, vocab, &same[i]);
+            const float *y = logits[0] + i * vocab;
+            double log_y = log_sum_exp(y, vocab);
+            nll[i] = log_y - y[target[i]];
+            if (o->against) kl[i] = divergence(logits[1] + i * vocab, y, log_y, vocab, &same[i]);
         }
         for (size_t i = 0; i < n_want; i++) {
             add_sample(&nlls, nll[i]);
@@ -425,7 +428,8 @@ static double log_likelihood(State *s, const int *ids, size_t from, size_t to, f
 
 /* Multiple choice: each line of a file is a context, choices, and the answer's index from 0, with tabs between them. Of the
  * choices, each put after the context and a space, the one with the highest log-likelihood is the model's answer; or, normalised,
- * with the highest for each byte. One line: `accuracy 51.0% +- 5.0%  normalised 53.0% +- 5.0%  items 100`. */
+ * with the highest for each byte. The context is read anew for each choice. One line: `accuracy 51.0% +- 5.0%  normalised 53.0% +-
+ * 5.0%  items 100`. */
 static bool score_mode(const Model *m, const Options *o) {
     Text text = read_file(o->file);
     if (memchr(text.text, 0, text.length)) die("%s: has a byte of value 0, which no text has", o->file);
@@ -453,11 +457,12 @@ static bool score_mode(const Model *m, const Options *o) {
         unsigned long answer = strtoul(fields[n - 1], &rest, 10);
         if (rest == fields[n - 1] || *rest || answer >= n - 2)
             die("%s: line %zu: the answer is '%.40s', not an index from 0 to %zu", o->file, line_number, fields[n - 1], n - 3);
+        size_t n_context;
+        int *context = encode(t, fields[0], strlen(fields[0]), &n_context);
         for (size_t k = 0; k < n - 2; k++) {
             Sequence q;
             Text whole = {NULL, 0, 0};
-            size_t n_context, from = 0;
-            int *context = encode(t, fields[0], strlen(fields[0]), &n_context);
+            size_t from = 0;
             memset(&q, 0, sizeof q);
             append(&whole, fields[0], strlen(fields[0]));
             append(&whole, " ", 1);
@@ -472,10 +477,10 @@ static bool score_mode(const Model *m, const Options *o) {
             if (isnan(scores[0][k])) die("%s: " NO_NUMBERS, m->path);
             scores[1][k] = scores[0][k] / (double)(strlen(fields[k + 1]) + 1);
             for (int way = 0; way < 2; way++) if (scores[way][k] > scores[way][best[way]]) best[way] = k;
-            free(context);
             free(whole.text);
             free(q.ids);
         }
+        free(context);
         n_items++;
         for (int way = 0; way < 2; way++) n_right[way] += best[way] == answer;
         progress(!o->quiet, "scoring", (double)(next - text.text), (double)text.length);

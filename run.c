@@ -11,8 +11,9 @@
  *   5. The modes         generate, chat
  *   6. The command line
  *
- * Letters used throughout: n tokens in this call (T of a tile or block, where n are columns), dim, hidden_dim, head_dim,
- * kv_dim = n_kv_heads * head_dim, [rows, cols] = [output, input] of a matrix. Arrays are row-major, the last index running fastest.
+ * Letters used throughout: n, the tokens of a call (in the products' inner loops these are T, and n the columns); dim, hidden_dim,
+ * head_dim, kv_dim = n_kv_heads * head_dim; [rows, cols] = [output, input] of a matrix. Arrays are row-major, the last index
+ * running fastest.
  *
  * Words: a panel is 32 rows of a matrix, interleaved (drawn in model.h); a group is 32, 64 or 128 neighbours of a row along the
  * input that share a scale and a zero: a weight is scale * (code - zero). A slot is a sequence's place in the KV cache; a run is
@@ -58,13 +59,13 @@ typedef struct { double random; int id; } Draw;
 /* What runs a model. The CPU's stands here; run_cuda.cu has a GPU's. */
 struct Backend {
     const char *name;
-    size_t chunk;                       /* more tokens than this in a forward bring no more speed */
+    size_t best_chunk;                  /* more tokens than this in a forward bring no more speed */
     void (*load)(Model *m);             /* takes the weights of a model that was just mapped, where they must go elsewhere */
     void (*unload)(Model *m);
     void (*open)(State *s);             /* makes room for caches and activations; new_state() has filled in what describes them,
                                            of which this may widen head_width, and position_bytes with it */
     void (*close)(State *s);
-    /* a step of the model over n <= chunk tokens; logits: [wanted tokens, vocab_size] */
+    /* a step of the model over n <= s->chunk tokens; logits: [wanted tokens, vocab_size] */
     void (*forward)(State *s, const Token *tokens, size_t n, float *logits);
     /* the same, and instead of logits the next ids; draws: [wanted tokens], in their order */
     void (*step)(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p);
@@ -73,7 +74,7 @@ struct Backend {
 static void cpu_open(State *s), cpu_close(State *s), forward(State *s, const Token *tokens, size_t n, float *logits);
 static void cpu_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p);
 static double cpu_peak(const State *s);
-enum { CHUNK = 256 };   /* most tokens of one sequence in a forward: enough that reading the weights is a small part of it */
+enum { CHUNK = 256 };   /* most tokens of one sequence in a forward: a cache's ring has room for so many */
 static const Backend CPU = {"cpu", CHUNK, NULL, NULL, cpu_open, cpu_close, forward, cpu_step, cpu_peak};
 static const Backend *backend = &CPU;   /* which load_model() gives a model */
 
@@ -110,7 +111,8 @@ static inline const float *halves_to_floats_plain(float *out, const uint16_t *in
 }
 
 /* FP32 to FP16, to nearest, ties to even; beyond +-65504 it stays there (NaN becomes that). Adding and taking away a number 2^13
- * times as large leaves of the FP32 mantissa the 10 bits that FP16 keeps. */
+ * times as large leaves of the FP32 mantissa the 10 bits that FP16 keeps; below 2^-14, whose bits are 113 << 23, it keeps fewer,
+ * since its steps stay as they are there. */
 static inline uint16_t float_to_half(float x) {
     float a = fminf(fabsf(x), 65504.0f);
     uint32_t exponent = as_bits(a) & 0x7f800000;
@@ -126,7 +128,7 @@ static inline uint16_t float_to_half(float x) {
 
 /* e^x to 2e-7, relative; clamped to where the result is a normal number. x = n ln 2 + r with |r| <= ln 2 / 2. Polynomial of
  * expf in the Cephes library. Our own because a compiler vectorises it, and because libm's differs from one machine to the next (as
- * those of FP64 do too, but after rounding to FP32 that no longer shows: RoPE uses them). */
+ * those of FP64 do too, in the last bit, which rounding to FP32 nearly always hides: RoPE uses them). */
 static inline float fast_exp(float x) {
     x = x > 88.0f ? 88.0f : x;
     x = x < -87.0f ? -87.0f : x;
@@ -204,13 +206,14 @@ static const uint8_t *unpack_codes(uint8_t *room, int type, const uint8_t *packe
             room[k * PANEL + i] = packed[i] & 15;
             room[(k + 2) * PANEL + i] = packed[i] >> 4;     /* 16 rows of 4 columns further on */
         }
-    for (size_t i = 0; type == NF4 && i < round_up(n, 4) * PANEL; i++) room[i] = NF4_CODES[room[i]];
+    if (type == NF4) for (size_t i = 0; i < round_up(n, 4) * PANEL; i++) room[i] = NF4_CODES[room[i]];
     return room;
 }
 
-/* Codes as unpack_codes() leaves them to FP32, [n][32]. */
+/* Codes as unpack_codes() leaves them, aligned to 4 bytes, to FP32, [n][32]. */
 static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
-    const uint32_t *words = (const uint32_t *)codes;    /* a row's four columns: what a compiler vectorises */
+    typedef uint32_t __attribute__((may_alias)) Word;   /* a row's four columns: what a compiler vectorises */
+    const Word *words = (const Word *)codes;
     for (size_t k = 0; k < n; k++)
         for (size_t r = 0; r < PANEL; r++)
             out[k * PANEL + r] = (float)(int32_t)(words[k / 4 * PANEL + r] >> 8 * (k % 4) & 255);
@@ -242,16 +245,17 @@ static void number_tiles_plain(size_t T, int type, float *out, const void *w, co
 
 /* Activations on their way into a product, as they are or, for quantized weights, rounded. A group's tokens lie side by
  * side: with rows a power of two apart, as a token's whole input would have them, they would share few lines of the
- * first-level cache. As matmul() lays them out (attention(), which has its own, says how it does): */
+ * first-level cache. As matmul() lays them out (attention() has its own: see quantize_query()): */
 typedef struct {
     float  *x;                          /* [n_groups, n, group] */
-    int8_t *q;                          /* [n_groups, n, group], in the same memory */
+    int8_t *q;                          /* [n_groups, n, group]; matmul()'s in the same memory */
     float  *scale, *sum;                /* [n_groups, n] */
 } Activations;
 
 /* A group's part of a product: total[t][r] += scale[r] * a.scale[t] * (sum over k of code[r][k] * a.q[t][k] - zero[r] *
  * a.sum[t]). The sum over k is of whole numbers, and exact. total: [T][32], T <= 64; codes: as in the file, or of
- * unpack_codes() and then of type Q8; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple of 32. */
+ * unpack_codes() and then of type Q8, aligned to 64 bytes; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple
+ * of 32. */
 __attribute__((unused))
 static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
                                 size_t n, Ahead ahead) {
@@ -267,7 +271,8 @@ static void group_product_plain(size_t T, float *total, int type, const uint8_t 
         }
 }
 
-#include "simd.h"         /* the last two and halves_to_floats() again, with vectors, without _plain: skip it on a first reading */
+#include "simd.h"         /* the last two and halves_to_floats() again, with vectors, without _plain: skip it on a first reading;
+                             and UNPACK, the tokens from which on q4's codes are unpacked into memory first */
 
 /* One group of one panel as FP32, out: [n][32]: the weights themselves for f32 and f16, else the codes. */
 static void unpack_group(float *out, int type, const unsigned char *block, size_t n) {
@@ -377,6 +382,7 @@ static uint16_t quantize_kv(int8_t *q, const float *x, size_t n) {
 static inline size_t number_at(size_t row, size_t column) { return column * PANEL + row; }
 static inline size_t code_at(size_t row, size_t column) { return (column / 4 * PANEL + row) * 4 + column % 4; }
 
+/* Stores the key, rotated, and the value of a position, [head_dim] each. Elements from head_dim to width stay 0. */
 static void cache_store(Cache c, size_t pos, const float *key, const float *value) {
     size_t place = pos % c.ring, j = place % KEYS;
     int8_t q[MAX_HEAD_DIM];
@@ -427,7 +433,8 @@ static float exponentials(float *out, float *scores, size_t apart, size_t n, flo
     for (size_t r = 0; r < PANEL; r++) largest[r] = most;
     for (size_t j = 0; j < n; j += PANEL) {
         float *panel = scores + j / PANEL * apart;
-        for (size_t r = 0; r < PANEL && (j < j0 || j + PANEL > j1); r++) if (j + r < j0 || j + r >= j1) panel[r] = -INFINITY;
+        if (j < j0 || j + PANEL > j1)
+            for (size_t r = 0; r < PANEL; r++) panel[r] = j + r < j0 || j + r >= j1 ? -INFINITY : panel[r];
         for (size_t r = 0; r < PANEL; r++) {
             int32_t bits = (int32_t)as_bits(panel[r]), ordered = bits ^ (bits >> 31 & INT32_MAX);
             largest[r] = ordered > largest[r] ? ordered : largest[r];
@@ -435,10 +442,11 @@ static float exponentials(float *out, float *scores, size_t apart, size_t n, flo
     }
     for (size_t r = 0; r < PANEL; r++) most = largest[r] > most ? largest[r] : most;
     float new_max = as_float((uint32_t)(most ^ (most >> 31 & INT32_MAX))), shrink = *max == new_max ? 1 : fast_exp(*max - new_max);
-    for (size_t r = 0; r < PANEL && shrink != 1; r++) lanes[r] *= shrink;
+    if (shrink != 1) for (size_t r = 0; r < PANEL; r++) lanes[r] *= shrink;
     for (size_t j = 0; j < n; j += PANEL) {
         for (size_t r = 0; r < PANEL; r++) out[j + r] = fast_exp(scores[j / PANEL * apart + r] - new_max);
-        for (size_t r = 0; r < PANEL && (j < j0 || j + PANEL > j1); r++) if (j + r < j0 || j + r >= j1) out[j + r] = 0;
+        if (j < j0 || j + PANEL > j1)   /* fast_exp(-INFINITY) is e^-87, or nothing at all where nothing is seen */
+            for (size_t r = 0; r < PANEL; r++) out[j + r] = j + r < j0 || j + r >= j1 ? 0 : out[j + r];
         for (size_t r = 0; r < PANEL; r++) lanes[r] += out[j + r];
     }
     *max = new_max;
@@ -454,8 +462,8 @@ static void quantize_query(const Activations *a, size_t r, size_t T, const float
     }
 }
 
-enum { QUERIES = BLOCK, SPAN = 512 };   /* in one call of attention(); positions that are summed by themselves and then merged, so
-                                           that threads can share one long context */
+enum { QUERIES = BLOCK,     /* most queries in one call of attention() */
+       SPAN = 512 };        /* positions that are summed by themselves and then merged, so that threads can share a long context */
 
 /* out[t][r] += sum over k of panel[k][r] * x[t][k], for T <= 64 queries and the 32 rows r of a cache's panel, [n][32]. Of FP32 and
  * FP16 x is a->x, `stride` apart; of codes it is what quantize_query() made of it, and scale has the rows' 32 scales, then their 32
@@ -551,8 +559,9 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
                 size_t p = pos + r / n_heads, first = first_seen(p, window);
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, n), j0 = first > start ? min_size(first - start, j1) : 0;
                 float shrink = exponentials(of_keys, scores + r * PANEL, n_queries * PANEL, n, lanes[r], &max[r], j0, j1);
-                for (size_t d = 0; d < c.width && shrink != 1; d += PANEL)          /* seldom, once the largest is found */
-                    for (size_t i = 0; i < PANEL; i++) sums[d * n_queries + r * PANEL + i] *= shrink;
+                if (shrink != 1)        /* seldom, once the largest is found */
+                    for (size_t d = 0; d < c.width; d += PANEL)
+                        for (size_t i = 0; i < PANEL; i++) sums[d * n_queries + r * PANEL + i] *= shrink;
                 if (c.type != Q8) continue;
                 for (size_t j = 0; j < n; j++) of_keys[j] *= value_scale[j];
                 quantize_query(&shares, r, n_queries, of_keys, n);
@@ -585,7 +594,7 @@ struct State {
     const Model *model;
     size_t n_slots, chunk;              /* sequences at once; most tokens in one forward */
     void *device;                       /* what another backend than the CPU keeps here; it has no use for most of the rest */
-    bool decoding;                      /* in this step each token stands alone in its sequence: matters to a GPU */
+    bool decoding;                      /* this step is no prefill: matters to a GPU */
     bool profiled;                      /* -P: a backend that would lose time by measuring times may do so */
     size_t ring;                        /* cached positions of a sequence */
     size_t head_width;                  /* head_dim rounded up to a multiple of 32 (a GPU: to 32, 64 or 128) */
@@ -638,7 +647,7 @@ static void free_state(State *s) {
 /* Bytes of the caches, or dies if they are more than `memory`, which `machine` has. */
 static size_t cache_bytes(const State *s, double memory, const char *machine) {
     const Header *c = &s->model->c;
-    size_t position = c->n_layers * c->n_kv_heads * s->position_bytes * 2, bytes = 0;
+    size_t position = s->position_bytes * 2 * c->n_layers * c->n_kv_heads, bytes = 0;
     double need = (double)position * (double)s->ring * (double)s->n_slots;
     if (__builtin_mul_overflow(s->ring * s->n_slots, position, &bytes) || need > memory)
         die("%s: the KV cache of %zu sequences of %zu positions takes %.1f GB, %s has %.1f: lower -b or -c",
@@ -687,6 +696,20 @@ static void cpu_close(State *s) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
+/* The process's largest resident size. Linux's getrusage counts what it was before exec, too. */
+static double cpu_peak(const State *s) {
+    struct rusage usage;
+    char line[128];
+    double kb = 0;
+    FILE *f = fopen("/proc/self/status", "r");
+    (void)s;
+    while (f && !kb && fgets(line, sizeof line, f)) sscanf(line, "VmHWM: %lf", &kb);
+    if (f) fclose(f);
+    if (kb) return kb * 1024;
+    getrusage(RUSAGE_SELF, &usage);
+    return (double)usage.ru_maxrss;     /* bytes on macOS, which has no /proc */
+}
+
 static Cache slot_cache(const State *s, size_t layer, size_t slot, size_t kv_head) {
     const Header *c = &s->model->c;
     size_t at = ((layer * s->n_slots + slot) * c->n_kv_heads + kv_head) * s->ring * s->position_bytes;
@@ -712,7 +735,8 @@ static void book(State *s, int operation, double operations, double bytes) {
 static void product(State *s, int operation, float *out, const float *x, const Matrix *w, size_t n) {
     matmul(out, x, w, &s->activations, n);
     if (s->watch) s->watch(s->watcher, operation, out, x, n);
-    book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, (double)w->bytes);
+    size_t times = (n + BLOCK - 1) / BLOCK;             /* that the weights are read */
+    book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, (double)w->bytes * (double)times);
 }
 
 /* x += xb, then xb = norm of x, for n tokens: what an operation left in xb joins the residual stream, which is then the
@@ -743,9 +767,8 @@ static size_t find_runs(Run *runs, const Token *tokens, size_t n, size_t most, s
             r = &runs[n_runs++];
             r->first = i;
             r->n = 0;
-            *n_reads += (double)(pos + 1 - first);
         }
-        r->n++;
+        *n_reads += r->n++ ? 1 : (double)(pos + 1 - first);
         *n_keys += (double)(pos + 1 - first);
         size_t run_spans = pos / span - first_seen(tokens[r->first].pos, window) / span + 1;
         *n_spans = max_size(*n_spans, run_spans);
@@ -753,9 +776,10 @@ static size_t find_runs(Run *runs, const Token *tokens, size_t n, size_t most, s
     return n_runs;
 }
 
-/* One step of the model over n <= chunk tokens. Prefill is n tokens of one sequence, decoding one token of each sequence;
- * any mixture is fine, as long as a sequence's tokens come in the order of their positions and none is left out. A token
- * sees what its sequence has cached, and the tokens of this call before it. logits: [count of want, vocab_size]. */
+/* One step of the model over n <= s->chunk tokens, of one sequence CHUNK at most, their ids below vocab_size. Prefill is n tokens
+ * of one sequence, decoding one token of each sequence; any mixture is fine, as long as a sequence's tokens come in the order of
+ * their positions and none is left out. A token sees what its sequence has cached, and the tokens of this call before it. logits:
+ * [count of want, vocab_size], in the tokens' order; NULL if none is wanted. */
 static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     const Model *m = s->model;
     const Header *c = &m->c;
@@ -764,8 +788,8 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     size_t heads = heads_at_once(c), parts = (q_per_kv + heads - 1) / heads;
     double n_keys, n_reads;
     s->clock = now();
-    /* attention's work is cut into units: a run of tokens, a key head, and `heads` of its query heads; where these are fewer than
-     * UNITS, each span of positions is one */
+    /* attention's work is cut into units: a run of tokens, a key head, and up to `heads` of its query heads; where these are fewer
+     * than UNITS, each is cut further, into a unit for each span of positions */
     size_t n_runs = find_runs(s->runs, tokens, n, QUERIES / heads, c->window, SPAN, &n_keys, &n_reads, &n_spans);
     size_t units = n_runs * c->n_kv_heads * parts;
     if (units >= UNITS) n_spans = 1;
@@ -853,8 +877,8 @@ static double uniform(uint64_t *state) {
 }
 
 /* The next id, drawn from softmax(logits / temperature) cut to the smallest set of most probable ids that holds top_p
- * of the mass (Holtzman et al. 2019); temperature 0 is the most probable id. logits: [n], overwritten; random: from [0, 1).
- * Nothing is sorted. Positive FP32 numbers order as their bits do, and those up to 1 have 30; the smallest probability
+ * of the mass (Holtzman et al. 2019); of temperature or top_p 0 it is the most probable. logits: [n],
+ * overwritten; random: from [0, 1). Nothing is sorted. Positive FP32 numbers order as their bits do, and those up to 1 have 30; the smallest probability
  * in the set is found by 10 of them at a time, from the top, summing the mass above each digit. */
 static int sample(float *logits, size_t n, float temperature, float top_p, double random) {
     size_t best = 0;
@@ -892,26 +916,12 @@ static int sample(float *logits, size_t n, float temperature, float top_p, doubl
 static void cpu_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p) {
     size_t vocab = s->model->c.vocab_size, n_want = 0;
     for (size_t i = 0; i < n; i++) n_want += tokens[i].want;
-    if (n_want) s->logits = (float *)grow(s->logits, n_want * vocab - 1, &s->logits_room, sizeof(float));
+    s->logits = (float *)grow(s->logits, n_want * vocab, &s->logits_room, sizeof(float));
     forward(s, tokens, n, s->logits);
     #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < n_want; i++)
         draws[i].id = sample(s->logits + i * vocab, vocab, temperature, top_p, draws[i].random);
     book(s, SAMPLING, 0, 0);
-}
-
-/* The process's largest resident size. Linux's getrusage counts what it was before exec, too. */
-static double cpu_peak(const State *s) {
-    struct rusage usage;
-    char line[128];
-    double kb = 0;
-    FILE *f = fopen("/proc/self/status", "r");
-    (void)s;
-    while (f && !kb && fgets(line, sizeof line, f)) sscanf(line, "VmHWM: %lf", &kb);
-    if (f) fclose(f);
-    if (kb) return kb * 1024;
-    getrusage(RUSAGE_SELF, &usage);
-    return (double)usage.ru_maxrss;     /* bytes on macOS, which has no /proc */
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -951,7 +961,7 @@ static void push_text(Sequence *q, const Tokenizer *t, const char *text, size_t 
 }
 
 /* Guesses what comes next (prompt lookup, Saxena 2023; speculative decoding, Leviathan et al. 2023): where the last three ids
- * stand earlier in the text, what followed them there, up to `most` ids. Puts them behind the ids, uncounted; returns how many. A
+ * stood before, the last time, what followed them there, up to `most` ids. Puts them behind the ids, uncounted; returns how many. A
  * step that checks guesses takes longer than one that does not, so they become more while they are right, and after a step with
  * none right there are none for a while, 3 steps, then 9, up to 63. */
 static size_t guess(Sequence *q, size_t most) {
@@ -959,14 +969,16 @@ static size_t guess(Sequence *q, size_t most) {
     if (!most || q->n_ids <= MATCH || q->n_ids == q->n_prompt || q->n_ids + 1 >= q->limit) return 0;
     if (q->wait) { q->wait--; return 0; }
     size_t last = q->n_ids - MATCH, at = last, n = 0;
-    while (at && memcmp(q->ids + --at, q->ids + last, MATCH * sizeof(int))) {}
-    if (memcmp(q->ids + at, q->ids + last, MATCH * sizeof(int))) return 0;
+    do {
+        if (!at) return 0;
+    } while (memcmp(q->ids + --at, q->ids + last, MATCH * sizeof(int)));
     most = min_size(min_size(most, q->n_guess ? q->n_guess : 1), q->limit - 1 - q->n_ids);
     q->ids = (int *)grow(q->ids, q->n_ids + most, &q->room, sizeof(int));
     for (; n < most; n++) q->ids[q->n_ids + n] = q->ids[at + MATCH + n];      /* may run on into what it guessed itself */
     return n;
 }
 
+/* After a step that checked guesses: how many to make next, and for how many steps none. */
 static void learn(Sequence *q, size_t n_guessed, size_t n_right) {
     if (!n_guessed) return;
     q->n_guess = n_right == n_guessed ? 2 * n_right : n_right;
@@ -974,34 +986,7 @@ static void learn(Sequence *q, size_t n_guessed, size_t n_right) {
     q->wait = q->pause;
 }
 
-static volatile sig_atomic_t interrupted;
-
-/* Ctrl-C and the like: the generation ends after this step. The second one, or that nobody reads on, ends the program, which
- * leaves no file. */
-static void on_signal(int number) {
-    static const char shorter[] = ": a file became shorter while it was read\n";
-    static int told;
-    if (!interrupted && number != SIGPIPE && number != SIGBUS) { interrupted = number; return; }
-    if (number == SIGBUS && __sync_lock_test_and_set(&told, 1)) for (;;) pause();       /* another thread tells it */
-    if (number == SIGBUS && write(STDERR_FILENO, program, strlen(program)) && write(STDERR_FILENO, shorter, sizeof shorter - 1)) {}
-    remove_temporary();
-    if (number == SIGBUS) _exit(1);
-    signal(number, SIG_DFL);
-    raise(number);
-}
-
-static void catch_signals(void) {
-    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGBUS};
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = on_signal;      /* no SA_RESTART: a question that waits for its answer ends too */
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
-        struct sigaction before;
-        sigaction(numbers[i], NULL, &before);
-        if (before.sa_handler != SIG_IGN) sigaction(numbers[i], &action, NULL);     /* nohup's stay ignored */
-    }
-    signal(SIGXFSZ, SIG_IGN);           /* a file may not be so large: writing fails instead, and says so */
-}
+static volatile sig_atomic_t interrupted;            /* by this signal, which asks for an end */
 
 #include "report.h"       /* what a run counts, shows and reports; perplexity, accuracy */
 
@@ -1093,12 +1078,6 @@ static void generate(State *s, Sequence *sequences, size_t n_sequences, const Op
     free(draws);
 }
 
-static void end_pass(Statistics *s) {
-    add_sample(&s->prefill, s->pass.prefill_seconds);
-    add_sample(&s->decode, s->pass.decode_seconds);
-    add_sample(&s->total, s->pass.total_seconds);
-}
-
 /* ------------------------------------------------------------------------------------------------------------------
  * 5. The modes                                                                                                      */
 
@@ -1130,6 +1109,16 @@ static void start_sequence(Sequence *q, const Options *o, size_t index, size_t c
     q->finish = NULL;
 }
 
+/* The next line of a stream without its end, false at the end of the stream. `line` is reused. */
+static bool read_line(FILE *f, Text *line) {
+    ssize_t n = getline(&line->text, &line->room, f);
+    line->length = n < 0 ? 0 : (size_t)n;
+    append(line, "", 0);
+    for (const char *end = "\n\r"; *end; end++)
+        if (line->length && line->text[line->length - 1] == *end) line->text[--line->length] = 0;
+    return n >= 0;
+}
+
 /* The prompts: of -i, -b times; or the lines of -f; or what is typed, or what comes through a pipe, -b times. */
 static Sequence *read_prompts(const Tokenizer *t, const Options *o, size_t *n) {
     Text text = {NULL, 0, 0};
@@ -1141,7 +1130,7 @@ static Sequence *read_prompts(const Tokenizer *t, const Options *o, size_t *n) {
     else if (!f && isatty(STDIN_FILENO)) { fputs("prompt: ", stderr); read_line(stdin, &text); }
     else if (!f) {
         text = read_stream(stdin, "standard input");
-        if (text.length && text.text[text.length - 1] == '\n') text.length--;
+        if (text.length && text.text[text.length - 1] == '\n') text.text[--text.length] = 0;
     }
     for (*n = 0; f ? read_line(f, &text) : *n < o->batch; ++*n) {
         sequences = (Sequence *)grow(sequences, *n, &room, sizeof *sequences);
@@ -1152,11 +1141,6 @@ static Sequence *read_prompts(const Tokenizer *t, const Options *o, size_t *n) {
     if (f) fclose(f);
     free(text.text);
     return sequences;
-}
-
-static void free_statistics(Statistics *s) {
-    Samples *all[] = {&s->prefill, &s->decode, &s->total, &s->ttft, &s->itl};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]->values);
 }
 
 /* to becomes what from is, with ids of its own. [n] each. */
@@ -1173,7 +1157,7 @@ static void copy_sequences(Sequence *to, const Sequence *from, size_t n) {
 static bool generate_mode(const Model *m, const Options *o) {
     size_t n, need = 0, done = 0;
     Sequence *sequences = read_prompts(&m->tokenizer, o, &n);
-    Sequence *whole = (Sequence *)allocate(n, sizeof *whole, "prompts");      /* as the last pass left them */
+    Sequence *kept = (Sequence *)allocate(n, sizeof *kept, "prompts");        /* as the last whole pass left them */
     Statistics statistics;
     Display d;
     memset(&statistics, 0, sizeof statistics);
@@ -1185,7 +1169,7 @@ static bool generate_mode(const Model *m, const Options *o) {
         if (sequences[i].n_prompt + o->tokens > need) need = sequences[i].n_prompt + o->tokens;
     }
     size_t context = o->context ? min_size(o->context, need) : need, n_slots = min_size(o->batch, n);
-    State s = new_state(m, n_slots, context, max_size(n_slots, m->backend->chunk));
+    State s = new_state(m, n_slots, context, max_size(n_slots, m->backend->best_chunk));
     s.profiled = o->profile;
     do {
         Pass before = statistics.pass;
@@ -1198,16 +1182,16 @@ static bool generate_mode(const Model *m, const Options *o) {
         generate(&s, sequences, n, o, &statistics, done ? NULL : &d);
         if (interrupted && statistics.total.n) {    /* a pass that was cut does not count, unless it is all there is */
             statistics.pass = before;
-            copy_sequences(sequences, whole, n);
+            copy_sequences(sequences, kept, n);
         } else if (interrupted || done >= o->warmup) {
             end_pass(&statistics);
-            copy_sequences(whole, sequences, n);
+            copy_sequences(kept, sequences, n);
         }
     } while (++done < o->warmup + o->repeat && !interrupted);
     bool met = report(&s, sequences, n, &statistics, o);
-    for (size_t i = 0; i < n; i++) { free(sequences[i].ids); free(whole[i].ids); }
+    for (size_t i = 0; i < n; i++) { free(sequences[i].ids); free(kept[i].ids); }
     free(sequences);
-    free(whole);
+    free(kept);
     free(d.decoder.text.text);
     free_statistics(&statistics);
     free_state(&s);
@@ -1227,7 +1211,7 @@ static bool chat_mode(const Model *m, const Options *o) {
     if (!v1 && (begin < 0 || end < 0))
         die("%s: the tokenizer has no control tokens [INST] and [/INST]: use --chat-template v1", m->path);
     size_t context = m->c.max_positions;
-    if (m->c.window || !context) context = (size_t)1 << 24;     /* no end; FP32 still has each such position */
+    if (m->c.window || !context) context = (size_t)1 << 24;     /* as good as no end: of a window it takes no more memory */
     if (o->context) context = o->context;
     State s = new_state(m, 1, context, CHUNK);
     Text line = {NULL, 0, 0}, no_text = {NULL, 0, 0};
@@ -1426,8 +1410,8 @@ static Options read_options(int argc, char **argv) {
     return o;
 }
 
-/* Puts a copy of the checkpoint in memory of our own where it was mapped, so that all that points there stays right. In virtual
- * machines that is read some 9% faster, for a reason not found (SPEED.md). */
+/* Puts a copy of the checkpoint in memory of our own where it was mapped, so that all that points there stays right. On
+ * virtual machines one sequence was some 9% faster then, for a reason not found (SPEED.md). */
 static void read_into_memory(const Model *m, bool quiet) {
     size_t size = (size_t)m->c.file_size, done = 0;
     if ((double)size > memory_bytes())
@@ -1445,6 +1429,33 @@ static void read_into_memory(const Model *m, bool quiet) {
     if (memcmp(to, &m->c, sizeof m->c)) die("%s: was replaced while it was read", m->path);
     close(fd);
     mprotect(to, size, PROT_READ);
+}
+
+/* Ctrl-C and the like: the generation ends after this step; the second one, or that nobody reads on (SIGPIPE), ends the program.
+ * SIGBUS: a mapped file was cut while it is read; the first thread that meets it says so and exits with 1. No file is left. */
+static void on_signal(int number) {
+    static const char shorter[] = ": a file became shorter while it was read\n";
+    static int told;
+    if (!interrupted && number != SIGPIPE && number != SIGBUS) { interrupted = number; return; }
+    if (number == SIGBUS && __sync_lock_test_and_set(&told, 1)) for (;;) pause();       /* another thread tells it */
+    if (number == SIGBUS && write(STDERR_FILENO, program, strlen(program)) && write(STDERR_FILENO, shorter, sizeof shorter - 1)) {}
+    remove_temporary();
+    if (number == SIGBUS) _exit(1);
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
+static void catch_signals(void) {
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGBUS};
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_signal;      /* no SA_RESTART: a question that waits for its answer ends too */
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        struct sigaction before;
+        sigaction(numbers[i], NULL, &before);
+        if (before.sa_handler != SIG_IGN) sigaction(numbers[i], &action, NULL);     /* nohup's stay ignored */
+    }
+    signal(SIGXFSZ, SIG_IGN);           /* a file may not be so large: writing fails instead, and says so */
 }
 
 /* The program, on whichever backend; returns the exit status. */

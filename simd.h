@@ -9,7 +9,7 @@
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  *   dot(sum, codes, x)          sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
  *                               activations
- * and how many sums its registers hold: TOKENS by REGISTERS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
+ * and how many sums its registers hold: TOKENS by VECTORS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
  * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
  * otherwise moves every sum to another register and back: a quarter of the speed. */
 #if defined(__AVX2__)
@@ -28,7 +28,7 @@
 #define INLINE static inline __attribute__((always_inline))    /* so that arguments which are constants choose the code */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
+enum { WIDTH = 16, VECTORS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
 #define VPDPBUSD "vpdpbusd"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #if defined(__AVXVNNI__)
@@ -38,14 +38,14 @@ enum { WIDTH = 16, REGISTERS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
 #else
 #define PAIRS                           /* sums of two products are all it has: see dot() and pair_tile() */
 #endif
-enum { WIDTH = 8, REGISTERS = 2, TOKENS = 4, UNPACK = BLOCK + 1 };
+enum { WIDTH = 8, VECTORS = 2, TOKENS = 4, UNPACK = BLOCK + 1 };
 #ifdef PAIRS
 enum { BIAS = 128 };
 #else
 enum { BIAS = 0 };
 #endif
 #elif defined(__aarch64__)
-enum { WIDTH = 4, REGISTERS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128 };     /* BIAS: its factors are both signed */
+enum { WIDTH = 4, VECTORS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128 };     /* BIAS: its factors are both signed */
 #else                                   /* none that is known */
 enum { UNPACK = BLOCK + 1 };
 #define number_tiles number_tiles_plain
@@ -110,7 +110,7 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
 }
 
 /* Registers of rows that a tile of T tokens, a power of two, takes at a time: as many as there are, or as there is room for. */
-#define AT_ONCE(T) (TOKENS * REGISTERS / (T) < PANEL / WIDTH ? TOKENS * REGISTERS / (T) : PANEL / WIDTH)
+#define AT_ONCE(T) (TOKENS * VECTORS / (T) < PANEL / WIDTH ? TOKENS * VECTORS / (T) : PANEL / WIDTH)
 
 /* x in every lane: minus 0, because plus 0 makes +0 of -0, and is computed. */
 static inline Floats every(float x) { return x - (Floats){0}; }
@@ -120,22 +120,22 @@ static inline Floats every(float x) { return x - (Floats){0}; }
  * rows: if the first pass asked for everything, memory would stand still in the others. `due` counts in fractions of a byte, as
  * many to a byte as there are columns in all passes, so that it is whole: each column adds `column`, each line asked for takes
  * off `line`. */
-typedef struct { uintptr_t at; ptrdiff_t due, column, line; } Share;
+typedef struct { uintptr_t at; ptrdiff_t due, column, line; } Lines;
 
-INLINE void ask(Share *s, ptrdiff_t columns) {
+INLINE void ask(Lines *s, ptrdiff_t columns) {
     for (s->due += columns * s->column; s->due > 0; s->due -= s->line, s->at += 64) __builtin_prefetch((const void *)s->at, 0, 2);
 }
 
 /* Cuts off `all` the share of a tile of T tokens and n columns, a token's part being `bytes`: the lines that begin in it. */
-INLINE Share share(Ahead *all, size_t bytes, size_t T, size_t n) {
+INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
     ptrdiff_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* before: up to where the first line begins */
-    Share part = {all->at + before, -before * byte, (ptrdiff_t)(bytes * T), 64 * byte};
+    Lines part = {all->at + before, -before * byte, (ptrdiff_t)(bytes * T), 64 * byte};
     all->at += bytes * T;
     return part;
 }
 
 /* number_tiles_plain() for T tokens. T and type are constants wherever this is inlined, so that the sums stay in registers. */
-INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Share ahead) {
+INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Lines ahead) {
     const size_t R = AT_ONCE(T);
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Floats sum[TOKENS][PANEL / WIDTH];
@@ -166,10 +166,10 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
 INLINE void tiles(const int type, size_t T, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
     size_t bytes = ahead.bytes / T;
     for (; T >= TOKENS; T -= TOKENS, out += TOKENS * PANEL, x += TOKENS * stride)
-        tile(TOKENS, type, out, w, x, stride, n, share(&ahead, bytes, TOKENS, n));
-    if (TOKENS > 4 && T & 4) { tile(4, type, out, w, x, stride, n, share(&ahead, bytes, 4, n)); out += 4 * PANEL; x += 4 * stride; }
-    if (T & 2) { tile(2, type, out, w, x, stride, n, share(&ahead, bytes, 2, n)); out += 2 * PANEL; x += 2 * stride; }
-    if (T & 1) tile(1, type, out, w, x, stride, n, share(&ahead, bytes, 1, n));
+        tile(TOKENS, type, out, w, x, stride, n, lines(&ahead, bytes, TOKENS, n));
+    if (TOKENS > 4 && T & 4) { tile(4, type, out, w, x, stride, n, lines(&ahead, bytes, 4, n)); out += 4 * PANEL; x += 4 * stride; }
+    if (T & 2) { tile(2, type, out, w, x, stride, n, lines(&ahead, bytes, 2, n)); out += 2 * PANEL; x += 2 * stride; }
+    if (T & 1) tile(1, type, out, w, x, stride, n, lines(&ahead, bytes, 1, n));
 }
 
 /* number_tiles_plain(), n <= MAX_HEAD_DIM. */
@@ -213,7 +213,7 @@ INLINE void add_group(const size_t T, float *total, const float *scale, Activati
 /* code_tile() for q4, sooner: 16 bits hold the sum of 32 columns of its codes, 32 / 2 * 15 * 127 < 2^15. A byte is two of them, of
  * the rows r and r + 16. */
 INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n,
-                      Share ahead) {
+                      Lines ahead) {
     const size_t R = AT_ONCE(T);
     for (size_t row = 0; row < PANEL / 2; row += WIDTH * R / 2) {
         Lanes sum[TOKENS][PANEL / WIDTH];
@@ -262,11 +262,11 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
  * under way. A tile that takes all rows of a panel at once does not unpack q4's upper halves: the sum over whole bytes, less that
  * over their lower halves, is 16 times the sum over the upper ones. */
 INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
-                      size_t n, Share ahead) {
+                      size_t n, Lines ahead) {
 #ifdef PAIRS
     if (type == Q4) { pair_tile(T, total, codes, scale, a, n, ahead); return; }
 #endif
-    const size_t R = AT_ONCE(T), PARTS = TOKENS * REGISTERS / (T * R);
+    const size_t R = AT_ONCE(T), PARTS = TOKENS * VECTORS / (T * R);
     const bool whole = type == Q4 && R * WIDTH == PANEL;
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Lanes sum[TOKENS][PANEL / WIDTH];
@@ -309,12 +309,12 @@ INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *co
                        size_t n, Ahead ahead) {
     size_t bytes = ahead.bytes / T;
     for (; T >= TOKENS; T -= TOKENS, total += TOKENS * PANEL, a = skip(a, TOKENS, n))
-        code_tile(TOKENS, type, total, codes, scale, a, n, share(&ahead, bytes, TOKENS, n));
+        code_tile(TOKENS, type, total, codes, scale, a, n, lines(&ahead, bytes, TOKENS, n));
     if (TOKENS > 4 && T & 4) {
-        code_tile(4, type, total, codes, scale, a, n, share(&ahead, bytes, 4, n)); total += 4 * PANEL; a = skip(a, 4, n);
+        code_tile(4, type, total, codes, scale, a, n, lines(&ahead, bytes, 4, n)); total += 4 * PANEL; a = skip(a, 4, n);
     }
-    if (T & 2) { code_tile(2, type, total, codes, scale, a, n, share(&ahead, bytes, 2, n)); total += 2 * PANEL; a = skip(a, 2, n); }
-    if (T & 1) code_tile(1, type, total, codes, scale, a, n, share(&ahead, bytes, 1, n));
+    if (T & 2) { code_tile(2, type, total, codes, scale, a, n, lines(&ahead, bytes, 2, n)); total += 2 * PANEL; a = skip(a, 2, n); }
+    if (T & 1) code_tile(1, type, total, codes, scale, a, n, lines(&ahead, bytes, 1, n));
 }
 
 static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
