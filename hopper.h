@@ -8,13 +8,12 @@
  *   3. product_halves       with FP16 weights
  * Built for other GPUs these kernels are empty. */
 
-/* Whether this is built for a Hopper's own instructions. has_wgmma: for the host to ask. */
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL        /* whether this is built for a Hopper's own instructions */
 #define HAS_WGMMA 1
 #else
 #define HAS_WGMMA 0
 #endif
-__device__ int has_wgmma = HAS_WGMMA;
+__device__ int has_wgmma = HAS_WGMMA;           /* for the host to ask */
 static int built_for_wgmma(void) {
     int has;
     CUDA(cudaMemcpyFromSymbol(&has, has_wgmma, sizeof has));
@@ -117,8 +116,8 @@ template <class T, int TILES> __device__ inline void wait_wgmma(T (&sum)[TILES][
  * 2. product_wide                                                                                                   */
 
 /* A block makes 128 rows by 128 tokens: two groups of four warps have 64 rows each, and a thread of a third fetches, WIDE_STAGES
- * steps of 128 columns ahead, all that they read. Activations lie in memory as wgmma wants them, Inputs.swizzled. As many blocks
- * as there are multiprocessors go over all of the output, so that the next tiles arrive while the last are stored. */
+ * steps of 128 columns ahead, all that they read. Activations lie in memory as wgmma wants them, Inputs.swizzled. At most as
+ * many blocks as there are multiprocessors go over all of the output, so that the next tiles arrive while the last are stored. */
 enum { WIDE_ROWS = 8, WIDE_STAGES = 4 };            /* row tiles of a block, and so many warps that compute */
 template <int TYPE, int GROUPS> struct alignas(1024) Wide {         /* a stage; swizzling wants multiples of 1,024 bytes */
     static const int PIECES = Stage<TYPE, GROUPS>::PIECES;
@@ -156,19 +155,18 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 128, 1) product_wide(float *o
                 uint32_t barrier = pipeline.full_at(step);
                 size_t tile = tile_index(w, block / token_blocks * WIDE_ROWS, k), token = block % token_blocks * 128;
                 pipeline.announce(step, (int)(sizeof s->x + sizeof s->codes + sizeof s->x_scales + sizeof s->w_scales));
-                bulk_copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS, sizeof s->x, barrier);
-                bulk_copy(s->codes, w.codes + tile * (OneStage::PIECES * 32), sizeof s->codes, barrier);
-                bulk_copy(s->w_scales, w.scales + tile * (GROUPS * 16), sizeof s->w_scales, barrier);
-                for (int g = 0; g < GROUPS; g++)
-                    bulk_copy(s->x_scales[g], in.scale + ((size_t)k * GROUPS + g) * in.stride + token, sizeof s->x_scales[g],
-                              barrier);
+                auto copy = [&](auto &to, const void *from) { bulk_copy(&to, from, sizeof to, barrier); };
+                copy(s->x, in.q + ((size_t)k * in.stride + token) * COLUMNS);
+                copy(s->codes, w.codes + tile * (OneStage::PIECES * 32));
+                copy(s->w_scales, w.scales + tile * (GROUPS * 16));
+                for (int g = 0; g < GROUPS; g++) copy(s->x_scales[g], in.scale + ((size_t)k * GROUPS + g) * in.stride + token);
             }
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
         float total[16][4] = {};
-        Stage<TYPE, GROUPS> weights;
+        Stage<TYPE, GROUPS> weights(w, 0);
         auto load = [&](unsigned step) {            /* this warp's weights, once they have come */
             const OneStage *s = stages + step % WIDE_STAGES;
             pipeline.wait_full(step);
@@ -251,28 +249,19 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1) product_halves(float *
                 all * (part + 1) / w.parts);
         }
     };
-    if (warp == WIDE_ROWS) {
-        if (lane == 0) each_block([&](int row_tile, int, int, int k, int end) {
-            for (; k < end; k++, step++) {
-                int bytes = min(w.block_tiles, w.row_tiles - row_tile) * 2048;
-                if (step >= HALVES_AHEAD && step < STAGES) weights.wait_full(step - HALVES_AHEAD);
-                weights.announce(step, bytes * DEEP);
-                for (int i = 0; i < DEEP; i++)
-                    bulk_copy(stages[step % STAGES].w[i], w.codes + tile_index(w, row_tile, k * DEEP + i) * 128, bytes,
-                              weights.full_at(step));
-            }
-        });
-        return;
-    }
-    wait_for_inputs();
-    if (warp > WIDE_ROWS) {
-        if (lane == 0) each_block([&](int, int token, int, int k, int end) {
+    if (warp != WIDE_ROWS) wait_for_inputs();       /* weights need not wait */
+    if (warp >= WIDE_ROWS) {                        /* a thread fetches weights, another activations */
+        bool codes = warp == WIDE_ROWS;
+        Pipeline<STAGES> to = codes ? weights : inputs;
+        if (lane == 0) each_block([&](int row_tile, int token, int, int k, int end) {
+            int bytes = codes ? min(w.block_tiles, w.row_tiles - row_tile) * 2048 : TILES * 1024;
             for (; k < end; k++, step++) {
                 OneStage &s = stages[step % STAGES];
-                inputs.announce(step, (int)sizeof s.x);
+                if (codes && step >= HALVES_AHEAD && step < STAGES) to.wait_full(step - HALVES_AHEAD);
+                to.announce(step, bytes * DEEP);
                 for (int i = 0; i < DEEP; i++)
-                    bulk_copy(s.x[i], in.q + ((size_t)(k * DEEP + i) * in.stride + token) * 128, sizeof s.x[i],
-                              inputs.full_at(step));
+                    if (codes) bulk_copy(s.w[i], w.codes + tile_index(w, row_tile, k * DEEP + i) * 128, bytes, to.full_at(step));
+                    else bulk_copy(s.x[i], in.q + ((size_t)(k * DEEP + i) * in.stride + token) * 128, bytes, to.full_at(step));
             }
         });
         return;
@@ -308,9 +297,7 @@ __global__ void __launch_bounds__(WIDE_ROWS * 32 + 64, 1) product_halves(float *
 
 /* How many rows a block of product_halves has in decoding, and into how many parts columns are cut, is chosen so that all
  * multiprocessors end together; of equals the highest block, of which most is read ahead, and then the fewest parts. */
-static void choose_blocks(Weights *w) {
-    int multiprocessors;
-    CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
+static void choose_blocks(Weights *w, int multiprocessors) {
     double least = INFINITY;
     for (int tiles = 8; tiles > 4; tiles--)
         for (int parts = 1; parts <= w->most_parts; parts++) {

@@ -32,10 +32,7 @@
 #include <type_traits>
 
 /* Ends the program with one line if a call to CUDA fails. */
-#define CUDA(call) cuda_check(call, #call)
-static void cuda_check(cudaError_t error, const char *call) {
-    if (error != cudaSuccess) die("CUDA: %s (%.40s)", cudaGetErrorString(error), call);
-}
+#define CUDA(call) do { if (cudaError_t error = (call)) die("CUDA: %s (%.40s)", cudaGetErrorString(error), #call); } while (0)
 
 #ifndef __maxnreg__                     /* before CUDA 12.4 */
 #define __maxnreg__(n)
@@ -91,22 +88,6 @@ typedef struct {
 /* To nearest; beyond the largest it stays there. */
 __device__ inline __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
 
-/* Which row of the file a row of the device's matrix is; -1: none. */
-__device__ inline int file_row(const Weights &w, int row) {
-    return row >= w.rows ? -1 : w.units ? row % 2 * (w.rows / 2) + row / 2 : row;
-}
-
-/* The code at a row and column of m, or the number as FP16. m: here and below a matrix as in the file, on the device: of codes, in
- * a block, 4 * PANEL bytes of scales and zeros, then codes as unpack_codes() in run.c reads them. */
-__device__ inline unsigned file_bits(const Matrix &m, int row, int col) {
-    size_t at = (row / PANEL * m.cols + col) * PANEL + row % PANEL;
-    if (m.type == F32) return __half_as_ushort(to_half(((const float *)m.data)[at]));
-    if (m.type == F16) return ((const uint16_t *)m.data)[at];
-    const unsigned char *codes = m.data + row / PANEL * m.panel_bytes + col / m.group * m.block_bytes + 4 * PANEL;
-    int k = col % m.group, r = row % PANEL;
-    return m.type == Q8 ? codes[(k / 4 * PANEL + r) * 4 + k % 4] : codes[(k / 4 * 16 + r % 16) * 4 + k % 4] >> r / 16 * 4 & 15;
-}
-
 /* Of a byte of a tile's activations, 32 q + j: it is the j-th of those for the threads 4 g + q. A strip is 2^shift bytes. */
 __host__ __device__ inline int of_byte(int shift, int byte) {
     return (byte >> shift & 3) * 32 + (byte >> (shift + 2) << shift) + (byte & ((1 << shift) - 1));
@@ -134,17 +115,23 @@ __device__ inline size_t scale_at(const Weights &w, int row, int col) {
     return (tile_index(w, row / 16, col / COLUMNS) * (COLUMNS / w.group) + col % COLUMNS / w.group) * 16 + row % 16;
 }
 
-/* Puts 16 rows by 128 columns of m, a block each, where w has them; beyond m's rows and columns all stays 0 (memory is zeroed). */
+/* Puts 16 rows by 128 columns of m, a block each, where w has them; beyond m's rows and columns all stays 0 (memory is zeroed). m
+ * lies as in the file (drawn in model.h), but on the device. */
 __global__ void lay_out(Weights w, Matrix m) {
     for (int i = threadIdx.x; i < 16 * COLUMNS; i += blockDim.x) {
         int row = blockIdx.x % w.row_tiles * 16 + i / COLUMNS, col = blockIdx.x / w.row_tiles * COLUMNS + i % COLUMNS;
-        int from = file_row(w, row);
-        if (from < 0 || col >= m.cols) continue;
+        if (row >= w.rows || col >= w.cols) continue;
+        int from = w.units ? row % 2 * (w.rows / 2) + row / 2 : row, r = from % PANEL, k = col % w.group;       /* from: m's row */
+        const unsigned char *block = m.data + from / PANEL * m.panel_bytes + col / w.group * m.block_bytes;
+        const unsigned char *codes = block + 4 * PANEL;
+        const __half *halves = (const __half *)block;           /* numbers; or scales, then zeros */
+        unsigned bits = m.type == F32 ? __half_as_ushort(to_half(((const float *)block)[k * PANEL + r]))
+                      : m.type == F16 ? __half_as_ushort(halves[k * PANEL + r])
+                      : m.type == Q8 ? codes[(k / 4 * PANEL + r) * 4 + k % 4]
+                      : codes[(k / 4 * 16 + r % 16) * 4 + k % 4] >> r / 16 * 4 & 15;
         size_t bit = code_bit(w, row, col);
-        atomicOr((unsigned *)w.codes + bit / 32, file_bits(m, from, col) << bit % 32);      /* neighbours share a word */
-        const __half *block = (const __half *)(m.data + from / PANEL * m.panel_bytes + col / m.group * m.block_bytes);
-        if (w.type != F16 && col % w.group == 0)
-            w.scales[scale_at(w, row, col)] = __halves2half2(block[from % PANEL], block[PANEL + from % PANEL]);
+        atomicOr((unsigned *)w.codes + bit / 32, bits << bit % 32);             /* neighbours share a word */
+        if (w.type != F16 && k == 0) w.scales[scale_at(w, row, col)] = __halves2half2(halves[r], halves[PANEL + r]);
     }
 }
 
@@ -171,17 +158,12 @@ typedef struct { void **all; size_t n, room, bytes; } Memory;
 
 /* Some more of it, zeroed; dies if there is none. */
 static void *device_allocate(size_t bytes, Memory *m, const char *what) {
-    void *p = NULL;
-    size_t free_bytes = 0, all = 0;
-    if (cudaMalloc(&p, bytes + 256) != cudaSuccess) {
-        cudaMemGetInfo(&free_bytes, &all);
-        die("%s: no room on the GPU: %.1f MB more are needed and %.1f of its %.1f MB are free", what, (double)bytes / 1e6,
-            (double)free_bytes / 1e6, (double)all / 1e6);
-    }
-    CUDA(cudaMemset(p, 0, bytes + 256));
+    void *p;
+    if (cudaMalloc(&p, bytes) != cudaSuccess) die("%s: no room on the GPU for %.1f MB more", what, (double)bytes / 1e6);
+    CUDA(cudaMemset(p, 0, bytes));
     m->all = (void **)grow(m->all, m->n, &m->room, sizeof(void *));
     m->all[m->n++] = p;
-    m->bytes += bytes + 256;
+    m->bytes += bytes;
     return p;
 }
 
@@ -190,8 +172,6 @@ static void device_free(Memory *m) {
     free(m->all);
     memset(m, 0, sizeof *m);
 }
-
-static void choose_blocks(Weights *w);          /* in hopper.h */
 
 /* m on the device. gated: it is w13; whole: whoever reads its output adds up no parts. staging: room for m there. */
 static Weights upload(const Matrix *m, bool gated, bool whole, void *staging, Memory *memory, const char *path) {
@@ -213,8 +193,7 @@ static Weights upload(const Matrix *m, bool gated, bool whole, void *staging, Me
     raw.data = (const unsigned char *)staging;
     CUDA(cudaMemcpy(staging, m->data, m->bytes, cudaMemcpyHostToDevice));
     w.codes = (uint4 *)device_allocate(w.type == F16 ? 2 * n : w.type == Q8 ? n : n / 2, memory, path);
-    if (w.type == F16) choose_blocks(&w);
-    else w.scales = (__half2 *)device_allocate(n / m->group * sizeof(__half2), memory, path);
+    if (w.type != F16) w.scales = (__half2 *)device_allocate(n / m->group * sizeof(__half2), memory, path);
     lay_out<<<n / (16 * COLUMNS), 256>>>(w, raw);
     CUDA(cudaGetLastError());
     return w;
@@ -236,10 +215,9 @@ static void cuda_load(Model *m) {
     cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || !count) die("no NVIDIA GPU can be used (%s); run needs none", cudaGetErrorString(error));
     const Header *c = &m->c;
-    size_t n = c->n_layers, largest = m->token_embedding.bytes, need = 0, free_bytes, all;
+    size_t n = c->n_layers, largest = max_size(m->token_embedding.bytes, m->wcls.bytes), free_bytes, all;
     for (size_t i = 0; i < 6 * n; i++) largest = max_size(largest, ((Matrix *)m->layers)[i].bytes);
-    largest = max_size(largest, m->wcls.bytes);
-    need = largest + (size_t)c->file_size / (m->layers[0].wqkv.type == F32 ? 2 : 1);        /* f32 becomes FP16 */
+    size_t need = largest + (size_t)c->file_size / (m->layers[0].wqkv.type == F32 ? 2 : 1);        /* f32 becomes FP16 */
     CUDA(cudaMemGetInfo(&free_bytes, &all));
     if (need > free_bytes)
         die("%s: its weights need %.1f GB of GPU memory and %.1f of %.1f GB are free: quantize it further (q8, q4)", m->path,
@@ -381,7 +359,7 @@ template <int TYPE, int GROUPS> struct Stage {
     uint2 scales[2][GROUPS];            /* (scale, zero) of row 2 g, of row 2 g + 1 */
     uint32_t codes_at, scales_at;       /* of the rows' first tile, in pieces of 16 bytes and of 8: fewer than 2^32 */
 
-    __device__ inline void start(const Weights &w, int row_tile) {
+    __device__ inline Stage(const Weights &w, int row_tile) {
         uint32_t lane = threadIdx.x % 32, tile = TYPE == F16 ? row_tile : row_tile / 8 * w.column_tiles * 8 + row_tile % 8;
         codes_at = tile * PIECES * 32 + thread_place(lane);
         scales_at = tile * GROUPS * 8 + lane / 4;
@@ -525,9 +503,8 @@ product_few(float *out, Weights w, Inputs in, int n) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     int row_tile = blockIdx.x * 2, all = w.column_tiles;
     int k = all * blockIdx.y / gridDim.y + warp, end = all * (blockIdx.y + 1) / gridDim.y;
-    Stage<TYPE, GROUPS> s;
+    Stage<TYPE, GROUPS> s(w, row_tile);
     float total[1][2][4] = {};
-    s.start(w, row_tile);
     if (k < end) s.load(w, k, true);
     wait_for_inputs();
 
@@ -558,8 +535,8 @@ __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cv
 
 /* Copies of 16 bytes into shared memory that go on while the thread computes (from 8.0 on); before, the bytes wait in a register,
  * and land() stores them. wait_for_copies: for all but the last LATEST groups. */
+typedef struct { uint4 value; uint32_t to; bool wanted; } Copy;         /* before 8.0 */
 #if __CUDA_ARCH__ >= 800
-typedef struct { char nothing; } Copy;
 __device__ inline void start_copy(Copy &, uint32_t to, const void *from, bool wanted) {
     if (wanted) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
@@ -567,7 +544,6 @@ __device__ inline void land(Copy *, int) {}
 __device__ inline void end_group() { asm volatile("cp.async.commit_group;"); }
 template <int LATEST> __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LATEST)); }
 #else
-typedef struct { uint4 value; uint32_t to; bool wanted; } Copy;
 __device__ inline void start_copy(Copy &c, uint32_t to, const void *from, bool wanted) {
     if (wanted) c.value = *(const uint4 *)from;
     c.to = to;
@@ -599,9 +575,8 @@ product_many(float *out, Weights w, Inputs in, int n) {
     int row_tile = (blockIdx.y * 4 + row_warp) * 2, token = blockIdx.x * TOKENS, all = w.column_tiles;
     int first = all * blockIdx.z / gridDim.z, end = all * (blockIdx.z + 1) / gridDim.z;
     int steps = (end - first + COLUMN_WARPS - 1) / COLUMN_WARPS, k = first + column_warp;
-    Stage<TYPE, GROUPS> s;
+    Stage<TYPE, GROUPS> s(w, row_tile);
     float total[TOKEN_TILES][2][4] = {};
-    s.start(w, row_tile);
     s.load(w, min(k, end - 1), TOKEN_WARPS == 1);               /* two: many tokens, and blocks of them */
 
     /* What this thread copies: COPIES pieces of 16 bytes, 32 tokens or a tile from one another, the first being `piece` of token t0
@@ -716,17 +691,6 @@ __device__ inline void write_inputs(Inputs in, const Weights &w, int token, int 
         in.scale[(size_t)((tile * COLUMNS + lane * 4) >> w.shift) * in.stride + token] = make_float2(max / 127.0f, (float)sum);
 }
 
-/* The sum of x over a block, to all its threads; always in the same order. */
-__device__ inline float block_sum(float x) {
-    __shared__ float sums[32];
-    for (int other = 16; other; other /= 2) x += __shfl_xor_sync(~0u, x, other);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0;
-    for (int other = 16; other; other /= 2) x += __shfl_xor_sync(~0u, x, other);
-    return x;
-}
-
 /* x[token] = the embedding's row; rotations[token] = cos and sin of RoPE's angles. blockIdx.x: the token; y: 0 for the angles, else
  * a part of the row, so that neither waits for the other. */
 enum { ROW_BLOCKS = 8 };
@@ -752,6 +716,7 @@ __global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 2 : 1)
 norm_input(float *x, const float *parts, int n_parts, int n, const float *weight, float eps, Inputs in, Weights w,
            const Entry *wanted) {
     const int STEP = WARPS * COLUMNS, TOGETHER = MOST < 2 ? MOST : 2;
+    __shared__ float sums[WARPS];
     int warp = threadIdx.x / 32, n_tiles = (w.width / COLUMNS - warp + WARPS - 1) / WARPS;
     auto load = [](const float *from, bool there) { return there ? *(const float4 *)from : make_float4(0, 0, 0, 0); };
     float4 v[MOST], weights[MOST];
@@ -774,7 +739,12 @@ norm_input(float *x, const float *parts, int n_parts, int n, const float *weight
             squares += (sum.x * sum.x + sum.y * sum.y) + (sum.z * sum.z + sum.w * sum.w);
         }
     }
-    float scale = rsqrtf(block_sum(squares) / (float)w.cols + eps);
+    for (int other = 16; other; other /= 2) squares += __shfl_xor_sync(~0u, squares, other);
+    if (threadIdx.x % 32 == 0) sums[warp] = squares;
+    __syncthreads();
+    squares = sums[threadIdx.x % WARPS];            /* over the block, to all its threads; always in the same order */
+    for (int other = WARPS / 2; other; other /= 2) squares += __shfl_xor_sync(~0u, squares, other);
+    float scale = rsqrtf(squares / (float)w.cols + eps);
     UNROLL for (int i = 0; i < MOST; i++) {
         if (i >= n_tiles) break;
         *(float4 *)(x + first + i * STEP) = v[i];
@@ -1085,8 +1055,8 @@ __host__ __device__ constexpr int decode_heads(int warps) { return 64 / warps; }
 
 /* Decoding: a block is there for a token, a key head with up to HEADS of its query heads, and a span of positions (flash-decoding),
  * of which its WARPS take 32 each in turn. It makes the queries from wqkv's product itself, and in the last span the token's key
- * and value. 200 registers leave room for one of product_halves's blocks for up to 8 tokens to wait in. gridDim.x: tokens times
- * parts of the heads; y: key heads; z: spans. */
+ * and value (each part of the heads does: the same bytes). 200 registers leave room for one of product_halves's blocks for up to 8
+ * tokens to wait in. gridDim.x: tokens times parts of the heads; y: key heads; z: spans. */
 template <int WIDTH, class E, int WARPS> __global__ void __maxnreg__(200) attention_decode(Heads c) {
     const int HEADS = decode_heads(WARPS), THREADS = 32 * WARPS;
     __shared__ __align__(16) __half query[HEADS][WIDTH];
@@ -1198,7 +1168,7 @@ __device__ inline Mass scan(Mass x, Mass *all) {
 __global__ void __launch_bounds__(1024)
 sample_kernel(float *logits, int width, int vocab, float temperature, float top_p, const Entry *entries, int *ids) {
     __shared__ uint32_t low[1024], high[1024];      /* a digit's mass, 32 bits each: shared memory adds these in one go */
-    __shared__ Mass best_of[32], above_shared, before_reached, equal_before;
+    __shared__ Mass best_of[32], above_shared, larger_before, equal_before;
     __shared__ int digit_shared, reached;
     wait_for_inputs();
     float *p = logits + (size_t)blockIdx.x * width;
@@ -1263,22 +1233,20 @@ sample_kernel(float *logits, int width, int vocab, float temperature, float top_
     Mass larger_to = scan(larger, &all_larger), equal_to = scan(equal, &all_equal);
     auto in_set = [&](Mass larger, Mass equal) { return larger + (equal < wanted ? equal : wanted) * each; };
     Mass r = (Mass)(entries[blockIdx.x].random * (double)in_set(all_larger, all_equal));
-    Mass before = in_set(larger_to - larger, equal_to - equal);
-    if (lane == 0 && before <= r) atomicMax(&reached, warp);
+    if (lane == 0 && in_set(larger_to - larger, equal_to - equal) <= r) atomicMax(&reached, warp);
     __syncthreads();
-    if (lane == 0 && warp == reached) { before_reached = before; equal_before = equal_to - equal; }
+    if (lane == 0 && warp == reached) { larger_before = larger_to - larger; equal_before = equal_to - equal; }
     __syncthreads();
     from = reached * chunk;
     to = min(from + chunk, vocab);
-    for (Mass passed = before_reached, seen = equal_before; from < to && passed <= r; from += 1024) {
+    for (Mass l = larger_before, e = equal_before; from < to && in_set(l, e) <= r; from += 1024, l += all_larger, e += all_equal) {
         int i = from + thread;
-        uint32_t bits = i < to ? __float_as_uint(p[i]) : 0;
-        Mass is_equal = i < to && bits == smallest, rank = seen + scan(is_equal, &all_equal) - is_equal;
-        Mass own = (i < to && bits > smallest) || (is_equal && rank < wanted) ? mass(__uint_as_float(bits)) : 0;
-        Mass sum = passed + scan(own, &all_larger);
-        if (sum > r && sum - own <= r) ids[blockIdx.x] = i;
-        seen += all_equal;
-        passed += all_larger;
+        uint32_t bits = i < to ? __float_as_uint(p[i]) : 0;     /* 0 adds nothing: either it is not in the set, or it has no mass */
+        larger = bits > smallest ? mass(__uint_as_float(bits)) : 0;
+        equal = bits == smallest;
+        larger_to = l + scan(larger, &all_larger);
+        equal_to = e + scan(equal, &all_equal);
+        if (in_set(larger_to, equal_to) > r && in_set(larger_to - larger, equal_to - equal) <= r) ids[blockIdx.x] = i;
     }
 }
 
@@ -1291,20 +1259,18 @@ typedef struct {
     int      multiprocessors;
     bool     overlap;                   /* kernels may start before the one before has ended */
     int      wgmma;                     /* built for, and on, a GPU that has it */
-    Memory   memory, logits_memory;
-    size_t   room;                      /* tokens there is room for, a multiple of 256 */
+    Memory   memory;
     Heads    heads;
     float   *x, *h;                     /* [room, dim]; [room, hidden_dim], or that as w2's input; widths rounded up to 128,
                                            the rest 0 */
-    float   *parts, *logits;            /* of products: [parts, n, rows]; [n_want, vocab_size], rows rounded up to 128 */
+    float   *parts;                     /* of products: [parts, n, rows], of the last one the logits; rows rounded up to 128 */
     double  *frequencies;
     Inputs   in;
-    Entry   *entries, *entries_host;    /* on the device; in the host's memory, from where a step copies them */
+    Entry   *entries_host;              /* heads.entries in the host's memory, from where a step copies them */
     int     *ids;                       /* the next ones, in the host's memory, where the sampler writes them */
-    size_t   logits_room;               /* tokens */
-    int      max_spans;                 /* over how many the keys of a token can go */
+    int      max_spans, most_wanted;    /* over how many the keys of a token can go; tokens whose logits have room */
     int      n, n_want;                 /* of this step: tokens; wanted ones */
-    struct { cudaGraphExec_t exec; const float *logits; int n_spans; float temperature, top_p; double bytes; } *graphs;
+    struct { cudaGraphExec_t exec; int n_spans; float temperature, top_p; double bytes; } *graphs;
                                         /* [n_slots + 1]: decoding steps of so many tokens, what they were recorded with, and what
                                            they read */
     struct { cudaEvent_t at; int operation; } *events;          /* of -P: after each launch */
@@ -1326,8 +1292,7 @@ static void mark(Device *d, int operation) {
 typedef struct { dim3 blocks, threads; size_t shared; } Grid;           /* threads of a block; its bytes of dynamic shared memory */
 template <class... P, class... A>
 static void launch(Device *d, int operation, void (*kernel)(P...), Grid grid, A... arguments) {
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    cudaLaunchAttribute early = {cudaLaunchAttributeProgrammaticStreamSerialization};
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {grid.blocks, grid.threads, grid.shared, d->stream, &early, d->overlap && !d->profiled};
     if (grid.shared > 48 * 1024)        /* more than kernels have unasked */
@@ -1356,29 +1321,25 @@ template <int TYPE, int GROUPS>
 static void launch_product(State *s, int operation, float *out, Weights w, Inputs in, int n) {
     const int CODES = TYPE == F16 ? Q8 : TYPE;      /* for product_wide, which is given no FP16, but must compile */
     Device *d = (Device *)s->device;
-    int tiles = token_tiles(s), token_blocks = (n + 8 * tiles - 1) / (8 * tiles), row_blocks = w.row_tiles / 8;
+    int tiles = token_tiles(s), row_blocks = w.row_tiles / 8;
+    auto token_blocks = [&] { return (int)ceil_div(n, 8 * tiles); };
     auto kernel = tiles == 1 ? product_few<TYPE, GROUPS> : tiles == 2 ? product_many<TYPE, GROUPS, 2>
                 : tiles == 4 ? product_many<TYPE, GROUPS, 4> : tiles == 8 ? product_many<TYPE, GROUPS, 8>
                 : product_many<TYPE, GROUPS, 16>;
-    Grid grid = {dim3(token_blocks, row_blocks, w.parts), 256};
+    Grid grid = {dim3(token_blocks(), row_blocks, w.parts), 256};
     if (tiles == 1) grid = {dim3(4 * row_blocks, w.parts), w.units ? 128 : 256};
     if (in.swizzled && TYPE == F16) {
-        /* A prefill's blocks have 256 tokens, or 64, where the large ones would leave multiprocessors idle; the bits are the same.
-         * How often all multiprocessors take a block: one of 256 takes 8/3 as long, by an estimate (SPEED.md). */
-        if (tiles == 16) {
-            int small = (int)ceil_div(ceil_div(n, 64) * row_blocks, d->multiprocessors);
-            int large = (int)ceil_div(ceil_div(n, 256) * row_blocks, d->multiprocessors);
-            tiles = 8 * large > 3 * small ? 8 : 32;
-            w.block_tiles = WIDE_ROWS;
-        }
+        /* Of 16 token tiles blocks have 256 tokens, or 64, where the large ones would leave multiprocessors idle; the bits are the
+         * same. How often all multiprocessors take a block: one of 256 takes 8/3 as long, by an estimate (SPEED.md). */
+        auto turns = [&](int tokens) { return ceil_div(ceil_div(n, tokens) * row_blocks, d->multiprocessors); };
+        if (tiles == 16) tiles = 8 * turns(256) > 3 * turns(64) ? 8 : 32;
         kernel = tiles == 1 ? product_halves<1> : tiles == 2 ? product_halves<2> : tiles == 4 ? product_halves<4>
                : tiles == 8 ? product_halves<8> : product_halves<32>;
-        token_blocks = (n + 8 * tiles - 1) / (8 * tiles);
-        grid = {min(d->multiprocessors, (int)ceil_div(w.row_tiles, w.block_tiles) * w.parts * token_blocks), WIDE_ROWS * 32 + 64,
+        grid = {min(d->multiprocessors, (int)ceil_div(w.row_tiles, w.block_tiles) * w.parts * token_blocks()), WIDE_ROWS * 32 + 64,
                 tiles == 32 ? sizeof(Halves<32>) * Halves<32>::STAGES : HALVES_ROOM};
     } else if (in.swizzled) {
         kernel = product_wide<CODES, GROUPS>;
-        grid = {min(d->multiprocessors, token_blocks * row_blocks), WIDE_ROWS * 32 + 128,
+        grid = {min(d->multiprocessors, token_blocks() * row_blocks), WIDE_ROWS * 32 + 128,
                 WIDE_STAGES * sizeof(Wide<CODES, GROUPS>)};
     }
     launch(d, operation, kernel, grid, out, w, in, n);
@@ -1395,9 +1356,9 @@ static int device_product(State *s, int operation, float *out, Weights w, Inputs
     int tiles = token_tiles(s);
     int held = tiles > 1 || w.type == Q8 || w.type == NF4 ? 2 : 3;         /* blocks that a multiprocessor has registers for */
     count(s, operation, 2.0 * n * w.rows * w.cols, w.bytes);
-    if (w.type != F16 || !in.swizzled)
-        w.parts = max(1, min(w.most_parts, held * d->multiprocessors / (w.row_tiles / (tiles == 1 ? 2 : 8))));
-    if (tiles == 16) w.parts = 1;
+    if (tiles == 16) { w.parts = 1; w.block_tiles = WIDE_ROWS; }
+    else if (in.swizzled) choose_blocks(&w, d->multiprocessors);                /* FP16, on a Hopper */
+    else w.parts = max(1, min(w.most_parts, held * d->multiprocessors / (w.row_tiles / (tiles == 1 ? 2 : 8))));
     LAUNCH[w.type - F16][w.shift - 5](s, operation, out, w, in, n);
     return w.parts;
 }
@@ -1408,8 +1369,7 @@ static void launch_attention(State *s, size_t layer, int n_parts) {
     Device *d = (Device *)s->device;
     Heads c = d->heads;
     const DeviceLayer &w = ((const DeviceModel *)s->model->device)->layers[layer];
-    bool roomy = s->n_slots * c.n_kv_heads <= (size_t)d->multiprocessors;       /* each block has one of its own */
-    int warps = roomy ? 8 : 4;
+    int warps = s->n_slots * c.n_kv_heads <= (size_t)d->multiprocessors ? 8 : 4;        /* 8: each block has one of its own */
     c.keys += layer * s->n_slots * c.n_kv_heads * c.cache;
     c.values += layer * s->n_slots * c.n_kv_heads * c.cache;
     c.parts = d->parts;
@@ -1420,7 +1380,7 @@ static void launch_attention(State *s, size_t layer, int n_parts) {
     c.in = inputs(s, w.wo);
     c.fused = c.group * c.head_dim % COLUMNS == 0 && c.head_dim % 4 == 0 && c.n_spans == 1 && c.head_parts == 1;
     if (s->decoding)
-        launch(d, ATTENTION, roomy ? attention_decode<WIDTH, E, 8> : attention_decode<WIDTH, E, 4>,
+        launch(d, ATTENTION, warps == 8 ? attention_decode<WIDTH, E, 8> : attention_decode<WIDTH, E, 4>,
                {dim3(c.n * c.head_parts, c.n_kv_heads, c.n_spans), 32 * warps}, c);
     else {
         launch(d, ROPE, rope_and_cache<E>, {dim3((c.n_heads + 2 * c.n_kv_heads + 7) / 8, c.n), 256}, c);
@@ -1429,7 +1389,7 @@ static void launch_attention(State *s, size_t layer, int n_parts) {
     if (!c.fused) launch(d, ATTENTION, attention_input, {dim3((w.wo.width + 1023) / 1024, c.n), 256}, c);
 }
 
-/* All launches of a forward over the tokens of prepare(), below. The logits are in d->logits afterwards. */
+/* All launches of a forward over the tokens of prepare(), below. The logits are in d->parts afterwards. */
 static void launch_forward(State *s) {
     static void (*const ATTEND[][3])(State *, size_t, int) = {      /* heads of 32, 64, 128 elements */
         {launch_attention<32, __half>, launch_attention<64, __half>, launch_attention<128, __half>},
@@ -1447,10 +1407,10 @@ static void launch_forward(State *s) {
                c->norm_eps, inputs(s, next), next, wanted);
     };
 
-    CUDA(cudaMemcpyAsync(d->entries, d->entries_host, (size_t)n * sizeof(Entry), cudaMemcpyHostToDevice, d->stream));
+    CUDA(cudaMemcpyAsync((void *)d->heads.entries, d->entries_host, (size_t)n * sizeof(Entry), cudaMemcpyHostToDevice, d->stream));
     mark(d, EMBEDDING);                 /* where the first begins */
-    launch(d, EMBEDDING, embed, {dim3(n, 1 + ROW_BLOCKS), 128}, d->x, d->heads.rotations, d->entries, m->embedding, d->frequencies,
-           (int)c->head_dim / 2);
+    launch(d, EMBEDDING, embed, {dim3(n, 1 + ROW_BLOCKS), 128}, d->x, d->heads.rotations, d->heads.entries, m->embedding,
+           d->frequencies, (int)c->head_dim / 2);
     for (size_t l = 0; l < c->n_layers; l++) {
         const DeviceLayer &w = m->layers[l];
         norm(w.rms_att, w.wqkv, NULL);
@@ -1465,8 +1425,8 @@ static void launch_forward(State *s) {
         n_parts = device_product(s, W2, d->parts, w.w2, h, n);
     }
     if (!d->n_want) return;
-    norm(m->rms_final, m->wcls, d->entries);
-    device_product(s, CLASSIFIER, d->logits, m->wcls, inputs(s, m->wcls), d->n_want);
+    norm(m->rms_final, m->wcls, d->heads.entries);
+    device_product(s, CLASSIFIER, d->parts, m->wcls, inputs(s, m->wcls), d->n_want);
 }
 
 /* Writes the tokens to entries_host, and the tiles of queries, which are the runs among them; counts these, and the spans of
@@ -1493,12 +1453,7 @@ static void prepare(State *s, const Token *tokens, size_t n, const Draw *draws) 
     }
     count(s, ATTENTION, 4.0 * n_keys * c->n_heads * c->head_dim * c->n_layers,
           2.0 * n_reads * (double)(c->n_kv_heads * s->position_bytes * c->n_layers));
-    if ((size_t)d->n_want <= d->logits_room) return;
-    device_free(&d->logits_memory);
-    d->logits_room = (size_t)d->n_want;
-    d->logits = (float *)device_allocate(d->logits_room * round_up(c->vocab_size, 128) * sizeof(float), &d->logits_memory,
-                                         s->model->path);
-    CUDA(cudaDeviceSynchronize());      /* it is zeroed in another stream */
+    if (d->n_want > d->most_wanted) die("%d logits at once, and room for %d", d->n_want, d->most_wanted);
 }
 
 /* Waits for the step, and adds the times between its events to its operations. */
@@ -1519,38 +1474,36 @@ static void cuda_forward(State *s, const Token *tokens, size_t n, float *logits)
     prepare(s, tokens, n, NULL);
     launch_forward(s);
     if (d->n_want)
-        CUDA(cudaMemcpy2DAsync(logits, vocab, d->logits, pitch, vocab, (size_t)d->n_want, cudaMemcpyDeviceToHost, d->stream));
+        CUDA(cudaMemcpy2DAsync(logits, vocab, d->parts, pitch, vocab, (size_t)d->n_want, cudaMemcpyDeviceToHost, d->stream));
     finish(s);
 }
 
-/* A decoding step's some 300 launches take the CPU longer than the GPU: they are recorded once, as a graph, for each number of
- * tokens, and again whenever what they were recorded with has changed. */
+/* A decoding step's launches, 230 to 260 of a 7B, take the CPU longer than the GPU: they are recorded once, as a graph, for each
+ * number of tokens, and again whenever what they were recorded with has changed. */
 static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, float temperature, float top_p) {
     Device *d = (Device *)s->device;
     int vocab = (int)s->model->c.vocab_size;
     auto launch_step = [&] {
         launch_forward(s);
         if (d->n_want)
-            launch(d, SAMPLING, sample_kernel, {d->n_want, 1024}, d->logits, (int)round_up(vocab, 128), vocab, temperature, top_p,
-                   d->entries, d->ids);
+            launch(d, SAMPLING, sample_kernel, {d->n_want, 1024}, d->parts, (int)round_up(vocab, 128), vocab, temperature, top_p,
+                   d->heads.entries, d->ids);
     };
     prepare(s, tokens, n, draws);
     if (s->decoding && n <= s->n_slots && (size_t)d->n_want == n && !s->profiled) {
         auto *g = &d->graphs[n];
-        if (g->exec && g->logits == d->logits && g->n_spans == d->heads.n_spans && g->temperature == temperature &&
-            g->top_p == top_p)
-            s->bytes += g->bytes;
-        else {
+        double before = s->bytes;       /* recording books what the step reads (and a profile, which none but -P prints) */
+        if (!g->exec || g->n_spans != d->heads.n_spans || g->temperature != temperature || g->top_p != top_p) {
             cudaGraph_t graph;
-            double before = s->bytes;   /* recording books what the step reads (and a profile, which none but -P prints) */
             if (g->exec) CUDA(cudaGraphExecDestroy(g->exec));
             CUDA(cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal));
             launch_step();
             CUDA(cudaStreamEndCapture(d->stream, &graph));
             CUDA(cudaGraphInstantiate(&g->exec, graph, 0));
             CUDA(cudaGraphDestroy(graph));
-            *g = {g->exec, d->logits, d->heads.n_spans, temperature, top_p, s->bytes - before};
+            *g = {g->exec, d->heads.n_spans, temperature, top_p, s->bytes - before};
         }
+        s->bytes = before + g->bytes;
         CUDA(cudaGraphLaunch(g->exec, d->stream));
     } else launch_step();
     finish(s);
@@ -1559,8 +1512,7 @@ static void cuda_step(State *s, const Token *tokens, size_t n, Draw *draws, floa
 
 static double cuda_peak(const State *s) {
     const DeviceModel *m = (const DeviceModel *)s->model->device;
-    const Device *d = (const Device *)s->device;
-    return (double)max_size(m->memory.bytes + d->memory.bytes + d->logits_memory.bytes, m->peak);
+    return (double)max_size(m->memory.bytes + ((const Device *)s->device)->memory.bytes, m->peak);
 }
 
 static void cuda_open(State *s) {
@@ -1588,31 +1540,31 @@ static void cuda_open(State *s) {
     d->heads = {(int)c->n_heads, (int)c->n_kv_heads, (int)(c->n_heads / c->n_kv_heads), (int)c->head_dim, (int)s->head_width,
                 (int)s->ring, (int)min_size(c->window, INT32_MAX), 1.44269504f / sqrtf((float)c->head_dim),
                 s->ring * s->position_bytes};
-    d->room = round_up(s->chunk, 256);
     d->heads.span = s->n_slots * c->n_kv_heads >= 128 ? 512 : 256;
     d->max_spans = (int)(s->ring / (size_t)d->heads.span + 2);
 
     /* sizes of all that a step needs, and whether it fits */
     size_t q_dim = (size_t)c->n_heads * c->head_dim, qkv_dim = q_dim + 2ull * c->n_kv_heads * c->head_dim;
-    size_t slots = min_size(s->n_slots, d->room);
-    size_t widest_out = round_up(max_size(qkv_dim, c->dim), 128), part_rows = max_size(d->room, MAX_PARTS * 64);
+    size_t room = round_up(s->chunk, 256), slots = min_size(s->n_slots, room);      /* room: for so many tokens */
+    size_t widest_out = round_up(max_size(qkv_dim, c->dim), 128), part_rows = max_size(room, MAX_PARTS * 64);
+    size_t most_wanted = max_size(slots, CHUNK);                /* generating, scoring */
     size_t widest_in = round_up(max_size(max_size(c->dim, q_dim), c->hidden_dim), COLUMNS);
     size_t input_bytes = ((const DeviceModel *)m->device)->has_halves ? sizeof(__half) : 1;
-    size_t span_rows = max_size(slots * (size_t)d->max_spans, d->room);
+    size_t span_rows = max_size(slots * (size_t)d->max_spans, room);
     s->kv_bytes = cache_bytes(s, 1e18, properties.name);        /* dies where it is more than a size_t holds */
     const struct { void **to; size_t bytes; } all[] = {
-        {(void **)&d->x, d->room * round_up(c->dim, COLUMNS) * sizeof(float)},
-        {(void **)&d->parts, part_rows * widest_out * sizeof(float)},
-        {(void **)&d->h, d->room * round_up(c->hidden_dim, COLUMNS) * sizeof(float)},
+        {(void **)&d->x, room * round_up(c->dim, COLUMNS) * sizeof(float)},
+        {(void **)&d->parts, max_size(part_rows * widest_out, most_wanted * round_up(c->vocab_size, 128)) * sizeof(float)},
+        {(void **)&d->h, room * round_up(c->hidden_dim, COLUMNS) * sizeof(float)},
         {(void **)&d->heads.out, span_rows * c->n_heads * s->head_width * sizeof(float)},
         {(void **)&d->heads.softmax, span_rows * c->n_heads * sizeof(float2)},
-        {(void **)&d->heads.rotations, d->room * (c->head_dim / 2) * sizeof(float2)},
-        {(void **)&d->heads.queries, d->room * c->n_heads * s->head_width * sizeof(__half)},
+        {(void **)&d->heads.rotations, room * (c->head_dim / 2) * sizeof(float2)},
+        {(void **)&d->heads.queries, room * c->n_heads * s->head_width * sizeof(__half)},
         {(void **)&d->heads.keys, s->kv_bytes / 2}, {(void **)&d->heads.values, s->kv_bytes / 2},
         {(void **)&d->frequencies, c->head_dim / 2 * sizeof(double)},
-        {(void **)&d->in.q, d->room * widest_in * input_bytes}, {(void **)&d->in.scale, d->room * widest_in / 32 * sizeof(float2)},
-        {(void **)&d->entries, d->room * sizeof(Entry)}};
-    double need = (double)slots * c->vocab_size * sizeof(float), per_slot = (double)s->kv_bytes / (double)s->n_slots;
+        {(void **)&d->in.q, room * widest_in * input_bytes}, {(void **)&d->in.scale, room * widest_in / 32 * sizeof(float2)},
+        {(void **)&d->heads.entries, room * sizeof(Entry)}};
+    double need = 0, per_slot = (double)s->kv_bytes / (double)s->n_slots;
     size_t free_bytes, total;
     for (const auto &one : all) need += (double)one.bytes;
     CUDA(cudaMemGetInfo(&free_bytes, &total));
@@ -1624,11 +1576,11 @@ static void cuda_open(State *s) {
             left >= per_slot ? floor(left / per_slot) : left > 0 ? floor(left / per_slot * (double)s->ring / KEYS) * KEYS : 0);
     }
     for (const auto &one : all) *one.to = device_allocate(one.bytes, &d->memory, m->path);
-    d->in.stride = (int)d->room;
-    d->heads.entries = d->entries;
+    d->in.stride = (int)room;
+    d->most_wanted = (int)most_wanted;
     CUDA(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking));
-    CUDA(cudaMallocHost((void **)&d->entries_host, d->room * sizeof(Entry)));
-    CUDA(cudaMallocHost((void **)&d->ids, d->room * sizeof(int)));
+    CUDA(cudaMallocHost((void **)&d->entries_host, room * sizeof(Entry)));
+    CUDA(cudaMallocHost((void **)&d->ids, room * sizeof(int)));
     d->graphs = (decltype(d->graphs))allocate(s->n_slots + 1, sizeof *d->graphs, m->path);
     CUDA(cudaMemcpy(d->frequencies, s->frequencies, c->head_dim / 2 * sizeof(double), cudaMemcpyHostToDevice));
     CUDA(cudaDeviceSynchronize());
@@ -1637,7 +1589,6 @@ static void cuda_open(State *s) {
 static void cuda_close(State *s) {
     Device *d = (Device *)s->device;
     device_free(&d->memory);
-    device_free(&d->logits_memory);
     for (size_t i = 0; i <= s->n_slots; i++) if (d->graphs[i].exec) cudaGraphExecDestroy(d->graphs[i].exec);
     for (size_t i = 0; i < d->events_room; i++) cudaEventDestroy(d->events[i].at);
     cudaFreeHost(d->entries_host);
