@@ -327,7 +327,7 @@ static void matmul(float *out, const float *x, const Matrix *w, Activations *a, 
         size_t T = min_size(BLOCK, n - first);
         bool pairs = 2 * T <= BLOCK && w->n_panels >= 4 * (size_t)omp_get_max_threads();
         size_t apart = pairs ? (w->n_panels + 1) / 2 : w->n_panels;
-        #pragma omp parallel for schedule(static)
+        #pragma omp parallel for schedule(guided)       /* not equal shares: a core that others use too is slower */
         for (size_t panel = 0; panel < apart; panel++) panel_products(out, w, panel, apart, a, n, first, T);
     }
 }
@@ -878,8 +878,8 @@ static double uniform(uint64_t *state) {
 
 /* The next id, drawn from softmax(logits / temperature) cut to the smallest set of most probable ids that holds top_p
  * of the mass (Holtzman et al. 2019); of temperature or top_p 0 it is the most probable. logits: [n],
- * overwritten; random: from [0, 1). Nothing is sorted. Positive FP32 numbers order as their bits do, and those up to 1 have 30; the smallest probability
- * in the set is found by 10 of them at a time, from the top, summing the mass above each digit. */
+ * overwritten; random: from [0, 1). Nothing is sorted. Positive FP32 numbers order as their bits do, and those up to 1 have 30; the
+ * smallest probability in the set is found by 10 of them at a time, from the top, summing the mass above each digit. */
 static int sample(float *logits, size_t n, float temperature, float top_p, double random) {
     size_t best = 0;
     for (size_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
