@@ -113,9 +113,10 @@ static_assert(sizeof(Tensor) == 96, "the table's layout is the file's");
  *   panel 1  | block     | block     |       f32 and f16 have neither scales nor groups; here they count as blocks of
  *            +-----------+-----------+--     128 columns, which divides a long sum
  *
- * Within a block: f32, f16   [column][32 rows]
- *                 q8         [column / 4][32 rows][4 columns], a byte each
- *                 q4, nf4    [column / 4][16 rows][4 columns], a byte for row r, in its low half, and row r + 16 */
+ * Within a block, behind scales and zeros where it has some:
+ *   f32, f16   [column][32 rows]
+ *   q8         [column / 4][32 rows][4 columns], a byte each
+ *   q4, nf4    [column / 4][16 rows][4 columns], a byte for row r, in its low half, and row r + 16 */
 typedef struct {
     int    type;
     size_t rows, cols;                  /* [output, input], without padding */

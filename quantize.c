@@ -47,7 +47,7 @@ static void fit_codes(Fit *fit, uint8_t *codes, const float *w, const float *imp
             c = (c + ROUNDER) - ROUNDER;
             float error = fmaf(scale[r], c - zero[r], -x), h = importance[k], hc = h * c;
             fit->error[r] = fmaf(h * error, error, fit->error[r]);
-            fit->c[r] = fmaf(h, c, fit->c[r]);
+            fit->c[r] = fmaf(hc, 1, fit->c[r]);      /* hc rounded, as below */
             fit->cc[r] = fmaf(hc, c, fit->cc[r]);
             fit->wc[r] = fmaf(x, hc, fit->wc[r]);
             if (codes) codes[k * PANEL + r] = (uint8_t)c;
@@ -693,12 +693,13 @@ int main(int argc, char **argv) {
     Calibration calibration;
     memset(&calibration, 0, sizeof calibration);
     program = "quantize";
+    prepare_process(argv);
     opterr = 0;
     while ((option = getopt_long(argc, argv, ":g:j:h", table, NULL)) != -1) {
         switch (option) {
             case 'g': group = (uint32_t)whole_argument("-g", optarg, 32, 128); break;
             case 'j': {
-                uint64_t threads = whole_argument("-j", optarg, 1, 4096);
+                uint64_t threads = whole_argument("-j", optarg, 1, MOST_THREADS);
 #ifdef _OPENMP
                 omp_set_num_threads((int)threads);
 #endif

@@ -455,7 +455,7 @@ static bool score_mode(const Model *m, const Options *o) {
                 o->file, line_number);
         char *rest;
         unsigned long answer = strtoul(fields[n - 1], &rest, 10);
-        if (rest == fields[n - 1] || *rest || answer >= n - 2)
+        if (fields[n - 1][0] < '0' || fields[n - 1][0] > '9' || *rest || answer >= n - 2)
             die("%s: line %zu: the answer is '%.40s', not an index from 0 to %zu", o->file, line_number, fields[n - 1], n - 3);
         size_t n_context;
         int *context = encode(t, fields[0], strlen(fields[0]), &n_context);

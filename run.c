@@ -735,8 +735,7 @@ static void book(State *s, int operation, double operations, double bytes) {
 static void product(State *s, int operation, float *out, const float *x, const Matrix *w, size_t n) {
     matmul(out, x, w, &s->activations, n);
     if (s->watch) s->watch(s->watcher, operation, out, x, n);
-    size_t times = (n + BLOCK - 1) / BLOCK;             /* that the weights are read */
-    book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, (double)w->bytes * (double)times);
+    book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, (double)w->bytes);     /* read once: what it must */
 }
 
 /* x += xb, then xb = norm of x, for n tokens: what an operation left in xb joins the residual stream, which is then the
@@ -1136,7 +1135,8 @@ static Sequence *read_prompts(const Tokenizer *t, const Options *o, size_t *n) {
         sequences = (Sequence *)grow(sequences, *n, &room, sizeof *sequences);
         sequences[*n] = new_sequence(t, &text, o, *n);
     }
-    if (f && ferror(f)) die("%s: cannot be read: %s", o->file, strerror(errno));
+    if (f ? ferror(f) : ferror(stdin) && !interrupted)
+        die("%s: cannot be read: %s", f ? o->file : "standard input", strerror(errno));
     if (!*n) die("%s: holds no prompt", o->file);
     if (f) fclose(f);
     free(text.text);
@@ -1226,7 +1226,10 @@ static bool chat_mode(const Model *m, const Options *o) {
         memset(&d, 0, sizeof d);
         d.answers = true;
         if (isatty(STDIN_FILENO)) fputs("> ", stderr);
-        if (!read_line(stdin, &line)) break;
+        if (!read_line(stdin, &line)) {
+            if (ferror(stdin) && !interrupted) die("standard input: cannot be read: %s", strerror(errno));
+            break;
+        }
         if (!first && t->eos[0] >= 0 && strcmp(q.finish, "eos")) push_id(&q, t->eos[0]);    /* an answer that was cut */
         if (v1) append(&text, "[INST] ", 7);
         else push_id(&q, begin);
@@ -1257,6 +1260,7 @@ static bool chat_mode(const Model *m, const Options *o) {
 /* ------------------------------------------------------------------------------------------------------------------
  * 6. The command line                                                                                               */
 
+enum { MOST_THREADS = 4096 };
 enum { FLAG, TEXT, WHOLE, REAL };       /* what an option takes, and the type of its field: bool, char *, size_t, double */
 typedef struct {
     int letter;                         /* 0: has a long name only */
@@ -1278,7 +1282,7 @@ static const Option OPTIONS[] = {
     {'s', "seed", "N", "sequence i draws from the stream of seed N + i (42)", "gc", WHOLE, FIELD(seed), 0, UINT64_MAX},
     {'c', "context", "N", "positions a sequence (as needed; perplexity: 512, score: 4096)", "gcps", WHOLE, FIELD(context), 2,
      1 << 30},
-    {'j', "threads", "N", "(the cores)", "gcps", WHOLE, FIELD(threads), 1, 4096},
+    {'j', "threads", "N", "(the cores)", "gcps", WHOLE, FIELD(threads), 1, MOST_THREADS},
     {'w', "warmup", "N", "passes before the measured one (0)", "g", WHOLE, FIELD(warmup), 0, 1000000},
     {'r', "repeat", "N", "measured passes, the median is reported (1)", "g", WHOLE, FIELD(repeat), 1, 1000000},
     {'E', "ignore-eos", "", "generate -n tokens whatever comes", "gc", FLAG, FIELD(ignore_eos), 0, 0},
@@ -1458,8 +1462,17 @@ static void catch_signals(void) {
     signal(SIGXFSZ, SIG_IGN);           /* a file may not be so large: writing fails instead, and says so */
 }
 
-/* The program, on whichever backend; returns the exit status. */
-static int run(int argc, char **argv) {
+/* What threads and options need of the process, for a program's main to call first. */
+static void prepare_process(char **argv) {
+    const rlim_t least = 1 << 20;       /* attention() takes half of that */
+    struct rlimit stack;
+    unsetenv("POSIXLY_CORRECT");        /* options may stand behind MODEL.bin */
+    if (getrlimit(RLIMIT_STACK, &stack) == 0 && stack.rlim_cur < least) {
+        if (stack.rlim_max < least) die("a stack of %.0f kB is too small (ulimit -s 1024)", (double)stack.rlim_max / 1024);
+        stack.rlim_cur = least;
+        setrlimit(RLIMIT_STACK, &stack);
+    }
+    (void)argv;
 #ifdef _OPENMP
     /* gcc's threads wait for one another spinning, up to some 20 ms: as soon as another program wants a core, that keeps
      * from running whom they wait for (SPEED.md: 7 tok/s instead of 750). How long is read from the environment before
@@ -1468,7 +1481,13 @@ static int run(int argc, char **argv) {
     again |= !getenv("OMP_STACKSIZE") && !setenv("OMP_STACKSIZE", "2M", 1);     /* some systems give threads less than attention()
                                                                                    takes, a quarter of that */
     if (again) execv("/proc/self/exe", argv);
+    if (omp_get_max_threads() > MOST_THREADS) omp_set_num_threads(MOST_THREADS);
 #endif
+}
+
+/* The program, on whichever backend; returns the exit status. */
+static int run(int argc, char **argv) {
+    prepare_process(argv);
     /* where the shell closed a standard stream, the first file to be opened would take its place */
     if (fcntl(STDIN_FILENO, F_GETFD) < 0) open("/dev/null", O_WRONLY);
     if (fcntl(STDOUT_FILENO, F_GETFD) < 0) die("standard output: %s", strerror(errno));
@@ -1482,10 +1501,11 @@ static int run(int argc, char **argv) {
     Model m = load_model(o.path);
     if (o.no_mmap) read_into_memory(&m, o.quiet);
     if (o.kv) m.kv_type = o.kv[0] == 'q' ? Q8 : F16;
-    const char *inputs[] = {o.path, o.file, o.against, "/dev/stdin"};
-    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
-        if (o.output && inputs[i] && same_file(inputs[i], o.output))
-            die("%s: is read as well, and would be lost: give -o another name", o.output);
+    const char *others[] = {o.path, o.file, o.against, "/dev/stdin", "/dev/stdout", "/dev/stderr"};
+    size_t n = o.output && (!strncmp(o.output, "/dev/", 5) || !strncmp(o.output, "/proc/", 6)) ? 4 : 6;    /* not by these names */
+    for (size_t i = 0; i < n; i++)
+        if (o.output && others[i] && same_file(others[i], o.output))
+            die("%s: is %s as well, and would be lost: give -o another name", o.output, i < 4 ? "read" : "written");
     if (o.output) o.json = open_output(o.output);
     bool met = o.mode[0] == 'c' ? chat_mode(&m, &o) : o.mode[0] == 'p' ? perplexity_mode(&m, &o)
              : o.mode[0] == 's' ? score_mode(&m, &o) : generate_mode(&m, &o);

@@ -410,9 +410,13 @@ __device__ inline void add_sums(float to[2], float2 row, float4 tokens, const in
     to[1] = fmaf(row.x * tokens.z, fmaf(-row.y, tokens.w, sum_value(sum[1])), to[1]);
 }
 
-/* Adds a stage's columns to total[tokens][two tiles of 16 rows][row 2 g, 2 g + 1; token 2 q, 2 q + 1], of N times 8 tokens. x: 16
- * bytes twice of the activations of token g; scale: (scale, sum) of the tokens 2 q and 2 q + 1. The instructions of a sum wait
- * for one another, and for long; those of 2 N sums stand side by side, so that there is something to do. */
+/* Adds a stage's columns to total[token tile][two row tiles][row 2 g, 2 g + 1; token 2 q, 2 q + 1], of N token tiles.
+ *   a       [row tile][instruction][register], of Stage::unpack
+ *   scales  [row tile][group], of Stage
+ *   x       [token tile]: 16 bytes twice of the activations of token g
+ *   scale   [token tile][group]: (scale, sum) of the tokens 2 q and 2 q + 1
+ * The instructions of a sum wait for one another, and for long; those of 2 N sums stand side by side, so that there is something
+ * to do. */
 template <int TYPE, int GROUPS, int N>
 __device__ inline void add_tiles(float total[N][2][4], const uint32_t a[2][4][4], const uint2 scales[2][GROUPS],
                                  const uint4 x[N][2], const float4 scale[N][GROUPS]) {
@@ -479,7 +483,7 @@ __device__ inline void add(float4 &sum, float4 x, float share = 1) {
 }
 
 /* Adds to the sums of the first ROW_WARPS of a block's warps those of the others that have the same rows, every ROW_WARPS-th, in
- * order. room: [others]. */
+ * order. total: as above; room: [others][total's pairs of tiles][thread]. */
 template <int TOKEN_TILES, int ROW_WARPS>
 __device__ inline void add_warps(float total[][2][4], float4 (*room)[TOKEN_TILES * 2][32], int others) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -917,7 +921,8 @@ __device__ inline uint4 eight_halves(uint2 x) {
  * two. E: of an element of the cache. q: the queries of row g, row g + 8, in shared or global memory, or NULL. */
 template <int WIDTH, class E> struct Attention {
     uint32_t a[WIDTH / 32][2][4];       /* the queries: of 32 elements, of two instructions */
-    float sum[WIDTH / 8][4], max[2], total[2];
+    float sum[WIDTH / 8][4];            /* of 8 elements: row g, elements 2 q and 2 q + 1; row g + 8 */
+    float max[2], total[2];             /* the largest score, and the sum of 2^(score - max): of row g, row g + 8 */
 
     __device__ Attention(const __half *const q[2]) {
         int lane = threadIdx.x % 32;

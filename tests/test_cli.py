@@ -81,7 +81,8 @@ def call(program, args, input=None, **kwargs):
     else:
         kwargs["input"] = input
     kwargs.setdefault("stdout", subprocess.PIPE)
-    p = subprocess.run([program] + [a if isinstance(a, bytes) else str(a) for a in args], stderr=subprocess.PIPE, env=ENV, timeout=TIMEOUT, **kwargs)
+    p = subprocess.run([program] + [a if isinstance(a, bytes) else str(a) for a in args], stderr=subprocess.PIPE, env=kwargs.pop("env", ENV),
+                       timeout=TIMEOUT, **kwargs)
     return p.returncode, p.stdout, p.stderr
 
 
@@ -1292,6 +1293,43 @@ def test_output_to_a_device(tmp, program, link):
     assert stat.S_ISCHR(os.lstat(null).st_mode), "the device was replaced"
     assert target.is_symlink() == link, "the link was replaced"
     assert got[0] in (0, 1)
+
+
+@pytest.mark.parametrize("mode", ["generate", "perplexity"])
+def test_output_where_the_text_goes(tmp, mode):
+    """-o on the file that standard output goes to would replace it, with the text; as /dev/stdout it is appended."""
+    (tmp / "text").write_text("Once upon a time")
+    args = ["-i", "Once", "-n", 2] if mode == "generate" else ["-m", "perplexity", "-f", tmp / "text"]
+    out = tmp / "out"
+    with open(out, "wb") as f:
+        one_line(run(DEMO, *args, "-q", "-o", out, stdout=f), 1, "%s: " % out, "is written as well, and would be lost", stdout=None)
+    with open(out, "wb") as f:
+        assert run(DEMO, *args, "-q", "-o", "/dev/stdout", stdout=f)[0] == 0
+    data = out.read_bytes()
+    assert b'"model"' in data and (data.startswith(b"Once") if mode == "generate" else b"\nppl " in data)
+
+
+@pytest.mark.parametrize("args", [["-n", 2], ["-m", "chat", "--chat-template", "v1"]])
+def test_stdin_that_cannot_be_read(tmp, args):
+    """A directory is no end of a conversation."""
+    fd = os.open(tmp, os.O_RDONLY)
+    one_line(run(DEMO, *args, "-q", stdin=fd), 1, "standard input: cannot be read")
+    os.close(fd)
+
+
+def test_process_as_it_comes(tmp):
+    """Threads without number, a small stack, and an environment that wants options first: the same text as ever."""
+    expect = run(DEMO, "-i", "Once", "-n", 2, "-q")
+    assert expect[0] == 0
+    assert run(DEMO, "-i", "Once", "-n", 2, "-q", env=dict(ENV, POSIXLY_CORRECT="1")) == expect
+    many = dict(ENV, OMP_NUM_THREADS="99999")           # 4,096 are tried, which a machine may refuse
+    assert run(DEMO, "-i", "Once", "-n", 2, "-q", env=many)[0] in (0, 1)
+    assert quantize("--random", "odd", tmp / "o.bin", "q8", env=many)[0] in (0, 1)
+    small = lambda hard: lambda: resource.setrlimit(resource.RLIMIT_STACK, (256 << 10, hard))
+    assert run(DEMO, "-i", "Once", "-n", 2, "-q", preexec_fn=small(8 << 20)) == expect
+    one_line(run(DEMO, "-i", "Once", "-n", 2, "-q", preexec_fn=small(256 << 10)), 1, "a stack of 256 kB is too small")
+    one_line(quantize("--random", "odd", tmp / "o.bin", "q8", preexec_fn=small(256 << 10)), 1, "a stack of 256 kB", name="quantize")
+    assert quantize("--random", "odd", tmp / "o.bin", "q8", "-g", 32, env=dict(ENV, POSIXLY_CORRECT="1"))[0] == 0
 
 
 def test_output_through_a_link(tmp):
