@@ -112,6 +112,16 @@ static Text read_stream(FILE *f, const char *path) {
 
 static Text read_file(const char *path) { return read_stream(fopen(path, "rb"), path); }
 
+/* The next line of a stream without its end, false at the end of the stream. `line` is reused. */
+static bool read_line(FILE *f, Text *line) {
+    ssize_t n = getline(&line->text, &line->room, f);
+    line->length = n < 0 ? 0 : (size_t)n;
+    append(line, "", 0);
+    for (const char *end = "\n\r"; *end; end++)
+        if (line->length && line->text[line->length - 1] == *end) line->text[--line->length] = 0;
+    return n >= 0;
+}
+
 static char final_path[4096];           /* what `temporary` becomes */
 
 /* Opens a file for writing under a temporary name; close_output() gives it its name, so that a file of that name is

@@ -1108,16 +1108,6 @@ static void start_sequence(Sequence *q, const Options *o, size_t index, size_t c
     q->finish = NULL;
 }
 
-/* The next line of a stream without its end, false at the end of the stream. `line` is reused. */
-static bool read_line(FILE *f, Text *line) {
-    ssize_t n = getline(&line->text, &line->room, f);
-    line->length = n < 0 ? 0 : (size_t)n;
-    append(line, "", 0);
-    for (const char *end = "\n\r"; *end; end++)
-        if (line->length && line->text[line->length - 1] == *end) line->text[--line->length] = 0;
-    return n >= 0;
-}
-
 /* The prompts: of -i, -b times; or the lines of -f; or what is typed, or what comes through a pipe, -b times. */
 static Sequence *read_prompts(const Tokenizer *t, const Options *o, size_t *n) {
     Text text = {NULL, 0, 0};
