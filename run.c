@@ -1250,7 +1250,7 @@ static bool chat_mode(const Model *m, const Options *o) {
 /* ------------------------------------------------------------------------------------------------------------------
  * 6. The command line                                                                                               */
 
-enum { MOST_THREADS = 4096 };
+enum { MOST_THREADS = 4096 };           /* of -j; more, as of OMP_NUM_THREADS, are not tried */
 enum { FLAG, TEXT, WHOLE, REAL };       /* what an option takes, and the type of its field: bool, char *, size_t, double */
 typedef struct {
     int letter;                         /* 0: has a long name only */
@@ -1492,7 +1492,7 @@ static int run(int argc, char **argv) {
     if (o.no_mmap) read_into_memory(&m, o.quiet);
     if (o.kv) m.kv_type = o.kv[0] == 'q' ? Q8 : F16;
     const char *others[] = {o.path, o.file, o.against, "/dev/stdin", "/dev/stdout", "/dev/stderr"};
-    size_t n = o.output && (!strncmp(o.output, "/dev/", 5) || !strncmp(o.output, "/proc/", 6)) ? 4 : 6;    /* not by these names */
+    size_t n = o.output && (!strncmp(o.output, "/dev/", 5) || !strncmp(o.output, "/proc/", 6)) ? 4 : 6;    /* /dev/stdout may be */
     for (size_t i = 0; i < n; i++)
         if (o.output && others[i] && same_file(others[i], o.output))
             die("%s: is %s as well, and would be lost: give -o another name", o.output, i < 4 ? "read" : "written");
