@@ -811,13 +811,13 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         /* attention: norm, queries, keys and values of all heads, their rotation */
         add_and_norm(s, &w->rms_att_weight, n);
         product(s, WQKV, s->qkv, s->xb, &w->wqkv, n);
-        #pragma omp parallel for schedule(static) if (n > 1)
-        for (size_t i = 0; i < n; i++) {
-            float *q = s->qkv + i * qkv_dim, *k = q + q_dim, *v = k + kv_dim;
-            for (size_t h = 0; h < c->n_heads + c->n_kv_heads; h++)      /* the key heads follow the query heads */
-                rope(q + h * head_dim, s->rotations + i * head_dim, head_dim / 2);
-            for (size_t h = 0; h < c->n_kv_heads; h++)
-                cache_store(slot_cache(s, l, tokens[i].slot, h), tokens[i].pos, k + h * head_dim, v + h * head_dim);
+        #pragma omp parallel for schedule(static)
+        for (size_t i = 0; i < n * c->n_kv_heads; i++) {        /* a token's key head and its query heads */
+            size_t t = i / c->n_kv_heads, h = i % c->n_kv_heads;
+            float *q = s->qkv + t * qkv_dim + h * q_per_kv * head_dim, *k = s->qkv + t * qkv_dim + q_dim + h * head_dim;
+            for (size_t j = 0; j < q_per_kv; j++) rope(q + j * head_dim, s->rotations + t * head_dim, head_dim / 2);
+            rope(k, s->rotations + t * head_dim, head_dim / 2);
+            cache_store(slot_cache(s, l, tokens[t].slot, h), tokens[t].pos, k, k + kv_dim);
         }
         book(s, ROPE, 0, 0);
 
