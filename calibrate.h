@@ -277,7 +277,7 @@ static void product_backward(float *out, const float *g, const Matrix *w, size_t
     #pragma omp parallel for schedule(dynamic)
     for (size_t k = 0; k < w->cols; k += PANEL) {
         size_t nk = min_size(PANEL, w->cols - k);
-        float *turned = floats(w->n_panels * PANEL * PANEL), columns[PANEL * PANEL], sum[BLOCK * PANEL], part[BLOCK * PANEL];
+        float *turned = floats(w->n_panels * PANEL * PANEL), columns[PANEL * PANEL], sum[BLOCK * PANEL];
         Ahead none = {(uintptr_t)turned, 0};
         for (size_t p = 0; p < w->n_panels; p++) {
             unpack_group(columns, w->type, w->data + p * w->panel_bytes + k * column_bytes, nk);
@@ -287,11 +287,9 @@ static void product_backward(float *out, const float *g, const Matrix *w, size_t
         for (size_t t = 0; t < n; t += BLOCK) {
             size_t nt = min_size(BLOCK, n - t);
             memset(sum, 0, sizeof sum);
-            for (size_t r = 0; r < w->rows; r += MAX_GROUP) {
-                number_tiles(nt, F32, part, turned + r * PANEL, g + t * w->rows + r, w->rows, min_size(MAX_GROUP, w->rows - r),
+            for (size_t r = 0; r < w->rows; r += MAX_GROUP)
+                number_tiles(nt, F32, sum, turned + r * PANEL, g + t * w->rows + r, w->rows, min_size(MAX_GROUP, w->rows - r),
                              none);
-                for (size_t i = 0; i < nt * PANEL; i++) sum[i] += part[i];
-            }
             for (size_t i = 0; i < nt; i++) memcpy(out + (t + i) * w->cols + k, sum + i * PANEL, nk * sizeof(float));
         }
         free(turned);

@@ -225,7 +225,7 @@ static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
  * an address where nothing is: asking for that is no error. */
 typedef struct { uintptr_t at; size_t bytes; } Ahead;
 
-/* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k, for T tokens and the 32 rows of a panel. w: [n][32], FP32
+/* out[t][r] += sum over k of w[k][r] * x[t][k], added in the order of k, for T tokens and the 32 rows of a panel. w: [n][32], FP32
  * or FP16, as type says; x: T rows, `stride` apart; out: [T][32]. With whole numbers (codes times int8 activations, at most 128 *
  * 255 * 127 < 2^24) every partial sum is exact: this FP32 sum is the int32 sum that integer instructions would give. */
 __attribute__((unused))
@@ -239,7 +239,7 @@ static void number_tiles_plain(size_t T, int type, float *out, const void *w, co
                                            : (const float *)w + k * PANEL;
             for (size_t r = 0; r < PANEL; r++) sum[r] = fmaf(row[r], x[t * stride + k], sum[r]);
         }
-        memcpy(out + t * PANEL, sum, sizeof sum);
+        for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] += sum[r];
     }
 }
 
@@ -259,7 +259,7 @@ typedef struct {
 __attribute__((unused))
 static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
                                 size_t n, Ahead ahead) {
-    float w[MAX_GROUP * PANEL], x[BLOCK * MAX_GROUP], sum[BLOCK * PANEL];
+    float w[MAX_GROUP * PANEL], x[BLOCK * MAX_GROUP], sum[BLOCK * PANEL] = {0};
     uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(4)));
     codes_to_floats(w, unpack_codes(room, type, codes, n), n);
     for (size_t i = 0; i < T * n; i++) x[i] = a.q[i];
@@ -287,7 +287,7 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
  * zero * sum_x), then the next. The panels take turns, a group each; there must not be more than 64 / T of them. */
 static void panel_products(float *out, const Matrix *w, size_t panel, size_t apart, const Activations *a, size_t n, size_t first,
                            size_t T) {
-    float group_sum[BLOCK * PANEL], totals[BLOCK * PANEL], scale[2 * PANEL], *total = totals;
+    float totals[BLOCK * PANEL], scale[2 * PANEL], *total = totals;
     uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(64)));
     for (size_t g = 0; g < w->n_groups; g++, total = totals)
         for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL) {
@@ -296,8 +296,7 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
             size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
             Ahead next = {(uintptr_t)block + w->block_bytes + 8192, w->block_bytes};    /* 8 KB: SPEED.md, one sequence on a CPU */
             if (w->type < Q8) {
-                number_tiles(T, w->type, group_sum, block, a->x + at * w->group, w->group, n_k, next);
-                for (size_t i = 0; i < T * PANEL; i++) total[i] += group_sum[i];
+                number_tiles(T, w->type, total, block, a->x + at * w->group, w->group, n_k, next);
                 continue;
             }
             const uint8_t *codes = block + 4 * PANEL;
@@ -470,11 +469,8 @@ enum { QUERIES = BLOCK,     /* most queries in one call of attention() */
  * zeros. out: [T][32]. */
 static void cache_product(size_t T, float *out, int type, const unsigned char *panel, const float *scale, const Activations *a,
                           size_t stride, size_t n, Ahead ahead) {
-    float part[QUERIES * PANEL];
-    if (type != Q8) {
-        number_tiles(T, type, part, panel, a->x, stride, n, ahead);
-        for (size_t i = 0; i < T * PANEL; i++) out[i] += part[i];
-    } else for (size_t k = 0; k < n; k += MAX_GROUP) {
+    if (type != Q8) number_tiles(T, type, out, panel, a->x, stride, n, ahead);
+    else for (size_t k = 0; k < n; k += MAX_GROUP) {
         size_t at = k / MAX_GROUP * T, n_k = min_size(n - k, MAX_GROUP);
         Activations group = {NULL, a->q + T * k, a->scale + at, a->sum + at};
         Ahead of_group = {ahead.at + ahead.bytes * k / n, ahead.bytes * n_k / n};
@@ -492,12 +488,9 @@ static void block_scores(float *scores, const Activations *queries, size_t n_que
         const unsigned char *panel = keys + header + j / PANEL * panel_bytes;
         float *out = scores + j * n_queries;
         Ahead next = {(uintptr_t)panel + panel_bytes, panel_bytes};
-        if (c.type != Q8) number_tiles(n_queries, c.type, out, panel, queries->x, c.head_dim, c.head_dim, next);
-        else {
-            memset(out, 0, n_queries * PANEL * sizeof(float));
-            halves_to_floats(scale, (const uint16_t *)keys + j, PANEL);
-            cache_product(n_queries, out, c.type, panel, scale, queries, c.head_dim, c.head_dim, next);
-        }
+        memset(out, 0, n_queries * PANEL * sizeof(float));
+        if (c.type == Q8) halves_to_floats(scale, (const uint16_t *)keys + j, PANEL);
+        cache_product(n_queries, out, c.type, panel, scale, queries, c.head_dim, c.head_dim, next);
     }
 }
 

@@ -159,7 +159,7 @@ INLINE void tile(const size_t T, const int type, float *out, const void *w, cons
         UNROLL
         for (size_t t = 0; t < T; t++)
             UNROLL
-            for (size_t r = 0; r < R; r++) *(Floats *)(out + t * PANEL + row + r * WIDTH) = sum[t][r];
+            for (size_t r = 0; r < R; r++) *(Floats *)(out + t * PANEL + row + r * WIDTH) += sum[t][r];
     }
 }
 

@@ -179,6 +179,7 @@ static void test_number_tiles(void) {
         size_t T = turn % BLOCK + 1, n = 1 + random_below(MAX_HEAD_DIM), stride = n + random_below(MAX_HEAD_DIM - (uint32_t)n + 1);
         int type = turn / BLOCK % 2 ? F16 : F32;
         Ahead none = {(uintptr_t)w, 0};
+        for (size_t i = 0; i < T * PANEL; i++) fast[i] = plain[i] = random_float();
         number_tiles(T, type, fast, type == F16 ? (const void *)halves : w, x, stride, n, none);
         number_tiles_plain(T, type, plain, type == F16 ? (const void *)halves : w, x, stride, n, none);
         CHECK(!memcmp(fast, plain, T * PANEL * sizeof *plain), "%s, %zu tokens of %zu columns", TYPE_NAMES[type], T, n);
