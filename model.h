@@ -77,8 +77,8 @@ static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 /* ------------------------------------------------------------------------------------------------------------------
  * 1. The file (FORMAT.md)                                                                                           */
 
-enum { F32 = 1, F16 = 2, Q8 = 3, Q4 = 4, NF4 = 5 };
-static const char *const TYPE_NAMES[] = {"?", "f32", "f16", "q8", "q4", "nf4"};
+enum { F32 = 1, F16 = 2, Q8 = 3, Q4 = 4, NF4 = 5, Q16 = 6 };      /* Q16: of KV caches only; from Q8 on codes with a scale */
+static const char *const TYPE_NAMES[] = {"?", "f32", "f16", "q8", "q4", "nf4", "q16"};
 enum { PANEL = 32, MAX_GROUP = 128, BLOCK = 64, MAX_HEAD_DIM = 512 };       /* BLOCK: tokens that a product takes at once */
 
 typedef struct {
@@ -166,7 +166,7 @@ typedef struct {
     const Backend *backend;
     void        *device;                /* the backend's copy of the weights, if it makes one */
     Header       c;                     /* the hyperparameters */
-    int          kv_type;               /* of the KV cache: F32 with FP32 weights, else F16, or Q8 (--kv q8) */
+    int          kv_type;               /* of the KV cache: F32 with FP32 weights, else Q16 (a GPU: F16), or Q8 (--kv q8) */
     Matrix       token_embedding;       /* [vocab_size, dim] */
     Layer       *layers;                /* [n_layers] */
     Matrix       rms_final_weight;      /* [dim, 1] */
@@ -575,7 +575,7 @@ static Model map_model(const char *path) {
         else if (i == 6ull * c->n_layers + 1) m.rms_final_weight = w;
         else m.wcls = w;
     }
-    m.kv_type = m.layers[0].wqkv.type == F32 ? F32 : F16;
+    m.kv_type = m.layers[0].wqkv.type == F32 ? F32 : Q16;
     load_tokenizer(path, c, m.map + c->tokenizer_offset, &m.tokenizer);
     return m;
 }

@@ -126,23 +126,25 @@ static inline uint16_t float_to_half(float x) {
 #define ROUNDER 12582912.0f
 #define ROUNDER_BITS 0x4b400000u
 
-/* e^x to 2e-7, relative; clamped to where the result is a normal number. x = n ln 2 + r with |r| <= ln 2 / 2. Polynomial of
- * expf in the Cephes library. Our own because a compiler vectorises it, and because libm's differs from one machine to the next (as
- * those of FP64 do too, in the last bit, which rounding to FP32 nearly always hides: RoPE uses them). */
+/* e^x to 2e-7, relative; clamped to where the result is a normal number, NaN too. x log2 e = n + r with |r| <= 1/2, and e^x = 2^n
+ * 2^r; of the polynomials of this degree that are 1 at 0 it has the smallest relative error. Our own because a compiler vectorises
+ * it, and because libm's differs from one machine to the next (as those of FP64 do too, in the last bit, which rounding to FP32
+ * nearly always hides: RoPE uses them). Clamped as integers, which takes one instruction for each end. */
 static inline float fast_exp(float x) {
-    x = x > 88.0f ? 88.0f : x;
-    x = x < -87.0f ? -87.0f : x;
-    float shifted = fmaf(x, 1.44269504f, ROUNDER), n = shifted - ROUNDER;
-    float r = fmaf(n, -0.693359375f, x);
-    r = fmaf(n, 2.12194440e-4f, r);
-    float p = 1.9875691500e-4f;
-    p = fmaf(p, r, 1.3981999507e-3f);
-    p = fmaf(p, r, 8.3334519073e-3f);
-    p = fmaf(p, r, 4.1665795894e-2f);
-    p = fmaf(p, r, 1.6666665459e-1f);
-    p = fmaf(p, r, 5.0000001201e-1f);
-    p = fmaf(p, r * r, r) + 1.0f;
-    return p * as_float((as_bits(shifted) - ROUNDER_BITS + 127u) << 23);         /* n + 127 is the exponent of 2^n */
+    uint32_t low = as_bits(-87.0f), bits = as_bits(x);
+    int32_t high = (int32_t)as_bits(88.0f), clamped;
+    bits = bits < low ? bits : low;             /* the bits of negative floats are larger, the more so the lower they are */
+    clamped = (int32_t)bits < high ? (int32_t)bits : high;
+    x = as_float((uint32_t)clamped);
+    float shifted = fmaf(x, 1.44269502f, ROUNDER), n = shifted - ROUNDER;
+    float r = fmaf(x, 1.925963e-8f, fmaf(x, 1.44269502f, -n));      /* log2 e in two parts */
+    float p = 1.326472731e-3f;
+    p = fmaf(p, r, 9.671512991e-3f);
+    p = fmaf(p, r, 5.550733581e-2f);
+    p = fmaf(p, r, 2.402224243e-1f);
+    p = fmaf(p, r, 6.931470037e-1f);
+    p = fmaf(p, r, 1.0f);
+    return as_float(as_bits(p) + (as_bits(shifted) << 23));         /* n added to the exponent */
 }
 
 /* out = weight * x / sqrt(mean(x^2) + eps), all [n]. Zhang and Sennrich 2019. 16 partial sums, so that it vectorises. */
@@ -172,16 +174,21 @@ static void swiglu(float *h, const float *gate_up, size_t hidden_dim) {
         h[i] = gate_up[i] / (1.0f + fast_exp(-gate_up[i])) * gate_up[hidden_dim + i];
 }
 
-/* n activations rounded to int8: x[i] is about *scale * q[i]; *sum is that of the q, by which the weights' zero is multiplied.
- * x: [n]; q: [group], 0 from n on. */
-static void quantize_activations(int8_t *q, float *scale, float *sum, const float *x, size_t n, size_t group) {
-    uint32_t max = 0;                           /* floats without their sign order as their bits do */
-    int32_t total = 0;
+/* The largest magnitude among [n] numbers. Floats without their sign order as their bits do, and a compiler vectorises those. */
+static inline float largest_of(const float *x, size_t n) {
+    uint32_t max = 0;
     for (size_t i = 0; i < n; i++) {
         uint32_t magnitude = as_bits(x[i]) & 0x7fffffff;
         max = magnitude > max ? magnitude : max;
     }
-    float largest = as_float(max), inverse = largest > 0 ? 127.0f / largest : 0;
+    return as_float(max);
+}
+
+/* n activations rounded to int8: x[i] is about *scale * q[i]; *sum is that of the q, by which the weights' zero is multiplied.
+ * x: [n]; q: [group], 0 from n on. */
+static void quantize_activations(int8_t *q, float *scale, float *sum, const float *x, size_t n, size_t group) {
+    int32_t total = 0;
+    float largest = largest_of(x, n), inverse = largest > 0 ? 127.0f / largest : 0;
     for (size_t i = 0; i < n; i++) {
         int32_t rounded = (int32_t)(as_bits(fmaf(x[i], inverse, ROUNDER)) - ROUNDER_BITS);
         q[i] = (int8_t)rounded;
@@ -255,15 +262,25 @@ typedef struct {
 /* A group's part of a product: total[t][r] += scale[r] * a.scale[t] * (sum over k of code[r][k] * a.q[t][k] - zero[r] *
  * a.sum[t]). The sum over k is of whole numbers, and exact. total: [T][32], T <= 64; codes: as in the file, or of
  * unpack_codes() and then of type Q8, aligned to 64 bytes; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple
- * of 32. */
+ * of 32. Of Q16, which are codes of the KV cache, [n / 4][32 rows][2 columns], both factors are int16, and n is their bytes. */
 __attribute__((unused))
 static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
                                 size_t n, Ahead ahead) {
     float w[MAX_GROUP * PANEL], x[BLOCK * MAX_GROUP], sum[BLOCK * PANEL] = {0};
     uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(4)));
-    codes_to_floats(w, unpack_codes(room, type, codes, n), n);
-    for (size_t i = 0; i < T * n; i++) x[i] = a.q[i];
-    number_tiles_plain(T, F32, sum, w, x, n, n, ahead);
+    if (type == Q16) {
+        const int16_t *wide = (const int16_t *)codes, *q = (const int16_t *)a.q;
+        for (size_t t = 0; t < T; t++) {
+            int32_t whole[PANEL] = {0};
+            for (size_t k = 0; k < n / 2; k++)
+                for (size_t r = 0; r < PANEL; r++) whole[r] += wide[(k / 2 * PANEL + r) * 2 + k % 2] * q[t * n / 2 + k];
+            for (size_t r = 0; r < PANEL; r++) sum[t * PANEL + r] = (float)whole[r];
+        }
+    } else {
+        codes_to_floats(w, unpack_codes(room, type, codes, n), n);
+        for (size_t i = 0; i < T * n; i++) x[i] = a.q[i];
+        number_tiles_plain(T, F32, sum, w, x, n, n, ahead);
+    }
     for (size_t t = 0; t < T; t++)
         for (size_t r = 0; r < PANEL; r++) {
             float of_codes = fmaf(-scale[PANEL + r], a.sum[t], sum[t * PANEL + r]);
@@ -348,54 +365,57 @@ static void matrix_row(float *out, const Matrix *w, size_t row) {
 /* The cache of one key head of one sequence: a ring of positions in blocks of KEYS, so that position p stands at place p % ring,
  * and p and its neighbours in the same aligned KEYS positions in one block. Both keys and values are panels of 32 rows, so that
  * attention is two products: keys are [KEYS / 32][width][32], the rows being positions; values are [width / 32][KEYS][32], the
- * rows being a head's elements. FP32, FP16, or, in half the place of that, codes as q8 has them, four columns of a row side by
- * side, behind the block's KEYS FP16 scales, one of each position: x is about scale * (code - 128). */
+ * rows being a head's elements. They are FP32, or codes behind the block's KEYS FP16 scales, one of each position, the columns that
+ * fill 4 bytes side by side for each row:
+ *   Q8    x is about scale * (code - 128), as weights are
+ *   Q16   x is about scale * code / 64, the code an int16 of at most 64 * 127 = 8128 in magnitude. It takes the place of FP16, is
+ *         as exact, and is multiplied twice as fast, by instructions that add two products (SPEED.md, Long prompts).
+ *         The other factor of a product is int16 too, scaled so that the magnitudes of a group add up to at most 264128: times
+ *         8128 that is less than 2^31, and every sum is exact. */
 enum { KEYS = 128 };
 typedef struct {
     unsigned char *keys, *values;
-    int    type;                        /* F32, F16 or Q8 */
+    int    type;                        /* F32, Q16 or Q8 */
     size_t ring;                        /* places, a multiple of KEYS */
     size_t head_dim, width;             /* width: head_dim rounded up to a multiple of 32 */
     size_t position_bytes;              /* of a position's key, or value */
 } Cache;
 
-static size_t number_bytes(int type) { return type == Q8 ? 1 : type == F16 ? 2 : 4; }          /* of a number of a cache */
-static size_t position_bytes(int type, size_t width) { return width * number_bytes(type) + (type == Q8 ? sizeof(uint16_t) : 0); }
+static size_t number_bytes(int type) { return type == Q8 ? 1 : type == F32 ? 4 : 2; }          /* of a number of a cache */
+static size_t scale_bytes(int type) { return type < Q8 ? 0 : sizeof(uint16_t); }               /* of a position of a cache */
+static size_t position_bytes(int type, size_t width) { return width * number_bytes(type) + scale_bytes(type); }
 
-/* x as int8 and its scale, an FP16 number, which is returned, rounded up so that the largest fits: x[i] is about scale * q[i].
- * [n] each. */
-static uint16_t quantize_kv(int8_t *q, const float *x, size_t n) {
-    float largest = 0;
-    for (size_t i = 0; i < n; i++) largest = fmaxf(largest, fabsf(x[i]));
-    uint16_t scale = float_to_half(largest / 127.0f);
-    scale += half_to_float(scale) < largest / 127.0f && scale < 0x7bff;
-    float inverse = scale ? 1.0f / half_to_float(scale) : 0;
+/* x as whole numbers up to 127 * steps and its scale, an FP16 number, which is returned, rounded up so that the largest fits: x[i]
+ * is about scale * q[i] / steps. [n] each. */
+static uint16_t quantize_kv(int16_t *q, const float *x, size_t n, float steps) {
+    float least = largest_of(x, n) / 127.0f, end = 127.0f * steps;
+    uint16_t scale = float_to_half(least);
+    scale += half_to_float(scale) < least && scale < 0x7bff;
+    float inverse = scale ? steps / half_to_float(scale) : 0;
     for (size_t i = 0; i < n; i++) {
-        float v = fminf(fmaxf(x[i] * inverse, -127.0f), 127.0f) + ROUNDER;
-        q[i] = (int8_t)(as_bits(v) - ROUNDER_BITS);
+        float v = x[i] * inverse;
+        v = v < end ? v : end;                  /* beyond what FP16 can scale, and NaN */
+        v = (v > -end ? v : -end) + ROUNDER;
+        q[i] = (int16_t)(as_bits(v) - ROUNDER_BITS);
     }
     return scale;
 }
 
-/* Where a panel of numbers, and one of codes, has the element of row `row` and column `column`. */
-static inline size_t number_at(size_t row, size_t column) { return column * PANEL + row; }
-static inline size_t code_at(size_t row, size_t column) { return (column / 4 * PANEL + row) * 4 + column % 4; }
-
 /* Stores the key, rotated, and the value of a position, [head_dim] each. Elements from head_dim to width stay 0. */
 static void cache_store(Cache c, size_t pos, const float *key, const float *value) {
-    size_t place = pos % c.ring, j = place % KEYS;
-    int8_t q[MAX_HEAD_DIM];
+    size_t place = pos % c.ring, j = place % KEYS, side = 4 / number_bytes(c.type);     /* side: columns side by side */
+    int16_t q[MAX_HEAD_DIM];
     for (int i = 0; i < 2; i++) {           /* the position is a row of the keys and a column of each 32 elements of the values */
         unsigned char *block = (i ? c.values : c.keys) + (place - j) * c.position_bytes;
         const float *x = i ? value : key;
-        uint16_t scale = c.type == Q8 ? quantize_kv(q, x, c.head_dim) : 0;
-        if (c.type == Q8) ((uint16_t *)block)[j] = scale;
+        if (c.type != F32) ((uint16_t *)block)[j] = quantize_kv(q, x, c.head_dim, c.type == Q8 ? 1 : 64);
+        block += KEYS * scale_bytes(c.type);
         for (size_t d = 0; d < c.head_dim; d++) {
             size_t panel = i ? d / PANEL * KEYS * PANEL : j / PANEL * c.width * PANEL;
-            size_t row = (i ? d : j) % PANEL, column = i ? j : d;
-            if (c.type == Q8) block[KEYS * sizeof scale + panel + code_at(row, column)] = (unsigned char)(q[d] + 128);
-            else if (c.type == F16) ((uint16_t *)block)[panel + number_at(row, column)] = float_to_half(x[d]);
-            else ((float *)block)[panel + number_at(row, column)] = x[d];
+            size_t row = (i ? d : j) % PANEL, column = i ? j : d, at = panel + (column / side * PANEL + row) * side + column % side;
+            if (c.type == Q8) block[at] = (unsigned char)(q[d] + 128);
+            else if (c.type == Q16) ((int16_t *)block)[at] = q[d];
+            else ((float *)block)[at] = x[d];
         }
     }
 }
@@ -419,19 +439,34 @@ static void merge_softmax(Softmax *a, float *out_a, Softmax b, const float *out_
     a->max = max;
 }
 
+/* The sum of [32] numbers, added in pairs, which vectorises. */
+static inline float sum_lanes(const float *x) {
+    float sum[PANEL / 2];
+    for (size_t i = 0; i < 16; i++) sum[i] = x[i] + x[i + 16];
+    for (size_t i = 0; i < 8; i++) sum[i] += sum[i + 8];
+    for (size_t i = 0; i < 4; i++) sum[i] += sum[i + 4];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+/* Of numbers that are to become int16: the largest magnitude, and the sum of all. */
+typedef struct { float largest, sum; } Magnitude;
+
 /* One step of the streaming softmax, for one query and a block's n keys.
  *   scores    in panels of 32, `apart` floats from one another; the keys j0 to j1 - 1 are seen, the other scores become -INFINITY
  *   *max      raised first to the largest score that is seen
- *   out [n]   e^(score - *max), 0 where nothing is seen
- *   lanes     [32] sums of out so far, shrunk to the new maximum and added to
- * Returns the factor e^(old max - new max) by which whatever was summed before must shrink. The maximum is found among integers,
- * which a compiler vectorises: floats order as their bits do, once those of negative ones, but the sign, are inverted. */
-static float exponentials(float *out, float *scores, size_t apart, size_t n, float *lanes, float *max, size_t j0, size_t j1) {
+ *   lanes     [32] sums of the shares e^(score - *max) so far, shrunk to the new maximum and added to
+ *   out [n]   the shares, 0 where nothing is seen, times weight [n], which is not negative
+ *   *of_out   their magnitude
+ * Returns the factor e^(old max - new max) by which whatever was summed before must shrink. Maxima are found among integers, which
+ * a compiler vectorises: floats order as their bits do, once those of negative ones, but the sign, are inverted. */
+static float exponentials(float *out, float *scores, size_t apart, size_t n, const float *weight, float *lanes, float *max,
+                          size_t j0, size_t j1, Magnitude *of_out) {
+    float e[PANEL], sum[PANEL], sum_out[PANEL] = {0}, *panel = scores;
     int32_t largest[PANEL], most = (int32_t)as_bits(*max);
+    uint32_t largest_out[PANEL] = {0}, most_out = 0;
     most ^= most >> 31 & INT32_MAX;
     for (size_t r = 0; r < PANEL; r++) largest[r] = most;
-    for (size_t j = 0; j < n; j += PANEL) {
-        float *panel = scores + j / PANEL * apart;
+    for (size_t j = 0; j < n; j += PANEL, panel += apart) {
         if (j < j0 || j + PANEL > j1)
             for (size_t r = 0; r < PANEL; r++) panel[r] = j + r < j0 || j + r >= j1 ? -INFINITY : panel[r];
         for (size_t r = 0; r < PANEL; r++) {
@@ -440,41 +475,71 @@ static float exponentials(float *out, float *scores, size_t apart, size_t n, flo
         }
     }
     for (size_t r = 0; r < PANEL; r++) most = largest[r] > most ? largest[r] : most;
-    float new_max = as_float((uint32_t)(most ^ (most >> 31 & INT32_MAX))), shrink = *max == new_max ? 1 : fast_exp(*max - new_max);
-    if (shrink != 1) for (size_t r = 0; r < PANEL; r++) lanes[r] *= shrink;
-    for (size_t j = 0; j < n; j += PANEL) {
-        for (size_t r = 0; r < PANEL; r++) out[j + r] = fast_exp(scores[j / PANEL * apart + r] - new_max);
-        if (j < j0 || j + PANEL > j1)   /* fast_exp(-INFINITY) is e^-87, or nothing at all where nothing is seen */
-            for (size_t r = 0; r < PANEL; r++) out[j + r] = j + r < j0 || j + r >= j1 ? 0 : out[j + r];
-        for (size_t r = 0; r < PANEL; r++) lanes[r] += out[j + r];
+    float new_max = as_float((uint32_t)(most ^ (most >> 31 & INT32_MAX))), shrink = fast_exp(*max - new_max);
+    for (size_t r = 0; r < PANEL; r++) sum[r] = lanes[r] * shrink;
+    for (size_t j = 0; j < n; j += PANEL, scores += apart, weight += PANEL, out += PANEL) {
+        for (size_t r = 0; r < PANEL; r++) e[r] = fast_exp(scores[r] - new_max);
+        if (j < j0 || j + PANEL > j1)   /* fast_exp(-INFINITY) is e^-87, and where nothing is seen anything */
+            for (size_t r = 0; r < PANEL; r++) e[r] = j + r < j0 || j + r >= j1 ? 0 : e[r];
+        for (size_t r = 0; r < PANEL; r++) {
+            out[r] = e[r] * weight[r];
+            sum[r] += e[r];
+            sum_out[r] += out[r];
+            largest_out[r] = as_bits(out[r]) > largest_out[r] ? as_bits(out[r]) : largest_out[r];
+        }
     }
+    for (size_t r = 0; r < PANEL; r++) most_out = largest_out[r] > most_out ? largest_out[r] : most_out;
+    for (size_t r = 0; r < PANEL; r++) lanes[r] = sum[r];
+    of_out->largest = as_float(most_out);
+    of_out->sum = sum_lanes(sum_out);
     *max = new_max;
     return shrink;
 }
 
-/* A query, or its shares, as int8: the r-th of T of what cache_product() takes. x: [n]. a->q: [n / 128][T][up to 128, a
- * multiple of 32]; a->scale, a->sum: [n / 128][T]. */
-static void quantize_query(const Activations *a, size_t r, size_t T, const float *x, size_t n) {
-    for (size_t k = 0; k < n; k += MAX_GROUP) {
-        size_t n_k = min_size(n - k, MAX_GROUP), group = round_up(n_k, PANEL), at = k / MAX_GROUP * T + r;
-        quantize_activations(a->q + T * k + r * group, &a->scale[at], &a->sum[at], x + k, n_k, group);
-    }
+/* Of x [n], n a multiple of 32. */
+static Magnitude magnitude(const float *x, size_t n) {
+    float sum[PANEL] = {0};
+    for (size_t i = 0; i < n; i += PANEL)
+        for (size_t r = 0; r < PANEL; r++) sum[r] += fabsf(x[i + r]);
+    Magnitude m = {largest_of(x, n), sum_lanes(sum)};
+    return m;
+}
+
+/* Of activations in groups of up to 128 for T queries, q being [n / 128][T][up to 128], scale and sum [n / 128][T]: the group of
+ * column k on, k a multiple of 128. */
+static Activations group_at(const Activations *a, int type, size_t T, size_t k) {
+    size_t at = k / MAX_GROUP * T;
+    Activations group = {NULL, a->q + T * k * number_bytes(type), a->scale + at, a->sum + at};
+    return group;
+}
+
+/* A group of a query, or of its shares, as a cache of this type is multiplied with it: the r-th of a group's. x: [n], of magnitude
+ * m; n: a multiple of 32. 264000: see Q16; less than 264128, as rounding may add 1/2 to each of 128. */
+static void quantize_query(int type, Activations group, size_t r, const float *x, size_t n, Magnitude m) {
+    if (type == Q8) { quantize_activations(group.q + r * n, group.scale + r, group.sum + r, x, n, n); return; }
+    int16_t *q = (int16_t *)group.q + r * n;
+    float by_sum = m.sum * (1.0f / 264000), by_largest = m.largest * (1.0f / INT16_MAX);
+    float scale = by_sum > by_largest ? by_sum : by_largest, inverse = scale > 1e-30f ? 1.0f / scale : 0;
+    for (size_t i = 0; i < n; i++) q[i] = (int16_t)(as_bits(fmaf(x[i], inverse, ROUNDER)) - ROUNDER_BITS);
+    group.scale[r] = scale * (1.0f / 64);       /* in which the cache counts */
+    group.sum[r] = 0;                           /* by which no zero is multiplied */
 }
 
 enum { QUERIES = BLOCK,     /* most queries in one call of attention() */
        SPAN = 512 };        /* positions that are summed by themselves and then merged, so that threads can share a long context */
 
-/* out[t][r] += sum over k of panel[k][r] * x[t][k], for T <= 64 queries and the 32 rows r of a cache's panel, [n][32]. Of FP32 and
- * FP16 x is a->x, `stride` apart; of codes it is what quantize_query() made of it, and scale has the rows' 32 scales, then their 32
- * zeros. out: [T][32]. */
+/* out[t][r] += sum over k of panel[k][r] * x[t][k], for T <= 64 queries and the 32 rows r of a cache's panel, [n][32]. Of FP32 x is
+ * a->x, `stride` apart; of codes it is what quantize_query() made of it, and scale has the rows' 32 scales, then their 32 zeros.
+ * out: [T][32]. */
 static void cache_product(size_t T, float *out, int type, const unsigned char *panel, const float *scale, const Activations *a,
                           size_t stride, size_t n, Ahead ahead) {
-    if (type != Q8) number_tiles(T, type, out, panel, a->x, stride, n, ahead);
+    size_t bytes = number_bytes(type);
+    if (type == F32) number_tiles(T, type, out, panel, a->x, stride, n, ahead);
     else for (size_t k = 0; k < n; k += MAX_GROUP) {
-        size_t at = k / MAX_GROUP * T, n_k = min_size(n - k, MAX_GROUP);
-        Activations group = {NULL, a->q + T * k, a->scale + at, a->sum + at};
+        size_t n_k = min_size(n - k, MAX_GROUP);
         Ahead of_group = {ahead.at + ahead.bytes * k / n, ahead.bytes * n_k / n};
-        group_product(T, out, Q8, panel + k * PANEL, scale, group, round_up(n_k, PANEL), of_group);
+        group_product(T, out, type, panel + k * PANEL * bytes, scale, group_at(a, type, T, k), round_up(n_k, PANEL) * bytes,
+                      of_group);
     }
 }
 
@@ -482,15 +547,15 @@ static void cache_product(size_t T, float *out, int type, const unsigned char *p
 static void block_scores(float *scores, const Activations *queries, size_t n_queries, Cache c, const unsigned char *keys,
                          size_t n) {
     float scale[2 * PANEL];                                     /* and zeros */
-    size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = PANEL * c.width * number_bytes(c.type);
-    for (size_t i = 0; i < PANEL; i++) scale[PANEL + i] = 128;
-    for (size_t j = 0; j < n; j += PANEL) {
-        const unsigned char *panel = keys + header + j / PANEL * panel_bytes;
-        float *out = scores + j * n_queries;
-        Ahead next = {(uintptr_t)panel + panel_bytes, panel_bytes};
-        memset(out, 0, n_queries * PANEL * sizeof(float));
-        if (c.type == Q8) halves_to_floats(scale, (const uint16_t *)keys + j, PANEL);
-        cache_product(n_queries, out, c.type, panel, scale, queries, c.head_dim, c.head_dim, next);
+    const uint16_t *scales = (const uint16_t *)keys;
+    size_t panel_bytes = PANEL * c.width * number_bytes(c.type);
+    for (size_t i = 0; i < PANEL; i++) scale[PANEL + i] = c.type == Q8 ? 128 : 0;
+    keys += KEYS * scale_bytes(c.type);
+    for (size_t j = 0; j < n; j += PANEL, keys += panel_bytes, scores += n_queries * PANEL) {
+        Ahead next = {(uintptr_t)keys + panel_bytes, panel_bytes};
+        memset(scores, 0, n_queries * PANEL * sizeof(float));
+        if (c.type != F32) halves_to_floats(scale, scales + j, PANEL);
+        cache_product(n_queries, scores, c.type, keys, scale, queries, c.width, c.head_dim, next);
     }
 }
 
@@ -498,12 +563,12 @@ static void block_scores(float *scores, const Activations *queries, size_t n_que
  * the shares. */
 static void add_values(float *sums, const Activations *shares, size_t n_queries, Cache c, const unsigned char *values, size_t n) {
     float scale[2 * PANEL];                                     /* 1, and zeros */
-    size_t header = c.type == Q8 ? KEYS * sizeof(uint16_t) : 0, panel_bytes = KEYS * PANEL * number_bytes(c.type);
-    for (size_t i = 0; i < PANEL; i++) { scale[i] = 1; scale[PANEL + i] = 128; }
-    for (size_t d = 0; d < c.width; d += PANEL) {
-        const unsigned char *panel = values + header + d / PANEL * panel_bytes;
-        Ahead next = {(uintptr_t)panel + panel_bytes, panel_bytes * n / KEYS};
-        cache_product(n_queries, sums + d * n_queries, c.type, panel, scale, shares, KEYS, n, next);
+    size_t panel_bytes = KEYS * PANEL * number_bytes(c.type);
+    for (size_t i = 0; i < PANEL; i++) { scale[i] = 1; scale[PANEL + i] = c.type == Q8 ? 128 : 0; }
+    values += KEYS * scale_bytes(c.type);
+    for (size_t d = 0; d < c.width; d += PANEL, values += panel_bytes) {
+        Ahead next = {(uintptr_t)values + panel_bytes, panel_bytes * n / KEYS};
+        cache_product(n_queries, sums + d * n_queries, c.type, values, scale, shares, KEYS, n, next);
     }
 }
 
@@ -517,22 +582,29 @@ static void add_values(float *sums, const Activations *shares, size_t n_queries,
  * Streams over blocks of keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the order
  * of addition does not depend on how the prompt was cut. A block's places that a token does not see may hold anything. With a
- * cache of codes queries are rounded to int8, and so are, of each block, the shares e^(score - max) times the values' scales
- * (relative to the block's largest, so that what is lost is at most 1/254 of that for each key). Takes some 500 KB of the thread's
- * stack, with what it calls. */
+ * cache of codes queries are rounded to whole numbers too, and so are, of each block, the shares e^(score - max) times the values'
+ * scales (with Q8 to int8, so that what is lost is at most 1/254 of the block's largest for each key). Takes some 550 KB of the
+ * thread's stack, with what it calls. */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
-    float query[QUERIES * MAX_HEAD_DIM], scores[QUERIES * KEYS], share[QUERIES * KEYS], sums[QUERIES * MAX_HEAD_DIM];
-    float lanes[QUERIES][PANEL], max[QUERIES], value_scale[KEYS], factor = 1.0f / sqrtf((float)c.head_dim);
-    int8_t codes[2][QUERIES * MAX_HEAD_DIM];                    /* of queries; of shares */
-    float code_scale[2][QUERIES * MAX_HEAD_DIM / MAX_GROUP], code_sum[2][QUERIES * MAX_HEAD_DIM / MAX_GROUP];
-    Activations queries = {query, codes[0], code_scale[0], code_sum[0]}, shares = {share, codes[1], code_scale[1], code_sum[1]};
+    float query[QUERIES * MAX_HEAD_DIM], scores[QUERIES * KEYS], share[QUERIES * KEYS], sums[QUERIES * MAX_HEAD_DIM],
+          lanes[QUERIES][PANEL], weight[KEYS], max[QUERIES], factor = 1.0f / sqrtf((float)c.head_dim);
+    int16_t query_codes[QUERIES * MAX_HEAD_DIM], share_codes[QUERIES * KEYS];
+    float query_scale[QUERIES * MAX_HEAD_DIM / MAX_GROUP], query_sum[QUERIES * MAX_HEAD_DIM / MAX_GROUP];
+    float share_scale[QUERIES], share_sum[QUERIES];
+    Activations queries = {query, (int8_t *)query_codes, query_scale, query_sum};
+    Activations shares = {share, (int8_t *)share_codes, share_scale, share_sum};
     size_t n_queries = n_tokens * n_heads;
+    for (size_t j = 0; j < KEYS; j++) weight[j] = 1;
     for (size_t r = 0; r < n_queries; r++) {
+        const float *from_q = q + r / n_heads * q_stride + r % n_heads * c.head_dim;
+        float *x = query + r * c.width;
         size_t at = r / n_heads * stride + r % n_heads;
-        for (size_t d = 0; d < c.head_dim; d++)
-            query[r * c.head_dim + d] = factor * q[r / n_heads * q_stride + r % n_heads * c.head_dim + d];
-        if (c.type == Q8) quantize_query(&queries, r, n_queries, query + r * c.head_dim, c.head_dim);
+        for (size_t d = 0; d < c.width; d++) x[d] = d < c.head_dim ? factor * from_q[d] : 0;
+        for (size_t k = 0; k < c.width && c.type != F32; k += MAX_GROUP) {
+            size_t n = min_size(c.width - k, MAX_GROUP);
+            quantize_query(c.type, group_at(&queries, c.type, n_queries, k), r, x + k, n, magnitude(x + k, n));
+        }
         memset(out + at * c.head_dim, 0, c.head_dim * sizeof(float));
         softmax[at].max = -INFINITY;
         softmax[at].sum = 0;
@@ -546,25 +618,24 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
             size_t at = start % c.ring * c.position_bytes;
             const unsigned char *keys = c.keys + at, *values = c.values + at;
             block_scores(scores, &queries, n_queries, c, keys, n);
-            if (c.type == Q8) halves_to_floats(value_scale, (const uint16_t *)values, KEYS);
+            if (c.type != F32) halves_to_floats(weight, (const uint16_t *)values, KEYS);
             for (size_t r = 0; r < n_queries; r++) {
                 float *of_keys = share + r * KEYS;
+                Magnitude m;
                 size_t p = pos + r / n_heads, first = first_seen(p, window);
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, n), j0 = first > start ? min_size(first - start, j1) : 0;
-                float shrink = exponentials(of_keys, scores + r * PANEL, n_queries * PANEL, n, lanes[r], &max[r], j0, j1);
+                float shrink = exponentials(of_keys, scores + r * PANEL, n_queries * PANEL, n, weight, lanes[r], &max[r], j0, j1,
+                                            &m);
                 if (shrink != 1)        /* seldom, once the largest is found */
                     for (size_t d = 0; d < c.width; d += PANEL)
                         for (size_t i = 0; i < PANEL; i++) sums[d * n_queries + r * PANEL + i] *= shrink;
-                if (c.type != Q8) continue;
-                for (size_t j = 0; j < n; j++) of_keys[j] *= value_scale[j];
-                quantize_query(&shares, r, n_queries, of_keys, n);
+                if (c.type != F32) quantize_query(c.type, shares, r, of_keys, n, m);
             }
             add_values(sums, &shares, n_queries, c, values, n_keys);
         }
         for (size_t r = 0; r < n_queries; r++) {
             size_t at = r / n_heads * stride + r % n_heads;
-            Softmax of_span = {max[r], 0};
-            for (size_t j = 0; j < PANEL; j++) of_span.sum += lanes[r][j];
+            Softmax of_span = {max[r], sum_lanes(lanes[r])};
             merge_softmax(&softmax[at], out + at * c.head_dim, of_span, sums + r * PANEL, n_queries * PANEL, c.head_dim);
         }
     }
@@ -833,7 +904,8 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
             float *out = s->att + i * head_dim;
             for (size_t j = i + n * c->n_heads; j < n_spans * n * c->n_heads; j += n * c->n_heads)
                 merge_softmax(&s->softmax[i], out, s->softmax[j], s->att + j * head_dim, PANEL, head_dim);
-            for (size_t d = 0; d < head_dim; d++) out[d] /= s->softmax[i].sum;
+            float inverse = 1.0f / s->softmax[i].sum;
+            for (size_t d = 0; d < head_dim; d++) out[d] *= inverse;
         }
         book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(c->n_kv_heads * s->position_bytes));
         product(s, WO, s->xb, s->att, &w->wo, n);
@@ -877,7 +949,7 @@ static int sample(float *logits, size_t n, float temperature, float top_p, doubl
     for (size_t i = 1; i < n; i++) if (logits[i] > logits[best]) best = i;
     if (temperature == 0 || top_p == 0) return (int)best;
 
-    float *p = logits, max = logits[best], scale = 1.0f / temperature;
+    float *p = logits, max = logits[best], scale = fminf(1.0f / temperature, 1e38f);      /* no infinity, which times 0 is NaN */
     double total = 0, above = 0;        /* mass of all ids, and of those that are known to be in the set */
     for (size_t i = 0; i < n; i++) p[i] = fast_exp((logits[i] - max) * scale);
     for (size_t i = 0; i < n; i++) total += p[i];
@@ -1273,7 +1345,7 @@ static const Option OPTIONS[] = {
     {0, "chat-template", "v1|v3", "chat: instead of the checkpoint's own", "c", TEXT, FIELD(chat_template), 0, 0},
     {0, "skip", "N", "perplexity: leave the first N positions of a window unscored", "p", WHOLE, FIELD(skip), 0, 1 << 30},
     {0, "against", "REF.bin", "perplexity: and divergence from this model", "p", TEXT, FIELD(against), 0, 0},
-    {0, "kv", "TYPE", "of the KV cache: f16 (default; f32 for f32 models) or q8, half as large", "gcps", TEXT, FIELD(kv), 0, 0},
+    {0, "kv", "TYPE", "of the KV cache: f16 (on a CPU q16, as small; f32 for f32 models) or q8, half of it", "gcps", TEXT, FIELD(kv), 0, 0},
     {0, "lookup", "N", "guess N tokens from the text so far: the same output, sooner (0)", "gc", WHOLE, FIELD(lookup), 0, 64},
     {0, "no-mmap", "", "read the checkpoint into memory instead of mapping it", "gcps", FLAG, FIELD(no_mmap), 0, 0},
     {'T', "target", "X", "tokens a second, in and out, to pass; prints PASS or FAIL", "gc", REAL, FIELD(target), 0, 1ull << 40},
@@ -1483,7 +1555,7 @@ static int run(int argc, char **argv) {
     if (o.no_mmap && backend != &CPU) die("--no-mmap: means nothing on a GPU, which has the weights in its own memory");
     Model m = load_model(o.path);
     if (o.no_mmap) read_into_memory(&m, o.quiet);
-    if (o.kv) m.kv_type = o.kv[0] == 'q' ? Q8 : F16;
+    if (o.kv) m.kv_type = o.kv[0] == 'q' ? Q8 : backend == &CPU ? Q16 : F16;
     const char *others[] = {o.path, o.file, o.against, "/dev/stdin", "/dev/stdout", "/dev/stderr"};
     size_t n = o.output && (!strncmp(o.output, "/dev/", 5) || !strncmp(o.output, "/proc/", 6)) ? 4 : 6;    /* /dev/stdout may be */
     for (size_t i = 0; i < n; i++)

@@ -9,6 +9,7 @@
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  *   dot(sum, codes, x)          sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
  *                               activations
+ *   wide_dot(sum, codes, x)     sum[r] + code[2r + i] * x[i], i from 0 to 1, of int16
  * and how many sums its registers hold: TOKENS by VECTORS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
  * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
  * otherwise moves every sum to another register and back: a quarter of the speed. */
@@ -29,12 +30,12 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 enum { WIDTH = 16, VECTORS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
-#define VPDPBUSD "vpdpbusd"
+#define VNNI ""
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #if defined(__AVXVNNI__)
-#define VPDPBUSD "%{vex%} vpdpbusd"     /* AVX's own encoding, which assemblers do not choose by themselves */
+#define VNNI "%{vex%} "                 /* AVX's own encoding, which assemblers do not choose by themselves */
 #elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define VPDPBUSD "vpdpbusd"
+#define VNNI ""
 #else
 #define PAIRS                           /* sums of two products are all it has: see dot() and pair_tile() */
 #endif
@@ -61,9 +62,13 @@ static inline Floats multiply_add(Floats a, Floats b, Floats c) {
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
     return c;
 }
-#ifdef VPDPBUSD
+#ifdef VNNI
 static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
-    __asm__(VPDPBUSD " %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+    __asm__(VNNI "vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+    return sum;
+}
+static inline Lanes wide_dot(Lanes sum, Lanes codes, Lanes x) {
+    __asm__(VNNI "vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
     return sum;
 }
 #else
@@ -73,6 +78,10 @@ static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
     __m256i c = _mm256_xor_si256((__m256i)codes, _mm256_set1_epi8((char)BIAS));
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8((__m256i)x, c));
     return sum + (Lanes)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+static inline Lanes wide_dot(Lanes sum, Lanes codes, Lanes x) {
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(_mm256_madd_epi16((__m256i)codes, (__m256i)x)));
+    return sum;
 }
 #endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -100,6 +109,10 @@ static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
     int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(c), vget_low_s8(a))), high = vpaddlq_s16(vmull_high_s8(c, a));
     return sum + (Lanes)vpaddq_s32(low, high);
 #endif
+}
+static inline Lanes wide_dot(Lanes sum, Lanes codes, Lanes x) {
+    int16x8_t c = (int16x8_t)codes, a = (int16x8_t)x;
+    return sum + (Lanes)vpaddq_s32(vmull_s16(vget_low_s16(c), vget_low_s16(a)), vmull_high_s16(c, a));
 }
 #endif
 
@@ -180,10 +193,10 @@ static void number_tiles(size_t T, int type, float *out, const void *w, const fl
                ahead);
 }
 
-/* The codes of columns k to k + 3 of the rows from `row` on. With `whole`, those of q4 for rows from 16 on are left as the whole
+/* The codes of columns k to k + 3 of the rows from `row` on; of Q16 k counts bytes, here and in what follows. With `whole`, those of q4 for rows from 16 on are left as the whole
  * bytes they stand in: 16 * code + the code of the row 16 before. */
 INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool whole) {
-    if (type == Q8) return *(const Lanes *)(codes + k * PANEL + 4 * row);
+    if (type == Q8 || type == Q16) return *(const Lanes *)(codes + k * PANEL + 4 * row);
     Lanes bytes = *(const Lanes *)(codes + k * (PANEL / 2) + 4 * (row % 16));
     if (whole && row >= 16) return bytes;
     bytes = bytes >> row / 16 * 4 & 0x0f0f0f0f;
@@ -198,13 +211,14 @@ static inline Lanes load_activations(const int8_t *q) {
 }
 
 /* What group_product_plain() does with sums: here with sum[t][r] of T tokens t, r being the register of the rows from `row` on. */
-INLINE void add_group(const size_t T, float *total, const float *scale, Activations a, size_t row, Lanes sum[][PANEL / WIDTH],
-                      size_t r) {
+INLINE void add_group(const size_t T, const int type, float *total, const float *scale, Activations a, size_t row,
+                      Lanes sum[][PANEL / WIDTH], size_t r) {
     Floats of_rows = *(const Floats *)(scale + row), zero = -*(const Floats *)(scale + PANEL + row);
     UNROLL
     for (size_t t = 0; t < T; t++) {
         Floats *out = (Floats *)(total + t * PANEL + row);
-        Floats of_codes = multiply_add(zero, every(a.sum[t]), __builtin_convertvector(sum[t][r], Floats));
+        Floats of_codes = __builtin_convertvector(sum[t][r], Floats);
+        if (type != Q16) of_codes = multiply_add(zero, every(a.sum[t]), of_codes);     /* its zero is 0 */
         *out = multiply_add(of_rows * a.scale[t], of_codes, *out);
     }
 }
@@ -253,7 +267,7 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
             }
         }
         UNROLL
-        for (size_t r = 0; r < R; r++) add_group(T, total, scale, a, row + r / 2 * WIDTH + r % 2 * 16, sum, r);
+        for (size_t r = 0; r < R; r++) add_group(T, Q4, total, scale, a, row + r / 2 * WIDTH + r % 2 * 16, sum, r);
     }
 }
 #endif
@@ -273,7 +287,7 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
         UNROLL
         for (size_t i = 0; i < T * PARTS; i++)
             UNROLL
-            for (size_t r = 0; r < R; r++) sum[i][r] = (Lanes){0} + (i < T ? BIAS * (int32_t)a.sum[i] : 0);
+            for (size_t r = 0; r < R; r++) sum[i][r] = (Lanes){0} + (type != Q16 && i < T ? BIAS * (int32_t)a.sum[i] : 0);
         for (size_t k = 0; k < n; k += 4 * PARTS) {
             ask(&ahead, 4 * PARTS);             /* not between the sums: at a branch there gcc 12 moves each to another register */
             UNROLL
@@ -281,8 +295,10 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
                 size_t column = k + i / T * 4;
                 Lanes x = load_activations(a.q + i % T * n + column);
                 UNROLL
-                for (size_t r = 0; r < R; r++)
-                    sum[i][r] = dot(sum[i][r], load_codes(type, codes, column, row + r * WIDTH, whole), x);
+                for (size_t r = 0; r < R; r++) {
+                    Lanes of_rows = load_codes(type, codes, column, row + r * WIDTH, whole);
+                    sum[i][r] = type == Q16 ? wide_dot(sum[i][r], of_rows, x) : dot(sum[i][r], of_rows, x);
+                }
             }
         }
         UNROLL
@@ -293,7 +309,7 @@ INLINE void code_tile(const size_t T, const int type, float *total, const uint8_
                 for (size_t i = t + T; i < T * PARTS; i += T) sum[t][r] += sum[i][r];
                 if (whole && r >= R / 2) sum[t][r] = (sum[t][r] - sum[t][r - R / 2]) >> 4;
             }
-            add_group(T, total, scale, a, row + r * WIDTH, sum, r);
+            add_group(T, type, total, scale, a, row + r * WIDTH, sum, r);
         }
     }
 }
@@ -321,6 +337,7 @@ static void group_product(size_t T, float *total, int type, const uint8_t *codes
                           size_t n, Ahead ahead) {
     if (type == Q4) code_tiles(T, Q4, total, codes, scale, a, n, ahead);
     else if (type == NF4) code_tiles(T, NF4, total, codes, scale, a, n, ahead);
+    else if (type == Q16) code_tiles(T, Q16, total, codes, scale, a, n, ahead);
     else code_tiles(T, Q8, total, codes, scale, a, n, ahead);
 }
 #endif

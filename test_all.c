@@ -109,6 +109,33 @@ static void test_norm_rope_swiglu(void) {
     }
 }
 
+/* Keys and values, and what is multiplied with them, as whole numbers: off by half a step at most, and never so large that a sum
+ * would not fit. Flat and peaked groups, zeros, numbers too small and too large to scale, and what is no number. */
+static void test_cache_codes(void) {
+    static const float SIZES[] = {1, 0, 1e-6f, 1e-32f, 1e-44f, 100, 60000, 1e30f, INFINITY, NAN};
+    enum { N = MAX_GROUP };
+    for (int turn = 0; turn < 400; turn++) {
+        float x[N], size = SIZES[turn < 100 ? turn % 10 : 0], peak = turn % 4 ? 1 : 1000, scale, sum, steps = turn % 2 ? 64 : 1;
+        int16_t q[N];
+        long total = 0;
+        for (size_t i = 0; i < N; i++) x[i] = size * (turn % 3 ? random_float() : turn % 2 ? 1 : -1);
+        x[random_below(N)] *= peak;
+        float step = half_to_float(quantize_kv(q, x, N, steps)) / steps;
+        for (size_t i = 0; i < N; i++) {
+            CHECK(abs(q[i]) <= 127 * steps, "%g became %d", x[i], q[i]);
+            if (fabsf(x[i]) < 8e6f) CHECK(fabsf(x[i] - step * q[i]) <= 0.50001f * step + 3e-8f, "%g became %d of %g", x[i], q[i], step);
+        }
+        Activations group = {NULL, (int8_t *)q, &scale, &sum};
+        quantize_query(Q16, group, 0, x, N, magnitude(x, N));
+        for (size_t i = 0; i < N; i++) {
+            total += abs(q[i]);
+            if (isfinite(size)) CHECK(fabsf(x[i] - 64 * scale * q[i]) <= 33 * scale + 1e-30f, "%g became %d of %g", x[i], q[i], scale);
+        }
+        CHECK(total <= 264128, "sum %ld", total);
+        CHECK(isfinite(size) || !isfinite(scale), "%g has scale %g", size, scale);
+    }
+}
+
 static void test_activations(void) {
     float x[128], scale, sum;
     int8_t q[128];
@@ -165,6 +192,35 @@ static void test_group_product(void) {
                 if (whole) CHECK(plain[i] == (float)sum, "plain %s, %zu: %g, not %ld", TYPE_NAMES[type], n, plain[i], sum);
                 CHECK(fast[i] == plain[i], "%s, %zu: fast %.9g, plain %.9g", TYPE_NAMES[type], n, fast[i], plain[i]);
                 CHECK(unpacked[i] == plain[i], "%s, %zu: unpacked %.9g, plain %.9g", TYPE_NAMES[type], n, unpacked[i], plain[i]);
+            }
+    }
+}
+
+/* The same for Q16, with the largest codes and other factors that there may be. */
+static void test_group_product_wide(void) {
+    static int16_t codes[128 * PANEL] __attribute__((aligned(64))), q[BLOCK * 128];
+    float fast[BLOCK * PANEL], plain[BLOCK * PANEL], scale[2 * PANEL] = {0}, scale_q[BLOCK], sum_q[BLOCK] = {0};
+    for (int turn = 0; turn < 200; turn++) {
+        bool extremes = turn < 20, whole = turn < 100;
+        size_t n = (size_t)32 << random_below(3), T = 1 + random_below(BLOCK);
+        int sign = turn % 2 ? 1 : -1, most = (int)min_size(264128 / n, INT16_MAX);
+        for (size_t i = 0; i < n * PANEL; i++) codes[i] = (int16_t)(extremes ? 8128 : (int)random_below(2 * 8128 + 1) - 8128);
+        for (size_t i = 0; i < T * n; i++)
+            q[i] = (int16_t)(extremes ? sign * most : (int)random_below(2 * (uint32_t)most + 1) - most);
+        if (turn < 4) for (size_t i = 0; i < T * n; i++) q[i] = (int16_t)(i % n < 8 ? sign * INT16_MAX : 0);
+        for (size_t r = 0; r < PANEL; r++) scale[r] = whole ? 1 : random_float();
+        for (size_t t = 0; t < T; t++) scale_q[t] = whole ? 1 : random_float();
+        for (size_t i = 0; i < T * PANEL; i++) fast[i] = plain[i] = whole ? 0 : random_float();
+        Activations a = {NULL, (int8_t *)q, scale_q, sum_q};
+        Ahead none = {(uintptr_t)q, 0};
+        group_product(T, fast, Q16, (const uint8_t *)codes, scale, a, 2 * n, none);
+        group_product_plain(T, plain, Q16, (const uint8_t *)codes, scale, a, 2 * n, none);
+        CHECK(!memcmp(fast, plain, T * PANEL * sizeof *plain), "%zu tokens of %zu columns, turn %d", T, n, turn);
+        for (size_t t = 0; t < T && whole; t++)
+            for (size_t r = 0; r < PANEL; r++) {
+                long sum = 0;
+                for (size_t k = 0; k < n; k++) sum += (long)codes[(k / 2 * PANEL + r) * 2 + k % 2] * q[t * n + k];
+                CHECK(plain[t * PANEL + r] == (float)sum, "turn %d: %g, not %ld", turn, plain[t * PANEL + r], sum);
             }
     }
 }
@@ -398,7 +454,7 @@ static void test_forward(void) {
         reference_forward(&m, ids, LENGTH, expect);
         chunked_forward(&m, ids, LENGTH, 1, 0, 1, logits);
         for (size_t i = 0; i < n; i++) { error += pow(logits[i] - expect[i], 2); size += expect[i] * expect[i]; }
-        /* FP32 rounds at 6e-8; an FP16 cache at up to 5e-4, less than which arrives; int8 activations, keys and values at 1/254 of
+        /* FP32 rounds at 6e-8; a cache of 16 bits at some 1e-4, less than which arrives; int8 activations, keys and values at 1/254 of
          * a group's largest */
         int type = m.layers[0].wqkv.type;
         double tolerance = type >= Q8 || m.kv_type == Q8 ? 2e-2 : type == F32 ? 2e-6 : 4e-4;
@@ -1247,10 +1303,11 @@ static Model load_on(const Backend *where, const char *path) {
  * logits by up to 2% of the largest, and their root mean square by a tenth of that (SPEED.md). A wrong kernel therefore shows with
  * FP16 weights, whose tolerance is narrow; those for codes have test_cuda_products. The shape "wide" rounds more activations: 2.2%
  * were seen (and 5.5 to 8.9% where registers were overwritten; a tile of columns left out is 16%). Where keys and values are codes
- * the CPU also rounds queries and probabilities, the GPU does not: 3.6%, and "wide" 4.7%. */
+ * the CPU also rounds queries and probabilities, the GPU does not: 3.6%, and "wide" 4.7%. Otherwise the GPU's are FP16, the CPU's
+ * more exact: with FP16 weights 0.21% in "wide", below 0.2% in the others. */
 static double cuda_tolerance(const Model *m) {
-    bool codes = m->layers[0].w2.type >= Q8, wide = codes && m->c.head_dim == 128;
-    return m->kv_type == Q8 ? (wide ? 6e-2 : 4e-2) : wide ? 3e-2 : codes ? 2e-2 : 2e-3;
+    bool codes = m->layers[0].w2.type >= Q8, wide = m->c.head_dim == 128;
+    return m->kv_type == Q8 ? (wide ? 6e-2 : 4e-2) : codes ? (wide ? 3e-2 : 2e-2) : wide ? 3e-3 : 2e-3;
 }
 
 /* The GPU's logits beside the CPU's, in prefill of all sizes and in decoding, beside other sequences and alone. */
@@ -1495,8 +1552,8 @@ static void test_cuda_sampler(void) {
 
 int main(int argc, char **argv) {
     static const struct { const char *name; void (*run)(void); } TESTS[] = {
-        {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations},
-        {"number_tiles", test_number_tiles}, {"group_product", test_group_product}, {"matrices", test_matrices},
+        {"half", test_half}, {"exp", test_exp}, {"norm_rope_swiglu", test_norm_rope_swiglu}, {"activations", test_activations}, {"cache_codes", test_cache_codes},
+        {"number_tiles", test_number_tiles}, {"group_product", test_group_product}, {"group_product_wide", test_group_product_wide}, {"matrices", test_matrices},
         {"scales", test_scales}, {"forward", test_forward}, {"determinism", test_determinism}, {"sampler", test_sampler},
         {"batch", test_batch}, {"lookup", test_lookup},
         {"decode", test_decode}, {"damaged_files", test_damaged_files}, {"cholesky", test_cholesky}, {"gptq", test_gptq},

@@ -64,7 +64,7 @@ def work(shape, cell, statistic):
     in decoding, of the cache). A prefill counts as one reading of the weights: arithmetic bounds it."""
     batch, n_in, n_out = cell
     steps = n_out - 1
-    position = 2 * 2 * shape["n_kv_heads"] * shape["head_dim"] * shape["n_layers"]      # bytes: FP16 keys and values
+    position = 2 * 2 * shape["n_kv_heads"] * shape["head_dim"] * shape["n_layers"]      # bytes: keys and values of 16 bits
     if statistic == "prefill_tok_s":
         return batch * n_in, batch * (n_in * shape["ops"] + shape["ops_logits"]), shape["bytes"]
     if statistic == "decode_tok_s":
