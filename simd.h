@@ -193,8 +193,8 @@ static void number_tiles(size_t T, int type, float *out, const void *w, const fl
                ahead);
 }
 
-/* The codes of columns k to k + 3 of the rows from `row` on; of Q16 k counts bytes, here and in what follows. With `whole`, those of q4 for rows from 16 on are left as the whole
- * bytes they stand in: 16 * code + the code of the row 16 before. */
+/* The codes of columns k to k + 3 of the rows from `row` on; of Q16 k counts bytes, here and below. With `whole`, those of q4 for
+ * rows from 16 on are left as the whole bytes they stand in: 16 * code + the code of the row 16 before. */
 INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool whole) {
     if (type == Q8 || type == Q16) return *(const Lanes *)(codes + k * PANEL + 4 * row);
     Lanes bytes = *(const Lanes *)(codes + k * (PANEL / 2) + 4 * (row % 16));
