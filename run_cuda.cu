@@ -248,7 +248,7 @@ static void cuda_load(Model *m) {
     d->peak = d->memory.bytes + for_now.bytes;
     device_free(&for_now);
     m->device = d;
-    m->kv_type = F16;                               /* unless --kv asks for another type */
+    if (m->kv_type != Q8) m->kv_type = F16;         /* here keys and values are never FP32 or Q16 */
 }
 
 static void cuda_unload(Model *m) {
