@@ -286,9 +286,8 @@ static void product_backward(float *out, const float *g, const Matrix *w, size_t
         }
         for (size_t t = 0; t < n; t += BLOCK) {
             size_t nt = min_size(BLOCK, n - t);
-            memset(sum, 0, sizeof sum);
             for (size_t r = 0; r < w->rows; r += MAX_GROUP)
-                number_tiles(nt, F32, sum, turned + r * PANEL, g + t * w->rows + r, w->rows, min_size(MAX_GROUP, w->rows - r),
+                number_tiles(nt, r > 0, F32, sum, turned + r * PANEL, g + t * w->rows + r, w->rows, min_size(MAX_GROUP, w->rows - r),
                              none);
             for (size_t i = 0; i < nt; i++) memcpy(out + (t + i) * w->cols + k, sum + i * PANEL, nk * sizeof(float));
         }

@@ -303,7 +303,7 @@ static double rounding_error(const Matrix *w, size_t group, float levels, const 
 static void add_product(float *sum, const float *panel, const float *m, size_t n, size_t b, size_t nb, size_t j0, size_t j1) {
     Ahead none = {(uintptr_t)panel, 0};
     for (size_t j = j0; j < j1; j += PANEL)
-        number_tiles(nb, F32, sum, panel + j * PANEL, element(m, n, b, j), PANEL, PANEL, none);
+        number_tiles(nb, true, F32, sum, panel + j * PANEL, element(m, n, b, j), PANEL, PANEL, none);
 }
 
 /* H = U^T U: overwrites H, of which the upper triangle is there, with U and below the diagonal U^T; blocks of 128 rows from
@@ -380,7 +380,7 @@ static void accumulate(float *sum, const float *a, size_t rows, size_t stride, c
             for (size_t r = 0; r < PANEL; r++) panel[t * PANEL + r] = p * PANEL + r < rows ? a[t * stride + p * PANEL + r] : 0;
         for (size_t k = 0, nb, end = upper ? (p + 1) * PANEL : n_cols; k < end; k += nb) {
             nb = min_size(BLOCK, end - k);
-            number_tiles(nb, F32, sum + (p * n_cols + k) * PANEL, panel, xt + k * CHUNK, CHUNK, n, none);
+            number_tiles(nb, true, F32, sum + (p * n_cols + k) * PANEL, panel, xt + k * CHUNK, CHUNK, n, none);
         }
     }
 }

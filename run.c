@@ -126,10 +126,10 @@ static inline uint16_t float_to_half(float x) {
 #define ROUNDER 12582912.0f
 #define ROUNDER_BITS 0x4b400000u
 
-/* e^x to 2e-7, relative; clamped to where the result is a normal number, NaN too. x log2 e = n + r with |r| <= 1/2, and e^x = 2^n
- * 2^r; of the polynomials of this degree that are 1 at 0 it has the smallest relative error. Our own because a compiler vectorises
- * it, and because libm's differs from one machine to the next (as those of FP64 do too, in the last bit, which rounding to FP32
- * nearly always hides: RoPE uses them). Clamped as integers, which takes one instruction for each end. */
+/* e^x to 2e-7, relative; clamped to where the result is a normal number (NaN to one end or the other). x log2 e = n + r with |r|
+ * <= 1/2, and e^x = 2^n 2^r; of the polynomials of this degree that are 1 at 0 it has the smallest relative error. Our own because
+ * a compiler vectorises it, and because libm's differs from one machine to the next (as those of FP64 do too, in the last bit,
+ * which rounding to FP32 nearly always hides: RoPE uses them). Clamped as integers, which takes one instruction for each end. */
 static inline float fast_exp(float x) {
     uint32_t low = as_bits(-87.0f), bits = as_bits(x);
     int32_t high = (int32_t)as_bits(88.0f), clamped;
@@ -144,7 +144,7 @@ static inline float fast_exp(float x) {
     p = fmaf(p, r, 2.402224243e-1f);
     p = fmaf(p, r, 6.931470037e-1f);
     p = fmaf(p, r, 1.0f);
-    return as_float(as_bits(p) + (as_bits(shifted) << 23));         /* n added to the exponent */
+    return as_float(as_bits(p) + (as_bits(shifted) << 23));         /* n added to the exponent; ROUNDER_BITS << 23 is 0 */
 }
 
 /* out = weight * x / sqrt(mean(x^2) + eps), all [n]. Zhang and Sennrich 2019. 16 partial sums, so that it vectorises. */
@@ -232,11 +232,10 @@ static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
  * an address where nothing is: asking for that is no error. */
 typedef struct { uintptr_t at; size_t bytes; } Ahead;
 
-/* out[t][r] += sum over k of w[k][r] * x[t][k], added in the order of k, for T tokens and the 32 rows of a panel. w: [n][32], FP32
- * or FP16, as type says; x: T rows, `stride` apart; out: [T][32]. With whole numbers (codes times int8 activations, at most 128 *
- * 255 * 127 < 2^24) every partial sum is exact: this FP32 sum is the int32 sum that integer instructions would give. */
+/* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k, for T tokens and the 32 rows of a panel; with `add`
+ * out[t][r] += it. w: [n][32], FP32 or FP16, as type says; x: T rows, `stride` apart; out: [T][32]. */
 __attribute__((unused))
-static void number_tiles_plain(size_t T, int type, float *out, const void *w, const float *x, size_t stride, size_t n,
+static void number_tiles_plain(size_t T, bool add, int type, float *out, const void *w, const float *x, size_t stride, size_t n,
                                Ahead ahead) {
     (void)ahead;
     for (size_t t = 0; t < T; t++) {
@@ -246,46 +245,41 @@ static void number_tiles_plain(size_t T, int type, float *out, const void *w, co
                                            : (const float *)w + k * PANEL;
             for (size_t r = 0; r < PANEL; r++) sum[r] = fmaf(row[r], x[t * stride + k], sum[r]);
         }
-        for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] += sum[r];
+        for (size_t r = 0; r < PANEL; r++) out[t * PANEL + r] = (add ? out[t * PANEL + r] : 0) + sum[r];
     }
 }
 
 /* Activations on their way into a product, as they are or, for quantized weights, rounded. A group's tokens lie side by
  * side: with rows a power of two apart, as a token's whole input would have them, they would share few lines of the
- * first-level cache. As matmul() lays them out (attention() has its own: see quantize_query()): */
+ * first-level cache. As matmul() lays them out; attention()'s last group may be narrower: see group_at(). */
 typedef struct {
     float  *x;                          /* [n_groups, n, group] */
-    int8_t *q;                          /* [n_groups, n, group]; matmul()'s in the same memory */
+    int8_t *q;                          /* [n_groups, n, group]; matmul()'s in the same memory; with a cache of Q16 int16 */
     float  *scale, *sum;                /* [n_groups, n] */
 } Activations;
 
-/* A group's part of a product: total[t][r] += scale[r] * a.scale[t] * (sum over k of code[r][k] * a.q[t][k] - zero[r] *
- * a.sum[t]). The sum over k is of whole numbers, and exact. total: [T][32], T <= 64; codes: as in the file, or of
- * unpack_codes() and then of type Q8, aligned to 64 bytes; scale: [32], zero after it; a: of this group, q [T, n]; n: a multiple
- * of 32. Of Q16, which are codes of the KV cache, [n / 4][32 rows][2 columns], both factors are int16, and n is their bytes. */
+/* A group's part of a product: total[t][r] = scale[r] * a.scale[t] * (sum over k of code[r][k] * a.q[t][k] - zero[r] * a.sum[t]);
+ * with `add` total[t][r] += it. The sum over k is of integers, and exact. total: [T][32], T <= 64; codes: as in the file, or of
+ * unpack_codes() and then of type Q8, aligned to 64 bytes, or of type Q16, which are int16, [n / 2][32 rows][2 columns]; scale:
+ * [32], zero after it; a: of this group, q [T, n], with Q16 of int16 as well; n: a multiple of 32. */
 __attribute__((unused))
-static void group_product_plain(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
+static void group_product_plain(size_t T, bool add, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
                                 size_t n, Ahead ahead) {
-    float w[MAX_GROUP * PANEL], x[BLOCK * MAX_GROUP], sum[BLOCK * PANEL] = {0};
-    uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(4)));
-    if (type == Q16) {
-        const int16_t *wide = (const int16_t *)codes, *q = (const int16_t *)a.q;
-        for (size_t t = 0; t < T; t++) {
-            int32_t whole[PANEL] = {0};
-            for (size_t k = 0; k < n / 2; k++)
-                for (size_t r = 0; r < PANEL; r++) whole[r] += wide[(k / 2 * PANEL + r) * 2 + k % 2] * q[t * n / 2 + k];
-            for (size_t r = 0; r < PANEL; r++) sum[t * PANEL + r] = (float)whole[r];
-        }
-    } else {
-        codes_to_floats(w, unpack_codes(room, type, codes, n), n);
-        for (size_t i = 0; i < T * n; i++) x[i] = a.q[i];
-        number_tiles_plain(T, F32, sum, w, x, n, n, ahead);
-    }
-    for (size_t t = 0; t < T; t++)
+    uint8_t room[MAX_GROUP * PANEL];
+    const int16_t *wide_codes = (const int16_t *)codes, *wide_q = (const int16_t *)a.q;         /* of Q16 */
+    if (type != Q16) codes = unpack_codes(room, type, codes, n);
+    (void)ahead;
+    for (size_t t = 0; t < T; t++, total += PANEL) {
+        int32_t sum[PANEL] = {0};
+        for (size_t k = 0; k < n; k++)
+            for (size_t r = 0; r < PANEL; r++)
+                sum[r] += type == Q16 ? wide_codes[(k / 2 * PANEL + r) * 2 + k % 2] * wide_q[t * n + k]
+                                      : codes[(k / 4 * PANEL + r) * 4 + k % 4] * a.q[t * n + k];
         for (size_t r = 0; r < PANEL; r++) {
-            float of_codes = fmaf(-scale[PANEL + r], a.sum[t], sum[t * PANEL + r]);
-            total[t * PANEL + r] = fmaf(scale[r] * a.scale[t], of_codes, total[t * PANEL + r]);
+            float of_codes = fmaf(-scale[PANEL + r], a.sum[t], (float)sum[r]);
+            total[r] = fmaf(scale[r] * a.scale[t], of_codes, add ? total[r] : 0);
         }
+    }
 }
 
 #include "simd.h"         /* the last two and halves_to_floats() again, with vectors, without _plain: skip it on a first reading;
@@ -308,20 +302,19 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
     uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(64)));
     for (size_t g = 0; g < w->n_groups; g++, total = totals)
         for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL) {
-            if (g == 0) memset(total, 0, T * PANEL * sizeof *total);
             const unsigned char *block = w->data + p * w->panel_bytes + g * w->block_bytes;
             size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
             Ahead next = {(uintptr_t)block + w->block_bytes + 8192, w->block_bytes};    /* 8 KB: SPEED.md, one sequence on a CPU */
             if (w->type < Q8) {
-                number_tiles(T, w->type, total, block, a->x + at * w->group, w->group, n_k, next);
+                number_tiles(T, g > 0, w->type, total, block, a->x + at * w->group, w->group, n_k, next);
                 continue;
             }
             const uint8_t *codes = block + 4 * PANEL;
             Activations part = {NULL, a->q + at * w->group, a->scale + at, a->sum + at};
             halves_to_floats(scale, (const uint16_t *)block, 2 * PANEL);
             if (w->type == Q4 && T >= UNPACK)
-                group_product(T, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
-            else group_product(T, total, w->type, codes, scale, part, w->group, next);
+                group_product(T, g > 0, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
+            else group_product(T, g > 0, total, w->type, codes, scale, part, w->group, next);
         }
     for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL)
         for (size_t t = 0; t < T; t++)
@@ -362,16 +355,17 @@ static void matrix_row(float *out, const Matrix *w, size_t row) {
     }
 }
 
-/* The cache of one key head of one sequence: a ring of positions in blocks of KEYS, so that position p stands at place p % ring,
- * and p and its neighbours in the same aligned KEYS positions in one block. Both keys and values are panels of 32 rows, so that
- * attention is two products: keys are [KEYS / 32][width][32], the rows being positions; values are [width / 32][KEYS][32], the
- * rows being a head's elements. They are FP32, or codes behind the block's KEYS FP16 scales, one of each position, the columns that
- * fill 4 bytes side by side for each row:
+/* The cache of one key head of one sequence: a ring of positions, p at place p % ring, cut into blocks of KEYS places. Both keys
+ * and values are panels of 32 rows, so that attention is two products: keys are [KEYS / 32][width][32], the rows being positions;
+ * values are [width / 32][KEYS][32], the rows being a head's elements. They are FP32, or codes behind the block's KEYS FP16
+ * scales, one of each position, the columns that fill 4 bytes side by side for each row:
  *   Q8    x is about scale * (code - 128), as weights are
- *   Q16   x is about scale * code / 64, the code an int16 of at most 64 * 127 = 8128 in magnitude. It takes the place of FP16, is
- *         as exact, and is multiplied twice as fast, by instructions that add two products (SPEED.md, Long prompts).
- *         The other factor of a product is int16 too, scaled so that the magnitudes of a group add up to at most 264128: times
- *         8128 that is less than 2^31, and every sum is exact. */
+ *   Q16   x is about scale * code / 64, the code an int16 of at most 64 * 127 = 8128 in magnitude. It takes the place of FP16: its
+ *         products are as exact or more so, and made twice as fast, by instructions that add two (SPEED.md, Long prompts).
+ * The other factor of a product, queries or shares of values, is rounded as well. With Q16 to int16, with a scale for each group
+ * of up to 128 that is the smallest which keeps each code within 32767 and the sum of their magnitudes within 264128: times 8128
+ * that is less than 2^31, so that every sum is exact. The 31 bits are divided by the 64 above: 13 for the cache, and for the other
+ * factor 11 where all of a group are of one size (264128 / 128 = 2063), up to 15 where few are large. */
 enum { KEYS = 128 };
 typedef struct {
     unsigned char *keys, *values;
@@ -401,7 +395,8 @@ static uint16_t quantize_kv(int16_t *q, const float *x, size_t n, float steps) {
     return scale;
 }
 
-/* Stores the key, rotated, and the value of a position, [head_dim] each. Elements from head_dim to width stay 0. */
+/* Stores the key, rotated, and the value of a position, [head_dim] each. Elements from head_dim to width are left as they are:
+ * queries have zeros there, and what becomes of the values there is not read. */
 static void cache_store(Cache c, size_t pos, const float *key, const float *value) {
     size_t place = pos % c.ring, j = place % KEYS, side = 4 / number_bytes(c.type);     /* side: columns side by side */
     int16_t q[MAX_HEAD_DIM];
@@ -439,62 +434,34 @@ static void merge_softmax(Softmax *a, float *out_a, Softmax b, const float *out_
     a->max = max;
 }
 
-/* The sum of [32] numbers, added in pairs, which vectorises. */
+/* The sum of [32] numbers, added in pairs, which is sooner than in turn. */
 static inline float sum_lanes(const float *x) {
-    float sum[PANEL / 2];
-    for (size_t i = 0; i < 16; i++) sum[i] = x[i] + x[i + 16];
-    for (size_t i = 0; i < 8; i++) sum[i] += sum[i + 8];
-    for (size_t i = 0; i < 4; i++) sum[i] += sum[i + 4];
+    typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+    const Four *v = (const Four *)x;
+    Four sum = ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-/* Of numbers that are to become int16: the largest magnitude, and the sum of all. */
-typedef struct { float largest, sum; } Magnitude;
-
-/* One step of the streaming softmax, for one query and a block's n keys.
- *   scores    in panels of 32, `apart` floats from one another; the keys j0 to j1 - 1 are seen, the other scores become -INFINITY
- *   *max      raised first to the largest score that is seen
- *   lanes     [32] sums of the shares e^(score - *max) so far, shrunk to the new maximum and added to
- *   out [n]   the shares, 0 where nothing is seen, times weight [n], which is not negative
- *   *of_out   their magnitude
- * Returns the factor e^(old max - new max) by which whatever was summed before must shrink. Maxima are found among integers, which
- * a compiler vectorises: floats order as their bits do, once those of negative ones, but the sign, are inverted. */
-static float exponentials(float *out, float *scores, size_t apart, size_t n, const float *weight, float *lanes, float *max,
-                          size_t j0, size_t j1, Magnitude *of_out) {
-    float e[PANEL], sum[PANEL], sum_out[PANEL] = {0}, *panel = scores;
-    int32_t largest[PANEL], most = (int32_t)as_bits(*max);
-    uint32_t largest_out[PANEL] = {0}, most_out = 0;
-    most ^= most >> 31 & INT32_MAX;
+/* The largest of a query's scores for a block's n keys. scores: in panels of 32, `apart` floats from one another; the keys j0 to
+ * j1 - 1 are seen, and of the others the scores become -INFINITY. Found among integers, which a compiler vectorises: floats order
+ * as their bits do, once all bits of negative ones but the sign are inverted. */
+static float largest_score(float *scores, size_t apart, size_t n, size_t j0, size_t j1) {
+    int32_t largest[PANEL], most = INT32_MIN;
     for (size_t r = 0; r < PANEL; r++) largest[r] = most;
-    for (size_t j = 0; j < n; j += PANEL, panel += apart) {
+    for (size_t j = 0; j < n; j += PANEL, scores += apart) {
         if (j < j0 || j + PANEL > j1)
-            for (size_t r = 0; r < PANEL; r++) panel[r] = j + r < j0 || j + r >= j1 ? -INFINITY : panel[r];
+            for (size_t r = 0; r < PANEL; r++) scores[r] = j + r < j0 || j + r >= j1 ? -INFINITY : scores[r];
         for (size_t r = 0; r < PANEL; r++) {
-            int32_t bits = (int32_t)as_bits(panel[r]), ordered = bits ^ (bits >> 31 & INT32_MAX);
+            int32_t bits = (int32_t)as_bits(scores[r]), ordered = bits ^ (bits >> 31 & INT32_MAX);
             largest[r] = ordered > largest[r] ? ordered : largest[r];
         }
     }
     for (size_t r = 0; r < PANEL; r++) most = largest[r] > most ? largest[r] : most;
-    float new_max = as_float((uint32_t)(most ^ (most >> 31 & INT32_MAX))), shrink = fast_exp(*max - new_max);
-    for (size_t r = 0; r < PANEL; r++) sum[r] = lanes[r] * shrink;
-    for (size_t j = 0; j < n; j += PANEL, scores += apart, weight += PANEL, out += PANEL) {
-        for (size_t r = 0; r < PANEL; r++) e[r] = fast_exp(scores[r] - new_max);
-        if (j < j0 || j + PANEL > j1)   /* fast_exp(-INFINITY) is e^-87, and where nothing is seen anything */
-            for (size_t r = 0; r < PANEL; r++) e[r] = j + r < j0 || j + r >= j1 ? 0 : e[r];
-        for (size_t r = 0; r < PANEL; r++) {
-            out[r] = e[r] * weight[r];
-            sum[r] += e[r];
-            sum_out[r] += out[r];
-            largest_out[r] = as_bits(out[r]) > largest_out[r] ? as_bits(out[r]) : largest_out[r];
-        }
-    }
-    for (size_t r = 0; r < PANEL; r++) most_out = largest_out[r] > most_out ? largest_out[r] : most_out;
-    for (size_t r = 0; r < PANEL; r++) lanes[r] = sum[r];
-    of_out->largest = as_float(most_out);
-    of_out->sum = sum_lanes(sum_out);
-    *max = new_max;
-    return shrink;
+    return as_float((uint32_t)(most ^ (most >> 31 & INT32_MAX)));
 }
+
+/* Of numbers: the largest magnitude, and the sum of all magnitudes. */
+typedef struct { float largest, sum; } Magnitude;
 
 /* Of x [n], n a multiple of 32. */
 static Magnitude magnitude(const float *x, size_t n) {
@@ -502,6 +469,31 @@ static Magnitude magnitude(const float *x, size_t n) {
     for (size_t i = 0; i < n; i += PANEL)
         for (size_t r = 0; r < PANEL; r++) sum[r] += fabsf(x[i + r]);
     Magnitude m = {largest_of(x, n), sum_lanes(sum)};
+    return m;
+}
+
+/* A query's shares e^(score - max) of a block's n keys, 0 where nothing is seen: added to lanes [32], that of key j to lane j % 32;
+ * and times the scales of the values [n] to out [n], whose magnitude is returned (found in the same pass: SPEED.md, Long prompts).
+ * scores, apart, j0, j1: as above. */
+static Magnitude exponentials(float *out, float *lanes, const float *scores, size_t apart, size_t n, const float *scale, float max,
+                              size_t j0, size_t j1) {
+    float e[PANEL], sum[PANEL], sum_out[PANEL] = {0};
+    uint32_t largest_out[PANEL] = {0}, most_out = 0;
+    for (size_t r = 0; r < PANEL; r++) sum[r] = lanes[r];
+    for (size_t j = 0; j < n; j += PANEL, scores += apart, scale += PANEL, out += PANEL) {
+        for (size_t r = 0; r < PANEL; r++) e[r] = fast_exp(scores[r] - max);
+        if (j < j0 || j + PANEL > j1)   /* fast_exp(-INFINITY) is e^-87; where nothing was seen yet, -INFINITY - -INFINITY is NaN */
+            for (size_t r = 0; r < PANEL; r++) e[r] = j + r < j0 || j + r >= j1 ? 0 : e[r];
+        for (size_t r = 0; r < PANEL; r++) {
+            out[r] = e[r] * scale[r];
+            sum[r] += e[r];
+            sum_out[r] += out[r];
+            largest_out[r] = as_bits(out[r]) > largest_out[r] ? as_bits(out[r]) : largest_out[r];
+        }
+    }
+    for (size_t r = 0; r < PANEL; r++) most_out = largest_out[r] > most_out ? largest_out[r] : most_out;
+    for (size_t r = 0; r < PANEL; r++) lanes[r] = sum[r];
+    Magnitude m = {as_float(most_out), sum_lanes(sum_out)};
     return m;
 }
 
@@ -513,8 +505,9 @@ static Activations group_at(const Activations *a, int type, size_t T, size_t k) 
     return group;
 }
 
-/* A group of a query, or of its shares, as a cache of this type is multiplied with it: the r-th of a group's. x: [n], of magnitude
- * m; n: a multiple of 32. 264000: see Q16; less than 264128, as rounding may add 1/2 to each of 128. */
+/* A group of a query, or of its shares, as a cache of this type is multiplied with it, as row r of the group. x: [n], of magnitude
+ * m; n: a multiple of 32. 264000 and 1/2 for each of 128 is 264064; what FP32 loses is less than 1. Where a scale would be so
+ * small that FP32 has few digits for it, and codes might not fit, all are 0. */
 static void quantize_query(int type, Activations group, size_t r, const float *x, size_t n, Magnitude m) {
     if (type == Q8) { quantize_activations(group.q + r * n, group.scale + r, group.sum + r, x, n, n); return; }
     int16_t *q = (int16_t *)group.q + r * n;
@@ -522,24 +515,23 @@ static void quantize_query(int type, Activations group, size_t r, const float *x
     float scale = by_sum > by_largest ? by_sum : by_largest, inverse = scale > 1e-30f ? 1.0f / scale : 0;
     for (size_t i = 0; i < n; i++) q[i] = (int16_t)(as_bits(fmaf(x[i], inverse, ROUNDER)) - ROUNDER_BITS);
     group.scale[r] = scale * (1.0f / 64);       /* in which the cache counts */
-    group.sum[r] = 0;                           /* by which no zero is multiplied */
+    group.sum[r] = 0;                           /* no code has a zero to take off */
 }
 
 enum { QUERIES = BLOCK,     /* most queries in one call of attention() */
        SPAN = 512 };        /* positions that are summed by themselves and then merged, so that threads can share a long context */
 
-/* out[t][r] += sum over k of panel[k][r] * x[t][k], for T <= 64 queries and the 32 rows r of a cache's panel, [n][32]. Of FP32 x is
- * a->x, `stride` apart; of codes it is what quantize_query() made of it, and scale has the rows' 32 scales, then their 32 zeros.
- * out: [T][32]. */
-static void cache_product(size_t T, float *out, int type, const unsigned char *panel, const float *scale, const Activations *a,
-                          size_t stride, size_t n, Ahead ahead) {
-    size_t bytes = number_bytes(type);
-    if (type == F32) number_tiles(T, type, out, panel, a->x, stride, n, ahead);
+/* out[t][r] = sum over k of panel[k][r] * x[t][k], for T <= 64 queries and the 32 rows r of a cache's panel, [n][32]; with `add`
+ * out[t][r] += it. Of FP32 x is a->x, `stride` apart; of codes it is what quantize_query() made of it, and scale has the rows' 32
+ * scales, then their 32 zeros. out: [T][32]. */
+static void cache_product(size_t T, bool add, float *out, int type, const unsigned char *panel, const float *scale,
+                          const Activations *a, size_t stride, size_t n, Ahead ahead) {
+    if (type == F32) number_tiles(T, add, F32, out, panel, a->x, stride, n, ahead);
     else for (size_t k = 0; k < n; k += MAX_GROUP) {
         size_t n_k = min_size(n - k, MAX_GROUP);
         Ahead of_group = {ahead.at + ahead.bytes * k / n, ahead.bytes * n_k / n};
-        group_product(T, out, type, panel + k * PANEL * bytes, scale, group_at(a, type, T, k), round_up(n_k, PANEL) * bytes,
-                      of_group);
+        group_product(T, add || k > 0, out, type, panel + k * PANEL * number_bytes(type), scale, group_at(a, type, T, k),
+                      round_up(n_k, PANEL), of_group);
     }
 }
 
@@ -553,22 +545,22 @@ static void block_scores(float *scores, const Activations *queries, size_t n_que
     keys += KEYS * scale_bytes(c.type);
     for (size_t j = 0; j < n; j += PANEL, keys += panel_bytes, scores += n_queries * PANEL) {
         Ahead next = {(uintptr_t)keys + panel_bytes, panel_bytes};
-        memset(scores, 0, n_queries * PANEL * sizeof(float));
         if (c.type != F32) halves_to_floats(scale, scales + j, PANEL);
-        cache_product(n_queries, scores, c.type, keys, scale, queries, c.width, c.head_dim, next);
+        cache_product(n_queries, false, scores, c.type, keys, scale, queries, c.width, c.head_dim, next);
     }
 }
 
-/* sums[d / 32][query][32] += shares times the values of the first n positions of a block, whose scales, if they have some, are in
- * the shares. */
-static void add_values(float *sums, const Activations *shares, size_t n_queries, Cache c, const unsigned char *values, size_t n) {
+/* sums[d / 32][query][32] = shares times the values of the first n positions of a block, whose scales, if they have some, are in
+ * the shares; with `add` += it. */
+static void add_values(float *sums, bool add, const Activations *shares, size_t n_queries, Cache c, const unsigned char *values,
+                       size_t n) {
     float scale[2 * PANEL];                                     /* 1, and zeros */
     size_t panel_bytes = KEYS * PANEL * number_bytes(c.type);
     for (size_t i = 0; i < PANEL; i++) { scale[i] = 1; scale[PANEL + i] = c.type == Q8 ? 128 : 0; }
     values += KEYS * scale_bytes(c.type);
     for (size_t d = 0; d < c.width; d += PANEL, values += panel_bytes) {
         Ahead next = {(uintptr_t)values + panel_bytes, panel_bytes * n / KEYS};
-        cache_product(n_queries, sums + d * n_queries, c.type, values, scale, shares, KEYS, n, next);
+        cache_product(n_queries, add, sums + d * n_queries, c.type, values, scale, shares, KEYS, n, next);
     }
 }
 
@@ -581,21 +573,22 @@ static void add_values(float *sums, const Activations *shares, size_t n_queries,
  * s being the positions that it sees (Vaswani et al. 2017, eq. 1; test_all.c has it so).
  * Streams over blocks of keys with a running maximum (Milakov and Gimelshein 2018, algorithm 3; FlashAttention, Dao et al. 2022),
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the order
- * of addition does not depend on how the prompt was cut. A block's places that a token does not see may hold anything. With a
- * cache of codes queries are rounded to whole numbers too, and so are, of each block, the shares e^(score - max) times the values'
- * scales (with Q8 to int8, so that what is lost is at most 1/254 of the block's largest for each key). Takes some 550 KB of the
- * thread's stack, with what it calls. */
+ * of addition does not depend on how the prompt was cut. The maximum that shares e^(score - max) are relative to is raised only
+ * where a block's is more than 16 above it: all that matters is that e^ stays within FP32. A block's places that a token does not
+ * see may hold anything finite. With a cache of codes queries are rounded to integers too, and so are, of each block, the shares
+ * times the values' scales (with Q8 to int8, so that what is lost is at most 1/254 of the block's largest for each key). Takes
+ * some 450 KB of the thread's stack, with what it calls. */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
     float query[QUERIES * MAX_HEAD_DIM], scores[QUERIES * KEYS], share[QUERIES * KEYS], sums[QUERIES * MAX_HEAD_DIM],
-          lanes[QUERIES][PANEL], weight[KEYS], max[QUERIES], factor = 1.0f / sqrtf((float)c.head_dim);
+          lanes[QUERIES][PANEL], value_scale[KEYS], max[QUERIES], factor = 1.0f / sqrtf((float)c.head_dim);
     int16_t query_codes[QUERIES * MAX_HEAD_DIM], share_codes[QUERIES * KEYS];
     float query_scale[QUERIES * MAX_HEAD_DIM / MAX_GROUP], query_sum[QUERIES * MAX_HEAD_DIM / MAX_GROUP];
     float share_scale[QUERIES], share_sum[QUERIES];
     Activations queries = {query, (int8_t *)query_codes, query_scale, query_sum};
     Activations shares = {share, (int8_t *)share_codes, share_scale, share_sum};
     size_t n_queries = n_tokens * n_heads;
-    for (size_t j = 0; j < KEYS; j++) weight[j] = 1;
+    for (size_t j = 0; j < KEYS; j++) value_scale[j] = 1;
     for (size_t r = 0; r < n_queries; r++) {
         const float *from_q = q + r / n_heads * q_stride + r % n_heads * c.head_dim;
         float *x = query + r * c.width;
@@ -610,7 +603,7 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
         softmax[at].sum = 0;
     }
     for (size_t span = from / SPAN * SPAN; span < to; span += SPAN) {
-        memset(sums, 0, n_queries * c.width * sizeof(float));
+        bool add = false;                       /* sums holds something to add to */
         memset(lanes, 0, n_queries * sizeof *lanes);
         for (size_t r = 0; r < n_queries; r++) max[r] = -INFINITY;
         for (size_t start = span > from ? span : from / KEYS * KEYS; start < min_size(to, span + SPAN); start += KEYS) {
@@ -618,20 +611,24 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
             size_t at = start % c.ring * c.position_bytes;
             const unsigned char *keys = c.keys + at, *values = c.values + at;
             block_scores(scores, &queries, n_queries, c, keys, n);
-            if (c.type != F32) halves_to_floats(weight, (const uint16_t *)values, KEYS);
+            if (c.type != F32) halves_to_floats(value_scale, (const uint16_t *)values, KEYS);
             for (size_t r = 0; r < n_queries; r++) {
-                float *of_keys = share + r * KEYS;
-                Magnitude m;
-                size_t p = pos + r / n_heads, first = first_seen(p, window);
+                float *of_r = share + (c.type == F32 ? r * KEYS : 0), *of_keys = scores + r * PANEL;
+                size_t p = pos + r / n_heads, first = first_seen(p, window), apart = n_queries * PANEL;
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, n), j0 = first > start ? min_size(first - start, j1) : 0;
-                float shrink = exponentials(of_keys, scores + r * PANEL, n_queries * PANEL, n, weight, lanes[r], &max[r], j0, j1,
-                                            &m);
-                if (shrink != 1)        /* seldom, once the largest is found */
-                    for (size_t d = 0; d < c.width; d += PANEL)
+                float largest = largest_score(of_keys, apart, n, j0, j1);
+                if (largest > max[r] + 16) {
+                    float shrink = fast_exp(max[r] - largest);
+                    max[r] = largest;
+                    for (size_t i = 0; i < PANEL; i++) lanes[r][i] *= shrink;
+                    for (size_t d = 0; d < c.width && add; d += PANEL)
                         for (size_t i = 0; i < PANEL; i++) sums[d * n_queries + r * PANEL + i] *= shrink;
-                if (c.type != F32) quantize_query(c.type, shares, r, of_keys, n, m);
+                }
+                Magnitude m = exponentials(of_r, lanes[r], of_keys, apart, n, value_scale, max[r], j0, j1);
+                if (c.type != F32) quantize_query(c.type, shares, r, of_r, n, m);
             }
-            add_values(sums, &shares, n_queries, c, values, n_keys);
+            add_values(sums, add, &shares, n_queries, c, values, n_keys);
+            add = true;
         }
         for (size_t r = 0; r < n_queries; r++) {
             size_t at = r / n_heads * stride + r % n_heads;
@@ -736,21 +733,18 @@ static void cpu_open(State *s) {
     s->values = s->keys + s->kv_bytes / 2;
 
     size_t widest = round_up(max_size(max_size(q_dim, c->hidden_dim), c->dim), MAX_GROUP);
-    s->rotations = (float *)allocate(chunk * c->head_dim, sizeof(float), m->path);
-    s->x = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
-    s->xb = (float *)allocate(chunk * c->dim, sizeof(float), m->path);
-    s->qkv = (float *)allocate(chunk * (q_dim + 2 * kv_dim), sizeof(float), m->path);
     /* as many tokens as attention splits over keys (see forward), times their spans */
     size_t split = max_size(min_size((UNITS - 1) / c->n_kv_heads * (QUERIES / heads), chunk) * (s->ring / SPAN + 2), chunk);
     s->att = (float *)calloc(split * q_dim, sizeof(float));     /* zeros that take no place, as the caches */
     if (!s->att) die("%s: no memory for the attention of %zu positions: lower -c", m->path, s->ring);
     s->softmax = (Softmax *)allocate(split * c->n_heads, sizeof(Softmax), m->path);
-    s->h13 = (float *)allocate(chunk * 2 * c->hidden_dim, sizeof(float), m->path);
-    s->h = (float *)allocate(chunk * c->hidden_dim, sizeof(float), m->path);
-    s->activations.x = (float *)allocate(chunk * widest, sizeof(float), m->path);
+    struct { float **array; size_t width; } of_tokens[] = {     /* [chunk, width] */
+        {&s->rotations, c->head_dim}, {&s->x, c->dim}, {&s->xb, c->dim}, {&s->qkv, q_dim + 2 * kv_dim},
+        {&s->h13, (size_t)2 * c->hidden_dim}, {&s->h, c->hidden_dim}, {&s->activations.x, widest},
+        {&s->activations.scale, widest / 32}, {&s->activations.sum, widest / 32}};
+    for (size_t i = 0; i < sizeof of_tokens / sizeof *of_tokens; i++)
+        *of_tokens[i].array = (float *)allocate(chunk * of_tokens[i].width, sizeof(float), m->path);
     s->activations.q = (int8_t *)s->activations.x;
-    s->activations.scale = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
-    s->activations.sum = (float *)allocate(chunk * widest / 32, sizeof(float), m->path);
 }
 
 static void cpu_close(State *s) {
@@ -1345,7 +1339,7 @@ static const Option OPTIONS[] = {
     {0, "chat-template", "v1|v3", "chat: instead of the checkpoint's own", "c", TEXT, FIELD(chat_template), 0, 0},
     {0, "skip", "N", "perplexity: leave the first N positions of a window unscored", "p", WHOLE, FIELD(skip), 0, 1 << 30},
     {0, "against", "REF.bin", "perplexity: and divergence from this model", "p", TEXT, FIELD(against), 0, 0},
-    {0, "kv", "TYPE", "of the KV cache: f16 (CPU: q16; f32 models: f32) or q8, half as large", "gcps", TEXT, FIELD(kv), 0, 0},
+    {0, "kv", "TYPE", "KV cache: q8, or f16, which on a CPU is q16 (f16; of f32 models f32)", "gcps", TEXT, FIELD(kv), 0, 0},
     {0, "lookup", "N", "guess N tokens from the text so far: the same output, sooner (0)", "gc", WHOLE, FIELD(lookup), 0, 64},
     {0, "no-mmap", "", "read the checkpoint into memory instead of mapping it", "gcps", FLAG, FIELD(no_mmap), 0, 0},
     {'T', "target", "X", "tokens a second, in and out, to pass; prints PASS or FAIL", "gc", REAL, FIELD(target), 0, 1ull << 40},

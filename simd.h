@@ -147,53 +147,34 @@ INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
     return part;
 }
 
+/* What a tile adds to: `out` where it is to be kept, else 0. */
+static inline Floats kept(const float *out, Lanes keep) { return (Floats)((Lanes)*(const Floats *)out & keep); }
+
 /* number_tiles_plain() for T tokens. T and type are constants wherever this is inlined, so that the sums stay in registers. */
-INLINE void tile(const size_t T, const int type, float *out, const void *w, const float *x, size_t stride, size_t n, Lines ahead) {
+INLINE void number_tile(const size_t T, Lanes keep, const int type, float *out, const void *w, const float *x, size_t stride,
+                        size_t n, Lines ahead) {
     const size_t R = AT_ONCE(T);
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
-        Floats sum[TOKENS][PANEL / WIDTH];
-        UNROLL
-        for (size_t t = 0; t < T; t++)
-            UNROLL
-            for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
+        Floats sum[TOKENS][PANEL / WIDTH] = {{{0}}};
         for (size_t k = 0; k < n; k++) {
             Floats of_k[PANEL / WIDTH];
             if (k % 4 == 0) ask(&ahead, 4);
-            UNROLL
-            for (size_t r = 0; r < R; r++) {
+            UNROLL for (size_t r = 0; r < R; r++) {
                 size_t at = k * PANEL + row + r * WIDTH;
                 of_k[r] = type == F16 ? of_halves((const uint16_t *)w + at) : *(const Floats *)((const float *)w + at);
             }
-            UNROLL
-            for (size_t t = 0; t < T; t++)
-                UNROLL
-                for (size_t r = 0; r < R; r++) sum[t][r] = multiply_add(of_k[r], every(x[t * stride + k]), sum[t][r]);
+            UNROLL for (size_t t = 0; t < T; t++)
+                UNROLL for (size_t r = 0; r < R; r++) sum[t][r] = multiply_add(of_k[r], every(x[t * stride + k]), sum[t][r]);
         }
-        UNROLL
-        for (size_t t = 0; t < T; t++)
-            UNROLL
-            for (size_t r = 0; r < R; r++) *(Floats *)(out + t * PANEL + row + r * WIDTH) += sum[t][r];
+        UNROLL for (size_t t = 0; t < T; t++)
+            UNROLL for (size_t r = 0; r < R; r++) {
+                float *to = out + t * PANEL + row + r * WIDTH;
+                *(Floats *)to = kept(to, keep) + sum[t][r];
+            }
     }
 }
 
-INLINE void tiles(const int type, size_t T, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
-    size_t bytes = ahead.bytes / T;
-    for (; T >= TOKENS; T -= TOKENS, out += TOKENS * PANEL, x += TOKENS * stride)
-        tile(TOKENS, type, out, w, x, stride, n, lines(&ahead, bytes, TOKENS, n));
-    if (TOKENS > 4 && T & 4) { tile(4, type, out, w, x, stride, n, lines(&ahead, bytes, 4, n)); out += 4 * PANEL; x += 4 * stride; }
-    if (T & 2) { tile(2, type, out, w, x, stride, n, lines(&ahead, bytes, 2, n)); out += 2 * PANEL; x += 2 * stride; }
-    if (T & 1) tile(1, type, out, w, x, stride, n, lines(&ahead, bytes, 1, n));
-}
-
-/* number_tiles_plain(), n <= MAX_HEAD_DIM. */
-static void number_tiles(size_t T, int type, float *out, const void *w, const float *x, size_t stride, size_t n, Ahead ahead) {
-    float floats[MAX_HEAD_DIM * PANEL];
-    if (type == F16 && T < UNPACK) tiles(F16, T, out, w, x, stride, n, ahead);
-    else tiles(F32, T, out, type == F16 ? halves_to_floats(floats, (const uint16_t *)w, n * PANEL) : (const float *)w, x, stride, n,
-               ahead);
-}
-
-/* The codes of columns k to k + 3 of the rows from `row` on; of Q16 k counts bytes, here and below. With `whole`, those of q4 for
+/* The codes of columns k to k + 3 of the rows from `row` on; of Q16 k and n count bytes in tiles. With `whole`, those of q4 for
  * rows from 16 on are left as the whole bytes they stand in: 16 * code + the code of the row 16 before. */
 INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool whole) {
     if (type == Q8 || type == Q16) return *(const Lanes *)(codes + k * PANEL + 4 * row);
@@ -212,62 +193,46 @@ static inline Lanes load_activations(const int8_t *q) {
 
 /* What group_product_plain() does with sums: here with sum[t][r] of T tokens t, r being the register of the rows from `row` on. */
 INLINE void add_group(const size_t T, const int type, float *total, const float *scale, Activations a, size_t row,
-                      Lanes sum[][PANEL / WIDTH], size_t r) {
+                      Lanes sum[][PANEL / WIDTH], size_t r, Lanes keep) {
     Floats of_rows = *(const Floats *)(scale + row), zero = -*(const Floats *)(scale + PANEL + row);
-    UNROLL
-    for (size_t t = 0; t < T; t++) {
-        Floats *out = (Floats *)(total + t * PANEL + row);
+    UNROLL for (size_t t = 0; t < T; t++) {
+        float *out = total + t * PANEL + row;
         Floats of_codes = __builtin_convertvector(sum[t][r], Floats);
         if (type != Q16) of_codes = multiply_add(zero, every(a.sum[t]), of_codes);     /* its zero is 0 */
-        *out = multiply_add(of_rows * a.scale[t], of_codes, *out);
+        *(Floats *)out = multiply_add(of_rows * a.scale[t], of_codes, kept(out, keep));
     }
 }
 
 #ifdef PAIRS
 /* code_tile() for q4, sooner: 16 bits hold the sum of 32 columns of its codes, 32 / 2 * 15 * 127 < 2^15. A byte is two of them, of
  * the rows r and r + 16. */
-INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n,
+INLINE void pair_tile(const size_t T, Lanes keep, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n,
                       Lines ahead) {
     const size_t R = AT_ONCE(T);
     for (size_t row = 0; row < PANEL / 2; row += WIDTH * R / 2) {
-        Lanes sum[TOKENS][PANEL / WIDTH];
-        UNROLL
-        for (size_t t = 0; t < T; t++)
-            UNROLL
-            for (size_t r = 0; r < R; r++) sum[t][r] = (Lanes){0};
+        Lanes sum[TOKENS][PANEL / WIDTH] = {{{0}}};
         for (size_t start = 0; start < n; start += 32) {
-            Lanes part[TOKENS][PANEL / WIDTH];
-            UNROLL
-            for (size_t t = 0; t < T; t++)
-                UNROLL
-                for (size_t r = 0; r < R; r++) part[t][r] = (Lanes){0};
+            Lanes part[TOKENS][PANEL / WIDTH] = {{{0}}};
             ask(&ahead, 32);
-            UNROLL
-            for (size_t k = 0; k < 32; k += 4) {
+            UNROLL for (size_t k = 0; k < 32; k += 4) {
                 Lanes half[PANEL / WIDTH];
-                UNROLL
-                for (size_t r = 0; r < R; r++) {
+                UNROLL for (size_t r = 0; r < R; r++) {
                     const uint8_t *bytes = codes + (start + k) / 2 * PANEL + 4 * (row + r / 2 * WIDTH);
                     half[r] = *(const Lanes *)bytes >> r % 2 * 4 & 0x0f0f0f0f;
                 }
-                UNROLL
-                for (size_t t = 0; t < T; t++) {
+                UNROLL for (size_t t = 0; t < T; t++) {
                     __m256i x = (__m256i)load_activations(a.q + t * n + start + k);
-                    UNROLL
-                    for (size_t r = 0; r < R; r++)
+                    UNROLL for (size_t r = 0; r < R; r++)
                         __asm__("vpaddw %1, %0, %0" : "+x"(part[t][r]) : "x"(_mm256_maddubs_epi16((__m256i)half[r], x)));
                 }
             }
-            UNROLL
-            for (size_t t = 0; t < T; t++) {
-                UNROLL
-                for (size_t r = 0; r < R; r++)
+            UNROLL for (size_t t = 0; t < T; t++) {
+                UNROLL for (size_t r = 0; r < R; r++)
                     sum[t][r] += (Lanes)_mm256_madd_epi16((__m256i)part[t][r], _mm256_set1_epi16(1));
                 __asm__("" : "+m"(sum[t]));         /* in memory, while registers are needed for the parts */
             }
         }
-        UNROLL
-        for (size_t r = 0; r < R; r++) add_group(T, Q4, total, scale, a, row + r / 2 * WIDTH + r % 2 * 16, sum, r);
+        UNROLL for (size_t r = 0; r < R; r++) add_group(T, Q4, total, scale, a, row + r / 2 * WIDTH + r % 2 * 16, sum, r, keep);
     }
 }
 #endif
@@ -275,69 +240,75 @@ INLINE void pair_tile(const size_t T, float *total, const uint8_t *codes, const 
 /* group_product_plain() for T tokens. With few tokens each sum is split into PARTS over the columns, so that as many additions are
  * under way. A tile that takes all rows of a panel at once does not unpack q4's upper halves: the sum over whole bytes, less that
  * over their lower halves, is 16 times the sum over the upper ones. */
-INLINE void code_tile(const size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
-                      size_t n, Lines ahead) {
+INLINE void code_tile(const size_t T, Lanes keep, const int type, float *total, const uint8_t *codes, const float *scale,
+                      Activations a, size_t n, Lines ahead) {
 #ifdef PAIRS
-    if (type == Q4) { pair_tile(T, total, codes, scale, a, n, ahead); return; }
+    if (type == Q4) { pair_tile(T, keep, total, codes, scale, a, n, ahead); return; }
 #endif
     const size_t R = AT_ONCE(T), PARTS = TOKENS * VECTORS / (T * R);
     const bool whole = type == Q4 && R * WIDTH == PANEL;
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Lanes sum[TOKENS][PANEL / WIDTH];
-        UNROLL
-        for (size_t i = 0; i < T * PARTS; i++)
-            UNROLL
-            for (size_t r = 0; r < R; r++) sum[i][r] = (Lanes){0} + (type != Q16 && i < T ? BIAS * (int32_t)a.sum[i] : 0);
+        UNROLL for (size_t i = 0; i < T * PARTS; i++)
+            UNROLL for (size_t r = 0; r < R; r++) sum[i][r] = (Lanes){0} + (i < T ? BIAS * (int32_t)a.sum[i] : 0);
         for (size_t k = 0; k < n; k += 4 * PARTS) {
             ask(&ahead, 4 * PARTS);             /* not between the sums: at a branch there gcc 12 moves each to another register */
-            UNROLL
-            for (size_t i = 0; i < T * PARTS; i++) {
+            UNROLL for (size_t i = 0; i < T * PARTS; i++) {
                 size_t column = k + i / T * 4;
                 Lanes x = load_activations(a.q + i % T * n + column);
-                UNROLL
-                for (size_t r = 0; r < R; r++) {
+                UNROLL for (size_t r = 0; r < R; r++) {
                     Lanes of_rows = load_codes(type, codes, column, row + r * WIDTH, whole);
                     sum[i][r] = type == Q16 ? wide_dot(sum[i][r], of_rows, x) : dot(sum[i][r], of_rows, x);
                 }
             }
         }
-        UNROLL
-        for (size_t r = 0; r < R; r++) {
-            UNROLL
-            for (size_t t = 0; t < T; t++) {
-                UNROLL
-                for (size_t i = t + T; i < T * PARTS; i += T) sum[t][r] += sum[i][r];
+        UNROLL for (size_t r = 0; r < R; r++) {
+            UNROLL for (size_t t = 0; t < T; t++) {
+                UNROLL for (size_t i = t + T; i < T * PARTS; i += T) sum[t][r] += sum[i][r];
                 if (whole && r >= R / 2) sum[t][r] = (sum[t][r] - sum[t][r - R / 2]) >> 4;
             }
-            add_group(T, type, total, scale, a, row + r * WIDTH, sum, r);
+            add_group(T, type, total, scale, a, row + r * WIDTH, sum, r, keep);
         }
     }
 }
 
-static inline Activations skip(Activations a, size_t T, size_t n) {
-    a.q += T * n;
-    a.scale += T;
-    a.sum += T;
-    return a;
+/* w: numbers, which have no scales, or codes; a: the activations' x, or their codes, `stride` apart. */
+INLINE void tile(const size_t T, Lanes keep, const int type, float *out, const void *w, const float *scale, Activations a,
+                 size_t stride, size_t n, Lines ahead) {
+    if (type < Q8) number_tile(T, keep, type, out, w, a.x, stride, n, ahead);
+    else code_tile(T, keep, type, out, (const uint8_t *)w, scale, a, n, ahead);
 }
 
-INLINE void code_tiles(size_t T, const int type, float *total, const uint8_t *codes, const float *scale, Activations a,
-                       size_t n, Ahead ahead) {
+/* Any number of tokens, tile by tile. */
+INLINE void tiles(size_t T, bool add, const int type, float *out, const void *w, const float *scale, Activations a, size_t stride,
+                  size_t n, Ahead ahead) {
     size_t bytes = ahead.bytes / T;
-    for (; T >= TOKENS; T -= TOKENS, total += TOKENS * PANEL, a = skip(a, TOKENS, n))
-        code_tile(TOKENS, type, total, codes, scale, a, n, lines(&ahead, bytes, TOKENS, n));
-    if (TOKENS > 4 && T & 4) {
-        code_tile(4, type, total, codes, scale, a, n, lines(&ahead, bytes, 4, n)); total += 4 * PANEL; a = skip(a, 4, n);
+    Lanes keep = (Lanes){0} - (int32_t)add;
+    for (size_t t; T; T -= t, out += t * PANEL) {
+        if (T >= (t = TOKENS)) tile(TOKENS, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, TOKENS, n));
+        else if (T >= (t = 4)) tile(4, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 4, n));
+        else if (T >= (t = 2)) tile(2, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 2, n));
+        else { t = 1; tile(1, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 1, n)); }
+        if (type < Q8) a.x += t * stride;
+        else { a.q += t * stride; a.scale += t; a.sum += t; }
     }
-    if (T & 2) { code_tile(2, type, total, codes, scale, a, n, lines(&ahead, bytes, 2, n)); total += 2 * PANEL; a = skip(a, 2, n); }
-    if (T & 1) code_tile(1, type, total, codes, scale, a, n, lines(&ahead, bytes, 1, n));
 }
 
-static void group_product(size_t T, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
+/* number_tiles_plain(), n <= MAX_GROUP where w is FP16. */
+static void number_tiles(size_t T, bool add, int type, float *out, const void *w, const float *x, size_t stride, size_t n,
+                         Ahead ahead) {
+    float floats[MAX_GROUP * PANEL];
+    Activations a = {(float *)x, NULL, NULL, NULL};
+    if (type == F16 && T >= UNPACK) { w = halves_to_floats(floats, (const uint16_t *)w, n * PANEL); type = F32; }
+    if (type == F16) tiles(T, add, F16, out, w, NULL, a, stride, n, ahead);
+    else tiles(T, add, F32, out, w, NULL, a, stride, n, ahead);
+}
+
+static void group_product(size_t T, bool add, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
                           size_t n, Ahead ahead) {
-    if (type == Q4) code_tiles(T, Q4, total, codes, scale, a, n, ahead);
-    else if (type == NF4) code_tiles(T, NF4, total, codes, scale, a, n, ahead);
-    else if (type == Q16) code_tiles(T, Q16, total, codes, scale, a, n, ahead);
-    else code_tiles(T, Q8, total, codes, scale, a, n, ahead);
+    if (type == Q4) tiles(T, add, Q4, total, codes, scale, a, n, n, ahead);
+    else if (type == NF4) tiles(T, add, NF4, total, codes, scale, a, n, n, ahead);
+    else if (type == Q8) tiles(T, add, Q8, total, codes, scale, a, n, n, ahead);
+    else tiles(T, add, Q16, total, codes, scale, a, 2 * n, 2 * n, ahead);
 }
 #endif
