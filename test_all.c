@@ -496,7 +496,7 @@ static void test_attention(void) {
         Softmax softmax[N];
         double most = 0, worst = 0;
         memset(cache, 0, sizeof cache);
-        for (size_t i = 0; i < N; i++) for (size_t d = 0; d < DIM; d++) q[i][d] = d ? random_float() : sqrtf(DIM);
+        for (size_t i = 0; i < N; i++) for (size_t d = 0; d < DIM; d++) q[i][d] = d ? random_float() : sqrtf((float)DIM);
         for (size_t p = 0; p < POSITIONS; p++) {
             for (size_t d = 0; d < DIM; d++) { keys[p][d] = random_float(); values[p][d] = random_float(); }
             keys[p][0] = (float)(slopes[kind] * (double)p) + (kind == 4 && p == 700 ? 60 : 0);
@@ -507,7 +507,7 @@ static void test_attention(void) {
             double score[POSITIONS], max = -INFINITY, sum = 0, expect[DIM] = {0};
             size_t last = pos + i / N_HEADS;
             for (size_t p = first_seen(last, window); p <= last; p++) {
-                score[p] = dot64(q[i], keys[p], DIM) / sqrt(DIM);
+                score[p] = dot64(q[i], keys[p], DIM) / sqrt((double)DIM);
                 if (score[p] > max) max = score[p];
                 if (fabs(score[p]) > most) most = fabs(score[p]);
             }
