@@ -261,7 +261,7 @@ typedef struct {
 /* A group's part of a product: total[t][r] = scale[r] * a.scale[t] * (sum over k of code[r][k] * a.q[t][k] - zero[r] * a.sum[t]);
  * with `add` total[t][r] += it. The sum over k is of integers, and exact. total: [T][32], T <= 64; codes: as in the file, or of
  * unpack_codes() and then of type Q8, aligned to 64 bytes, or of type Q16, which are int16, [n / 2][32 rows][2 columns]; scale:
- * [32], zero after it; a: of this group, q [T, n], with Q16 of int16 as well; n: a multiple of 32. */
+ * [32], zero after it; a: of this group, q [T, n]; n: a multiple of 32. With Q16 q is int16 as well, and zero and a.sum are 0. */
 __attribute__((unused))
 static void group_product_plain(size_t T, bool add, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
                                 size_t n, Ahead ahead) {
@@ -363,9 +363,9 @@ static void matrix_row(float *out, const Matrix *w, size_t row) {
  *   Q16   x is about scale * code / 64, the code an int16 of at most 64 * 127 = 8128 in magnitude. It takes the place of FP16: its
  *         products are as exact or more so, and made twice as fast, by instructions that add two (SPEED.md, Long prompts).
  * The other factor of a product, queries or shares of values, is rounded as well. With Q16 to int16, with a scale for each group
- * of up to 128 that is the smallest which keeps each code within 32767 and the sum of their magnitudes within 264128: times 8128
- * that is less than 2^31, so that every sum is exact. The 31 bits are divided by the 64 above: 13 for the cache, and for the other
- * factor 11 where all of a group are of one size (264128 / 128 = 2063), up to 15 where few are large. */
+ * of up to 128 that keeps each code within 32767 and the sum of their magnitudes within 264128: times 8128 that is less than 2^31,
+ * so that every sum is exact. The 64 above shares the 31 bits out: 13 to the codes of the cache, and to the other factor 11 where
+ * all of a group are of one size (264128 / 128 = 2063), up to 15 where few are large. */
 enum { KEYS = 128 };
 typedef struct {
     unsigned char *keys, *values;
@@ -418,8 +418,8 @@ static void cache_store(Cache c, size_t pos, const float *key, const float *valu
 /* The first position that the token at pos attends to; window 0 is none. */
 static inline size_t first_seen(size_t pos, size_t window) { return window && pos >= window ? pos - window + 1 : 0; }
 
-/* Of a query's scores over a set of keys: the largest, and the sum of e^(score - max). The sum of e^(score - max) times the values
- * stands beside it, in an `out`; the one divided by the other is attention's result. */
+/* Of a query's scores over a set of keys: the largest, or a number up to 16 below it, and the sum of e^(score - max). The sum of
+ * e^(score - max) times the values stands beside it, in an `out`; the one divided by the other is attention's result. */
 typedef struct { float max, sum; } Softmax;
 
 /* Adds what a query found among other keys, so that a then stands for both sets: with max the larger of both maxima, out_a becomes
@@ -487,7 +487,7 @@ static Magnitude exponentials(float *out, float *lanes, const float *scores, siz
         for (size_t r = 0; r < PANEL; r++) {
             out[r] = e[r] * scale[r];
             sum[r] += e[r];
-            sum_out[r] += out[r];
+            sum_out[r] = fmaf(e[r], scale[r], sum_out[r]);
             largest_out[r] = as_bits(out[r]) > largest_out[r] ? as_bits(out[r]) : largest_out[r];
         }
     }
@@ -507,7 +507,7 @@ static Activations group_at(const Activations *a, int type, size_t T, size_t k) 
 
 /* A group of a query, or of its shares, as a cache of this type is multiplied with it, as row r of the group. x: [n], of magnitude
  * m; n: a multiple of 32. 264000 and 1/2 for each of 128 is 264064; what FP32 loses is less than 1. Where a scale would be so
- * small that FP32 has few digits for it, and codes might not fit, all are 0. */
+ * small that FP32 has few digits for it, and codes might not fit, all codes are 0. Of Q8 the largest is found again. */
 static void quantize_query(int type, Activations group, size_t r, const float *x, size_t n, Magnitude m) {
     if (type == Q8) { quantize_activations(group.q + r * n, group.scale + r, group.sum + r, x, n, n); return; }
     int16_t *q = (int16_t *)group.q + r * n;
@@ -522,8 +522,8 @@ enum { QUERIES = BLOCK,     /* most queries in one call of attention() */
        SPAN = 512 };        /* positions that are summed by themselves and then merged, so that threads can share a long context */
 
 /* out[t][r] = sum over k of panel[k][r] * x[t][k], for T <= 64 queries and the 32 rows r of a cache's panel, [n][32]; with `add`
- * out[t][r] += it. Of FP32 x is a->x, `stride` apart; of codes it is what quantize_query() made of it, and scale has the rows' 32
- * scales, then their 32 zeros. out: [T][32]. */
+ * out[t][r] += it. Of FP32 x is a->x, `stride` apart; of codes it is what quantize_query() made of it, 0 from n up to a multiple of
+ * 32, and scale has the rows' 32 scales, then their 32 zeros. out: [T][32]. */
 static void cache_product(size_t T, bool add, float *out, int type, const unsigned char *panel, const float *scale,
                           const Activations *a, size_t stride, size_t n, Ahead ahead) {
     if (type == F32) number_tiles(T, add, F32, out, panel, a->x, stride, n, ahead);
@@ -538,7 +538,7 @@ static void cache_product(size_t T, bool add, float *out, int type, const unsign
 /* scores[j / 32][query][32] = queries times the keys of positions j < n of a block; n: a multiple of 32. */
 static void block_scores(float *scores, const Activations *queries, size_t n_queries, Cache c, const unsigned char *keys,
                          size_t n) {
-    float scale[2 * PANEL];                                     /* and zeros */
+    float scale[2 * PANEL];                                     /* and zeros: of Q8 the code 128 */
     const uint16_t *scales = (const uint16_t *)keys;
     size_t panel_bytes = PANEL * c.width * number_bytes(c.type);
     for (size_t i = 0; i < PANEL; i++) scale[PANEL + i] = c.type == Q8 ? 128 : 0;
@@ -554,7 +554,7 @@ static void block_scores(float *scores, const Activations *queries, size_t n_que
  * the shares; with `add` += it. */
 static void add_values(float *sums, bool add, const Activations *shares, size_t n_queries, Cache c, const unsigned char *values,
                        size_t n) {
-    float scale[2 * PANEL];                                     /* 1, and zeros */
+    float scale[2 * PANEL];                                     /* 1, and zeros: of Q8 the code 128 */
     size_t panel_bytes = KEYS * PANEL * number_bytes(c.type);
     for (size_t i = 0; i < PANEL; i++) { scale[i] = 1; scale[PANEL + i] = c.type == Q8 ? 128 : 0; }
     values += KEYS * scale_bytes(c.type);
@@ -575,16 +575,16 @@ static void add_values(float *sums, bool add, const Activations *shares, size_t 
  * anew in each span, so that spans may be given to several threads. Blocks and spans lie at multiples of KEYS and SPAN: the order
  * of addition does not depend on how the prompt was cut. The maximum that shares e^(score - max) are relative to is raised only
  * where a block's is more than 16 above it: all that matters is that e^ stays within FP32. A block's places that a token does not
- * see may hold anything finite. With a cache of codes queries are rounded to integers too, and so are, of each block, the shares
- * times the values' scales (with Q8 to int8, so that what is lost is at most 1/254 of the block's largest for each key). Takes
- * some 450 KB of the thread's stack, with what it calls. */
+ * see hold 0, or what cache_store() left there. With a cache of codes queries are rounded to integers too, and so are, of each
+ * block, the shares times the values' scales (with Q8 to int8, so that what is lost is at most 1/254 of the block's largest for
+ * each key). Takes some 450 KB of the thread's stack, with what it calls. */
 static void attention(Softmax *softmax, float *out, size_t stride, const float *q, size_t q_stride, Cache c, size_t n_tokens,
                       size_t n_heads, size_t pos, size_t window, size_t from, size_t to) {
     float query[QUERIES * MAX_HEAD_DIM], scores[QUERIES * KEYS], share[QUERIES * KEYS], sums[QUERIES * MAX_HEAD_DIM],
           lanes[QUERIES][PANEL], value_scale[KEYS], max[QUERIES], factor = 1.0f / sqrtf((float)c.head_dim);
     int16_t query_codes[QUERIES * MAX_HEAD_DIM], share_codes[QUERIES * KEYS];
     float query_scale[QUERIES * MAX_HEAD_DIM / MAX_GROUP], query_sum[QUERIES * MAX_HEAD_DIM / MAX_GROUP];
-    float share_scale[QUERIES], share_sum[QUERIES];
+    float share_scale[QUERIES], share_sum[QUERIES];             /* of one group: KEYS <= MAX_GROUP */
     Activations queries = {query, (int8_t *)query_codes, query_scale, query_sum};
     Activations shares = {share, (int8_t *)share_codes, share_scale, share_sum};
     size_t n_queries = n_tokens * n_heads;
@@ -603,17 +603,17 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
         softmax[at].sum = 0;
     }
     for (size_t span = from / SPAN * SPAN; span < to; span += SPAN) {
-        bool add = false;                       /* sums holds something to add to */
+        size_t begin = max_size(span, from / KEYS * KEYS);      /* where sums begin, which need not be 0 before */
         memset(lanes, 0, n_queries * sizeof *lanes);
         for (size_t r = 0; r < n_queries; r++) max[r] = -INFINITY;
-        for (size_t start = span > from ? span : from / KEYS * KEYS; start < min_size(to, span + SPAN); start += KEYS) {
+        for (size_t start = begin; start < min_size(to, span + SPAN); start += KEYS) {
             size_t n_keys = min_size(KEYS, to - start), n = round_up(n_keys, PANEL);
             size_t at = start % c.ring * c.position_bytes;
             const unsigned char *keys = c.keys + at, *values = c.values + at;
             block_scores(scores, &queries, n_queries, c, keys, n);
             if (c.type != F32) halves_to_floats(value_scale, (const uint16_t *)values, KEYS);
             for (size_t r = 0; r < n_queries; r++) {
-                float *of_r = share + (c.type == F32 ? r * KEYS : 0), *of_keys = scores + r * PANEL;
+                float *of_keys = scores + r * PANEL, *of_r = share + (c.type == F32 ? r * KEYS : 0);     /* codes use one row up */
                 size_t p = pos + r / n_heads, first = first_seen(p, window), apart = n_queries * PANEL;
                 size_t j1 = p < start ? 0 : min_size(p - start + 1, n), j0 = first > start ? min_size(first - start, j1) : 0;
                 float largest = largest_score(of_keys, apart, n, j0, j1);
@@ -621,14 +621,13 @@ static void attention(Softmax *softmax, float *out, size_t stride, const float *
                     float shrink = fast_exp(max[r] - largest);
                     max[r] = largest;
                     for (size_t i = 0; i < PANEL; i++) lanes[r][i] *= shrink;
-                    for (size_t d = 0; d < c.width && add; d += PANEL)
+                    for (size_t d = 0; d < c.width && start > begin; d += PANEL)
                         for (size_t i = 0; i < PANEL; i++) sums[d * n_queries + r * PANEL + i] *= shrink;
                 }
                 Magnitude m = exponentials(of_r, lanes[r], of_keys, apart, n, value_scale, max[r], j0, j1);
                 if (c.type != F32) quantize_query(c.type, shares, r, of_r, n, m);
             }
-            add_values(sums, add, &shares, n_queries, c, values, n_keys);
-            add = true;
+            add_values(sums, start > begin, &shares, n_queries, c, values, n_keys);
         }
         for (size_t r = 0; r < n_queries; r++) {
             size_t at = r / n_heads * stride + r % n_heads;

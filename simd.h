@@ -9,7 +9,7 @@
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  *   dot(sum, codes, x)          sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
  *                               activations
- *   wide_dot(sum, codes, x)     sum[r] + code[2r + i] * x[i], i from 0 to 1, of int16
+ *   wide_dot(sum, codes, x)     sum[r] + code[2r + i] * x[i], i from 0 to 1, of int16, likewise
  * and how many sums its registers hold: TOKENS by VECTORS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
  * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
  * otherwise moves every sum to another register and back: a quarter of the speed. */
@@ -125,7 +125,7 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
 /* Registers of rows that a tile of T tokens, a power of two, takes at a time: as many as there are, or as there is room for. */
 #define AT_ONCE(T) (TOKENS * VECTORS / (T) < PANEL / WIDTH ? TOKENS * VECTORS / (T) : PANEL / WIDTH)
 
-/* x in every lane: minus 0, because plus 0 makes +0 of -0, and is computed. */
+/* x in every lane: minus 0, which leaves every x as it is and is not computed; plus 0 makes +0 of -0. */
 static inline Floats every(float x) { return x - (Floats){0}; }
 
 /* What a tile asks for ahead, of what Ahead names: each line of 64 bytes once (one that is missed is waited for, one asked for
@@ -147,7 +147,7 @@ INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
     return part;
 }
 
-/* What a tile adds to: `out` where it is to be kept, else 0. */
+/* What a tile adds to: `out` where all bits of keep are set, 0 where none is. */
 static inline Floats kept(const float *out, Lanes keep) { return (Floats)((Lanes)*(const Floats *)out & keep); }
 
 /* number_tiles_plain() for T tokens. T and type are constants wherever this is inlined, so that the sums stay in registers. */
@@ -155,7 +155,9 @@ INLINE void number_tile(const size_t T, Lanes keep, const int type, float *out, 
                         size_t n, Lines ahead) {
     const size_t R = AT_ONCE(T);
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
-        Floats sum[TOKENS][PANEL / WIDTH] = {{{0}}};
+        Floats sum[TOKENS][PANEL / WIDTH];
+        UNROLL for (size_t t = 0; t < T; t++)
+            UNROLL for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
         for (size_t k = 0; k < n; k++) {
             Floats of_k[PANEL / WIDTH];
             if (k % 4 == 0) ask(&ahead, 4);
@@ -174,8 +176,8 @@ INLINE void number_tile(const size_t T, Lanes keep, const int type, float *out, 
     }
 }
 
-/* The codes of columns k to k + 3 of the rows from `row` on; of Q16 k and n count bytes in tiles. With `whole`, those of q4 for
- * rows from 16 on are left as the whole bytes they stand in: 16 * code + the code of the row 16 before. */
+/* The codes of columns k to k + 3 of the rows from `row` on; of Q16, of which k counts bytes, k / 2 and the next. With `whole`,
+ * those of q4 for rows from 16 on are left as the whole bytes they stand in: 16 * code + the code of the row 16 before. */
 INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool whole) {
     if (type == Q8 || type == Q16) return *(const Lanes *)(codes + k * PANEL + 4 * row);
     Lanes bytes = *(const Lanes *)(codes + k * (PANEL / 2) + 4 * (row % 16));
@@ -184,7 +186,7 @@ INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t r
     return type == NF4 ? of_nf4(bytes) : bytes;
 }
 
-/* The same four activations in every lane. */
+/* The same four activations, of Q16 two, in every lane. */
 static inline Lanes load_activations(const int8_t *q) {
     int32_t x;
     memcpy(&x, q, 4);
@@ -210,9 +212,13 @@ INLINE void pair_tile(const size_t T, Lanes keep, float *total, const uint8_t *c
                       Lines ahead) {
     const size_t R = AT_ONCE(T);
     for (size_t row = 0; row < PANEL / 2; row += WIDTH * R / 2) {
-        Lanes sum[TOKENS][PANEL / WIDTH] = {{{0}}};
+        Lanes sum[TOKENS][PANEL / WIDTH];
+        UNROLL for (size_t t = 0; t < T; t++)
+            UNROLL for (size_t r = 0; r < R; r++) sum[t][r] = (Lanes){0};
         for (size_t start = 0; start < n; start += 32) {
-            Lanes part[TOKENS][PANEL / WIDTH] = {{{0}}};
+            Lanes part[TOKENS][PANEL / WIDTH];
+            UNROLL for (size_t t = 0; t < T; t++)
+                UNROLL for (size_t r = 0; r < R; r++) part[t][r] = (Lanes){0};
             ask(&ahead, 32);
             UNROLL for (size_t k = 0; k < 32; k += 4) {
                 Lanes half[PANEL / WIDTH];
@@ -272,7 +278,7 @@ INLINE void code_tile(const size_t T, Lanes keep, const int type, float *total, 
     }
 }
 
-/* w: numbers, which have no scales, or codes; a: the activations' x, or their codes, `stride` apart. */
+/* w: numbers, which have no scales, or codes; a: the activations' x, `stride` apart, or their codes, n apart. */
 INLINE void tile(const size_t T, Lanes keep, const int type, float *out, const void *w, const float *scale, Activations a,
                  size_t stride, size_t n, Lines ahead) {
     if (type < Q8) number_tile(T, keep, type, out, w, a.x, stride, n, ahead);
@@ -288,7 +294,7 @@ INLINE void tiles(size_t T, bool add, const int type, float *out, const void *w,
         if (T >= (t = TOKENS)) tile(TOKENS, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, TOKENS, n));
         else if (T >= (t = 4)) tile(4, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 4, n));
         else if (T >= (t = 2)) tile(2, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 2, n));
-        else { t = 1; tile(1, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 1, n)); }
+        else if (T >= (t = 1)) tile(1, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 1, n));
         if (type < Q8) a.x += t * stride;
         else { a.q += t * stride; a.scale += t; a.sum += t; }
     }

@@ -481,8 +481,9 @@ static double dot64(const float *a, const float *b, size_t n) {
     return sum;
 }
 
-/* attention() by itself, in FP64 by the book, where scores rise from block to block, by less than the maximum is left as it is and by
- * more; fall; and where one is beyond all others. Of three tokens, in two spans, with a window and without. */
+/* attention() by itself, in FP64 by the book, where scores rise from block to block, by less than the maximum is left as it is and
+ * by more; fall; and where one is beyond all others. Of three tokens, in one span or, without a window, two; and of each alone, bit
+ * for bit. */
 static void test_attention(void) {
     enum { POSITIONS = 900, DIM = 48, N_TOKENS = 3, N_HEADS = 2, N = N_TOKENS * N_HEADS };
     static const double slopes[] = {0, 0.05, 0.3, -0.3, 0};     /* of scores, for each position */
@@ -503,6 +504,15 @@ static void test_attention(void) {
             cache_store(c, p, keys[p], values[p]);
         }
         attention(softmax, out, N_HEADS, q[0], N_HEADS * DIM, c, N_TOKENS, N_HEADS, pos, window, from, POSITIONS);
+        for (size_t t = 0; t < N_TOKENS; t++) {
+            Softmax alone[N_HEADS];
+            float out_alone[N_HEADS * DIM];
+            attention(alone, out_alone, N_HEADS, q[t * N_HEADS], N_HEADS * DIM, c, 1, N_HEADS, pos + t, window,
+                      first_seen(pos + t, window), pos + t + 1);
+            CHECK(!memcmp(alone, softmax + t * N_HEADS, sizeof alone)
+                  && !memcmp(out_alone, out + t * N_HEADS * DIM, sizeof out_alone), "%s, kind %zu, token %zu alone",
+                  TYPE_NAMES[type], kind, t);
+        }
         for (size_t i = 0; i < N; i++) {
             double score[POSITIONS], max = -INFINITY, sum = 0, expect[DIM] = {0};
             size_t last = pos + i / N_HEADS;
