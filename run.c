@@ -507,13 +507,15 @@ static Activations group_at(const Activations *a, int type, size_t T, size_t k) 
 
 /* A group of a query, or of its shares, as a cache of this type is multiplied with it, as row r of the group. x: [n], of magnitude
  * m; n: a multiple of 32. 264000 and 1/2 for each of 128 is 264064; what FP32 loses is less than 1. Where a scale would be so
- * small that FP32 has few digits for it, and codes might not fit, all codes are 0. Of Q8 the largest is found again. */
+ * small that FP32 has few digits for it, and codes might not fit, or is no number, all codes are 0. Of Q8 the largest is found
+ * again. */
 static void quantize_query(int type, Activations group, size_t r, const float *x, size_t n, Magnitude m) {
     if (type == Q8) { quantize_activations(group.q + r * n, group.scale + r, group.sum + r, x, n, n); return; }
     int16_t *q = (int16_t *)group.q + r * n;
     float by_sum = m.sum * (1.0f / 264000), by_largest = m.largest * (1.0f / INT16_MAX);
-    float scale = by_sum > by_largest ? by_sum : by_largest, inverse = scale > 1e-30f ? 1.0f / scale : 0;
+    float scale = by_sum > by_largest ? by_sum : by_largest, inverse = 1.0f / scale;
     for (size_t i = 0; i < n; i++) q[i] = (int16_t)(as_bits(fmaf(x[i], inverse, ROUNDER)) - ROUNDER_BITS);
+    if (!(scale > 1e-30f)) memset(q, 0, n * sizeof *q);
     group.scale[r] = scale * (1.0f / 64);       /* in which the cache counts */
     group.sum[r] = 0;                           /* no code has a zero to take off */
 }

@@ -18,8 +18,8 @@ REQUIREMENTS = [os.path.join(ROOT, *path, "requirements.txt") for path in ([], [
 
 
 # with sanitizers: all but what repeats other tests' code very often
-SANITIZED = ["half", "exp", "norm_rope_swiglu", "activations", "number_tiles", "group_product", "matrices", "scales", "sampler", "forward", "batch",
-             "lookup", "decode", "damaged_files"]
+SANITIZED = ["half", "exp", "norm_rope_swiglu", "activations", "cache_codes", "attention", "number_tiles", "group_product",
+             "group_product_wide", "matrices", "scales", "sampler", "forward", "batch", "lookup", "decode", "damaged_files"]
 
 
 def c_tests(program, names, environment):

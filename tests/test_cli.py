@@ -239,6 +239,9 @@ def test_help():
                    "-s, --seed", "-c, --context", "-j, --threads", "-w, --warmup", "-r, --repeat", "-E, --ignore-eos", "-y, --system",
                    "-T, --target", "-P, --profile", "-o, --output", "-q, --quiet", "-h, --help", "--skip", "--against", "--chat-template"):
         assert any(line.strip().startswith(option) for line in lines), option
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        readme = f.read()
+    assert [line for line in lines[1:] if line not in readme] == []
 
 
 def test_long_names_mean_the_same(tmp):
