@@ -434,7 +434,7 @@ static void merge_softmax(Softmax *a, float *out_a, Softmax b, const float *out_
     a->max = max;
 }
 
-/* The sum of [32] numbers, added in pairs, which is sooner than in turn. */
+/* The sum of [32] numbers, four sums side by side: in this order everywhere, and gcc, left to itself, takes them one by one. */
 static inline float sum_lanes(const float *x) {
     typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
     const Four *v = (const Four *)x;
