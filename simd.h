@@ -3,13 +3,14 @@
  * they are done.
  *
  * Sums of whole numbers are exact, and those of others are added in the plain order, so that all versions give the same bits
- * (test_all.c and tests/test_variants.py compare them). What an instruction set brings, for WIDTH rows side by side:
- *   multiply_add(a, b, c)       a * b + c, rounded once
+ * (test_all.c and tests/test_variants.py compare them). There is one loop, tile(), for numbers and codes. It takes activations by
+ * words of 32 bits - a number, two codes of 16 bits or four of 8 -, each in every lane of a register, and multiplies it with what
+ * stands in its place in WIDTH rows. What an instruction set brings for that:
+ *   multiply_add(sum, w, x)     sum[r] + w[r] * x[r], FP32, rounded once
+ *   dot(sum, w, x)              sum[r] + (w[4r + i] - BIAS) * x[4r + i], i from 0 to 3: codes of 8 bits, without sign and with
+ *   wide_dot(sum, w, x)         sum[r] + w[2r + i] * x[2r + i], i from 0 to 1: of 16
  *   of_halves(p)                WIDTH FP16 numbers from p on as FP32
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
- *   dot(sum, codes, x)          sum[r] + (code[4r + i] - BIAS) * x[i], i from 0 to 3; every lane of x holds the same four
- *                               activations
- *   wide_dot(sum, codes, x)     sum[r] + code[2r + i] * x[i], i from 0 to 1, of int16, likewise
  * and how many sums its registers hold: TOKENS by VECTORS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
  * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
  * otherwise moves every sum to another register and back: a quarter of the speed. */
@@ -58,9 +59,9 @@ typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 #ifndef __aarch64__
-static inline Floats multiply_add(Floats a, Floats b, Floats c) {
-    __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
-    return c;
+static inline Lanes multiply_add(Lanes sum, Lanes a, Lanes b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
 }
 #ifdef VNNI
 static inline Lanes dot(Lanes sum, Lanes codes, Lanes x) {
@@ -96,8 +97,8 @@ static inline Lanes of_nf4(Lanes codes) {
 }
 #endif
 #else
-static inline Floats multiply_add(Floats a, Floats b, Floats c) {
-    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+static inline Lanes multiply_add(Lanes sum, Lanes a, Lanes b) {
+    return (Lanes)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
 }
 static inline Floats of_halves(const uint16_t *p) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline Lanes of_nf4(Lanes codes) { return (Lanes)vqtbl1q_u8(vld1q_u8(NF4_CODES), (uint8x16_t)codes); }
@@ -129,17 +130,18 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
 static inline Floats every(float x) { return x - (Floats){0}; }
 
 /* What a tile asks for ahead, of what Ahead names: each line of 64 bytes once (one that is missed is waited for, one asked for
- * twice is in the way of others), evenly over its columns and its passes, each of which goes over all columns for some of the
- * rows: if the first pass asked for everything, memory would stand still in the others. `due` counts in fractions of a byte, as
- * many to a byte as there are columns in all passes, so that it is whole: each column adds `column`, each line asked for takes
- * off `line`. */
-typedef struct { uintptr_t at; ptrdiff_t due, column, line; } Lines;
+ * twice is in the way of others), evenly over the bytes of activations that it takes in all its passes, each of which goes over all
+ * columns for some of the rows: if the first pass asked for everything, memory would stand still in the others. `due` counts in
+ * fractions of a byte, as many to a byte as those bytes are, so that it is whole: each adds `step`, each line asked for takes off
+ * `line`. */
+typedef struct { uintptr_t at; ptrdiff_t due, step, line; } Lines;
 
-INLINE void ask(Lines *s, ptrdiff_t columns) {
-    for (s->due += columns * s->column; s->due > 0; s->due -= s->line, s->at += 64) __builtin_prefetch((const void *)s->at, 0, 2);
+INLINE void ask(Lines *s, ptrdiff_t bytes) {
+    for (s->due += bytes * s->step; s->due > 0; s->due -= s->line, s->at += 64) __builtin_prefetch((const void *)s->at, 0, 2);
 }
 
-/* Cuts off `all` the share of a tile of T tokens and n columns, a token's part being `bytes`: the lines that begin in it. */
+/* Cuts off `all` the share of a tile of T tokens, a token's part being `bytes`: the lines that begin in it. n: bytes of a token's
+ * activations. */
 INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
     ptrdiff_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* before: up to where the first line begins */
     Lines part = {all->at + before, -before * byte, (ptrdiff_t)(bytes * T), 64 * byte};
@@ -147,66 +149,43 @@ INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
     return part;
 }
 
-/* What a tile adds to: `out` where all bits of keep are set, 0 where none is. */
-static inline Floats kept(const float *out, Lanes keep) { return (Floats)((Lanes)*(const Floats *)out & keep); }
-
-/* number_tiles_plain() for T tokens. T and type are constants wherever this is inlined, so that the sums stay in registers. */
-INLINE void number_tile(const size_t T, Lanes keep, const int type, float *out, const void *w, const float *x, size_t stride,
-                        size_t n, Lines ahead) {
-    const size_t R = AT_ONCE(T);
-    for (size_t row = 0; row < PANEL; row += WIDTH * R) {
-        Floats sum[TOKENS][PANEL / WIDTH];
-        UNROLL for (size_t t = 0; t < T; t++)
-            UNROLL for (size_t r = 0; r < R; r++) sum[t][r] = (Floats){0};
-        for (size_t k = 0; k < n; k++) {
-            Floats of_k[PANEL / WIDTH];
-            if (k % 4 == 0) ask(&ahead, 4);
-            UNROLL for (size_t r = 0; r < R; r++) {
-                size_t at = k * PANEL + row + r * WIDTH;
-                of_k[r] = type == F16 ? of_halves((const uint16_t *)w + at) : *(const Floats *)((const float *)w + at);
-            }
-            UNROLL for (size_t t = 0; t < T; t++)
-                UNROLL for (size_t r = 0; r < R; r++) sum[t][r] = multiply_add(of_k[r], every(x[t * stride + k]), sum[t][r]);
-        }
-        UNROLL for (size_t t = 0; t < T; t++)
-            UNROLL for (size_t r = 0; r < R; r++) {
-                float *to = out + t * PANEL + row + r * WIDTH;
-                *(Floats *)to = kept(to, keep) + sum[t][r];
-            }
-    }
-}
-
-/* The codes of columns k to k + 3 of the rows from `row` on; of Q16, of which k counts bytes, k / 2 and the next. With `whole`,
- * those of q4 for rows from 16 on are left as the whole bytes they stand in: 16 * code + the code of the row 16 before. */
-INLINE Lanes load_codes(const int type, const uint8_t *codes, size_t k, size_t row, const bool whole) {
-    if (type == Q8 || type == Q16) return *(const Lanes *)(codes + k * PANEL + 4 * row);
-    Lanes bytes = *(const Lanes *)(codes + k * (PANEL / 2) + 4 * (row % 16));
-    if (whole && row >= 16) return bytes;
-    bytes = bytes >> row / 16 * 4 & 0x0f0f0f0f;
-    return type == NF4 ? of_nf4(bytes) : bytes;
-}
-
-/* The same four activations, of Q16 two, in every lane. */
+/* A word of activations in every lane. */
 static inline Lanes load_activations(const int8_t *q) {
     int32_t x;
     memcpy(&x, q, 4);
     return (Lanes){0} + x;
 }
 
-/* What group_product_plain() does with sums: here with sum[t][r] of T tokens t, r being the register of the rows from `row` on. */
-INLINE void add_group(const size_t T, const int type, float *total, const float *scale, Activations a, size_t row,
-                      Lanes sum[][PANEL / WIDTH], size_t r, Lanes keep) {
-    Floats of_rows = *(const Floats *)(scale + row), zero = -*(const Floats *)(scale + PANEL + row);
+/* What is multiplied with the word at byte k of a token's activations, of the rows from `row` on. With `whole`, codes of q4 for
+ * rows from 16 on are left as the whole bytes they stand in: 16 * code + the code of the row 16 before. */
+INLINE Lanes load_weights(const int type, const uint8_t *w, size_t k, size_t row, const bool whole) {
+    if (type == F16) return (Lanes)of_halves((const uint16_t *)(w + k * (PANEL / 2) + 2 * row));
+    if (type != Q4 && type != NF4) return (Lanes)*(const Floats *)(w + k * PANEL + 4 * row);    /* Floats may lie anywhere */
+    Lanes bytes = *(const Lanes *)(w + k * (PANEL / 2) + 4 * (row % 16));
+    if (whole && row >= 16) return bytes;
+    bytes = bytes >> row / 16 * 4 & 0x0f0f0f0f;
+    return type == NF4 ? of_nf4(bytes) : bytes;
+}
+
+/* What becomes of sums, with codes as in group_product_plain(): sum[t][r] of T tokens t, r being the register of the rows from
+ * `row` on; keep: all bits with `add`, else none. */
+INLINE void add_sums(const size_t T, const int type, float *out, const float *scale, Activations a, size_t row,
+                     Lanes sum[][PANEL / WIDTH], size_t r, Lanes keep) {
+    const bool codes = type >= Q8;
+    Floats of_rows = codes ? *(const Floats *)(scale + row) : (Floats){0};
+    Floats zero = codes ? -*(const Floats *)(scale + PANEL + row) : (Floats){0};
     UNROLL for (size_t t = 0; t < T; t++) {
-        float *out = total + t * PANEL + row;
-        Floats of_codes = __builtin_convertvector(sum[t][r], Floats);
-        if (type != Q16) of_codes = multiply_add(zero, every(a.sum[t]), of_codes);     /* its zero is 0 */
-        *(Floats *)out = multiply_add(of_rows * a.scale[t], of_codes, kept(out, keep));
+        Floats *to = (Floats *)(out + t * PANEL + row);
+        Lanes before = (Lanes)*to & keep;
+        if (!codes) { *to = (Floats)before + (Floats)sum[t][r]; continue; }
+        Lanes of_codes = (Lanes)__builtin_convertvector(sum[t][r], Floats);
+        if (type != Q16) of_codes = multiply_add(of_codes, (Lanes)zero, (Lanes)every(a.sum[t]));       /* its zero is 0 */
+        *to = (Floats)multiply_add(before, (Lanes)(of_rows * a.scale[t]), of_codes);
     }
 }
 
 #ifdef PAIRS
-/* code_tile() for q4, sooner: 16 bits hold the sum of 32 columns of its codes, 32 / 2 * 15 * 127 < 2^15. A byte is two of them, of
+/* tile() for q4, sooner: 16 bits hold the sum of 32 columns of its codes, 32 / 2 * 15 * 127 < 2^15. A byte is two of them, of
  * the rows r and r + 16. */
 INLINE void pair_tile(const size_t T, Lanes keep, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n,
                       Lines ahead) {
@@ -238,33 +217,37 @@ INLINE void pair_tile(const size_t T, Lanes keep, float *total, const uint8_t *c
                 __asm__("" : "+m"(sum[t]));         /* in memory, while registers are needed for the parts */
             }
         }
-        UNROLL for (size_t r = 0; r < R; r++) add_group(T, Q4, total, scale, a, row + r / 2 * WIDTH + r % 2 * 16, sum, r, keep);
+        UNROLL for (size_t r = 0; r < R; r++) add_sums(T, Q4, total, scale, a, row + r / 2 * WIDTH + r % 2 * 16, sum, r, keep);
     }
 }
 #endif
 
-/* group_product_plain() for T tokens. With few tokens each sum is split into PARTS over the columns, so that as many additions are
- * under way. A tile that takes all rows of a panel at once does not unpack q4's upper halves: the sum over whole bytes, less that
- * over their lower halves, is 16 times the sum over the upper ones. */
-INLINE void code_tile(const size_t T, Lanes keep, const int type, float *total, const uint8_t *codes, const float *scale,
-                      Activations a, size_t n, Lines ahead) {
+/* number_tiles_plain(), or with codes group_product_plain(), for T tokens, whose activations, a.q, are n bytes, `stride` apart. T
+ * and type are constants wherever this is inlined, so that the sums stay in registers. With few tokens each sum of codes is split
+ * into PARTS over the columns, so that as many additions are under way. A tile that takes all rows of a panel at once does not
+ * unpack q4's upper halves: the sum over whole bytes, less that over their lower halves, is 16 times the sum over the upper ones. */
+INLINE void tile(const size_t T, Lanes keep, const int type, float *out, const uint8_t *w, const float *scale, Activations a,
+                 size_t stride, size_t n, Lines ahead) {
 #ifdef PAIRS
-    if (type == Q4) { pair_tile(T, keep, total, codes, scale, a, n, ahead); return; }
+    if (type == Q4) { pair_tile(T, keep, out, w, scale, a, n, ahead); return; }
 #endif
-    const size_t R = AT_ONCE(T), PARTS = TOKENS * VECTORS / (T * R);
+    const bool numbers = type < Q8;
+    const size_t R = AT_ONCE(T), PARTS = numbers ? 1 : TOKENS * VECTORS / (T * R), STEP = 4 * PARTS;
     const bool whole = type == Q4 && R * WIDTH == PANEL;
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Lanes sum[TOKENS][PANEL / WIDTH];
         UNROLL for (size_t i = 0; i < T * PARTS; i++)
-            UNROLL for (size_t r = 0; r < R; r++) sum[i][r] = (Lanes){0} + (i < T ? BIAS * (int32_t)a.sum[i] : 0);
-        for (size_t k = 0; k < n; k += 4 * PARTS) {
-            ask(&ahead, 4 * PARTS);             /* not between the sums: at a branch there gcc 12 moves each to another register */
+            UNROLL for (size_t r = 0; r < R; r++)
+                sum[i][r] = (Lanes){0} + (!numbers && i < T ? BIAS * (int32_t)a.sum[i] : 0);
+        for (size_t k = 0; k < n; k += STEP) {
+            ask(&ahead, STEP);                  /* not between the sums: there gcc 12 moves each to another register */
             UNROLL for (size_t i = 0; i < T * PARTS; i++) {
-                size_t column = k + i / T * 4;
-                Lanes x = load_activations(a.q + i % T * n + column);
+                size_t at = k + i / T * 4;
+                Lanes x = load_activations(a.q + i % T * stride + at);
                 UNROLL for (size_t r = 0; r < R; r++) {
-                    Lanes of_rows = load_codes(type, codes, column, row + r * WIDTH, whole);
-                    sum[i][r] = type == Q16 ? wide_dot(sum[i][r], of_rows, x) : dot(sum[i][r], of_rows, x);
+                    Lanes of_rows = load_weights(type, w, at, row + r * WIDTH, whole);
+                    sum[i][r] = numbers ? multiply_add(sum[i][r], of_rows, x)
+                              : type == Q16 ? wide_dot(sum[i][r], of_rows, x) : dot(sum[i][r], of_rows, x);
                 }
             }
         }
@@ -273,30 +256,24 @@ INLINE void code_tile(const size_t T, Lanes keep, const int type, float *total, 
                 UNROLL for (size_t i = t + T; i < T * PARTS; i += T) sum[t][r] += sum[i][r];
                 if (whole && r >= R / 2) sum[t][r] = (sum[t][r] - sum[t][r - R / 2]) >> 4;
             }
-            add_group(T, type, total, scale, a, row + r * WIDTH, sum, r, keep);
+            add_sums(T, type, out, scale, a, row + r * WIDTH, sum, r, keep);
         }
     }
-}
-
-/* w: numbers, which have no scales, or codes; a: the activations' x, `stride` apart, or their codes, n apart. */
-INLINE void tile(const size_t T, Lanes keep, const int type, float *out, const void *w, const float *scale, Activations a,
-                 size_t stride, size_t n, Lines ahead) {
-    if (type < Q8) number_tile(T, keep, type, out, w, a.x, stride, n, ahead);
-    else code_tile(T, keep, type, out, (const uint8_t *)w, scale, a, n, ahead);
 }
 
 /* Any number of tokens, tile by tile. */
 INLINE void tiles(size_t T, bool add, const int type, float *out, const void *w, const float *scale, Activations a, size_t stride,
                   size_t n, Ahead ahead) {
     size_t bytes = ahead.bytes / T;
+    const uint8_t *weights = (const uint8_t *)w;
     Lanes keep = (Lanes){0} - (int32_t)add;
     for (size_t t; T; T -= t, out += t * PANEL) {
-        if (T >= (t = TOKENS)) tile(TOKENS, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, TOKENS, n));
-        else if (T >= (t = 4)) tile(4, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 4, n));
-        else if (T >= (t = 2)) tile(2, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 2, n));
-        else if (T >= (t = 1)) tile(1, keep, type, out, w, scale, a, stride, n, lines(&ahead, bytes, 1, n));
-        if (type < Q8) a.x += t * stride;
-        else { a.q += t * stride; a.scale += t; a.sum += t; }
+        if (T >= (t = TOKENS)) tile(TOKENS, keep, type, out, weights, scale, a, stride, n, lines(&ahead, bytes, TOKENS, n));
+        else if (T >= (t = 4)) tile(4, keep, type, out, weights, scale, a, stride, n, lines(&ahead, bytes, 4, n));
+        else if (T >= (t = 2)) tile(2, keep, type, out, weights, scale, a, stride, n, lines(&ahead, bytes, 2, n));
+        else if (T >= (t = 1)) tile(1, keep, type, out, weights, scale, a, stride, n, lines(&ahead, bytes, 1, n));
+        a.q += t * stride;
+        if (type >= Q8) { a.scale += t; a.sum += t; }
     }
 }
 
@@ -304,10 +281,10 @@ INLINE void tiles(size_t T, bool add, const int type, float *out, const void *w,
 static void number_tiles(size_t T, bool add, int type, float *out, const void *w, const float *x, size_t stride, size_t n,
                          Ahead ahead) {
     float floats[MAX_GROUP * PANEL];
-    Activations a = {(float *)x, NULL, NULL, NULL};
+    Activations a = {NULL, (int8_t *)x, NULL, NULL};
     if (type == F16 && T >= UNPACK) { w = halves_to_floats(floats, (const uint16_t *)w, n * PANEL); type = F32; }
-    if (type == F16) tiles(T, add, F16, out, w, NULL, a, stride, n, ahead);
-    else tiles(T, add, F32, out, w, NULL, a, stride, n, ahead);
+    if (type == F16) tiles(T, add, F16, out, w, NULL, a, 4 * stride, 4 * n, ahead);
+    else tiles(T, add, F32, out, w, NULL, a, 4 * stride, 4 * n, ahead);
 }
 
 static void group_product(size_t T, bool add, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
