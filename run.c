@@ -294,13 +294,18 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
 }
 
 /* The products of the panels `panel`, `panel` + `apart` and so on with T <= 64 of n tokens, from `first` on: out[t][row] = sum over
- * k of w[row][k] * x[t][k]; out: [n, rows]. Group by group: the group's sum, then for quantized weights scale * scale_x * (sum -
- * zero * sum_x), then the next. The panels take turns, a group each; there must not be more than 64 / T of them. */
+ * k of w[row][k] * x[t][k]; out: [n, rows]. Of the groups from `from` to `to` - 1, added to what `out` has of those before: a
+ * group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. The panels take turns, a group
+ * each; there must not be more than 64 / T of them. */
 static void panel_products(float *out, const Matrix *w, size_t panel, size_t apart, const Activations *a, size_t n, size_t first,
-                           size_t T) {
+                           size_t T, size_t from, size_t to) {
     float totals[BLOCK * PANEL], scale[2 * PANEL], *total = totals;
     uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(64)));
-    for (size_t g = 0; g < w->n_groups; g++, total = totals)
+    for (size_t p = panel; p < w->n_panels && from > 0; p += apart)
+        for (size_t t = 0; t < T; t++, total += PANEL)
+            memcpy(total, out + (first + t) * w->rows + p * PANEL, min_size(PANEL, w->rows - p * PANEL) * sizeof(float));
+    total = totals;
+    for (size_t g = from; g < to; g++, total = totals)
         for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL) {
             const unsigned char *block = w->data + p * w->panel_bytes + g * w->block_bytes;
             size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
@@ -316,14 +321,15 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
                 group_product(T, g > 0, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
             else group_product(T, g > 0, total, w->type, codes, scale, part, w->group, next);
         }
-    for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL)
-        for (size_t t = 0; t < T; t++)
-            for (size_t r = 0; r < min_size(PANEL, w->rows - p * PANEL); r++)
-                out[(first + t) * w->rows + p * PANEL + r] = total[t * PANEL + r];
+    for (size_t p = panel; p < w->n_panels; p += apart)
+        for (size_t t = 0; t < T; t++, total += PANEL)
+            memcpy(out + (first + t) * w->rows + p * PANEL, total, min_size(PANEL, w->rows - p * PANEL) * sizeof(float));
 }
 
 /* out[t] = w x[t] for n tokens. out: [n, rows], x: [n, cols]; `a` is room for the activations. With few tokens a thread that has
- * several panels goes through two at once: memory answers faster to readers in two places (SPEED.md). */
+ * several panels goes through two at once: memory answers faster to readers in two places (SPEED.md). Columns are taken in passes,
+ * so that the activations that all panels are multiplied with stay in a core's second-level cache. */
+enum { PASS_BYTES = 1 << 20 };          /* of activations */
 static void matmul(float *out, const float *x, const Matrix *w, Activations *a, size_t n) {
     #pragma omp parallel for schedule(static) if (n > 1)
     for (size_t t = 0; t < n; t++)
@@ -336,8 +342,12 @@ static void matmul(float *out, const float *x, const Matrix *w, Activations *a, 
         size_t T = min_size(BLOCK, n - first);
         bool pairs = 2 * T <= BLOCK && w->n_panels >= 4 * (size_t)omp_get_max_threads();
         size_t apart = pairs ? (w->n_panels + 1) / 2 : w->n_panels;
-        #pragma omp parallel for schedule(guided)       /* not equal shares: a core that others use too is slower */
-        for (size_t panel = 0; panel < apart; panel++) panel_products(out, w, panel, apart, a, n, first, T);
+        size_t pass = PASS_BYTES / (T * w->group * (w->type < Q8 ? sizeof(float) : 1));
+        for (size_t from = 0, to; from < w->n_groups; from = to) {
+            to = min_size(from + pass, w->n_groups);
+            #pragma omp parallel for schedule(guided)   /* not equal shares: a core that others use too is slower */
+            for (size_t panel = 0; panel < apart; panel++) panel_products(out, w, panel, apart, a, n, first, T, from, to);
+        }
     }
 }
 
