@@ -282,8 +282,7 @@ static void group_product_plain(size_t T, bool add, float *total, int type, cons
     }
 }
 
-#include "simd.h"         /* the last two and halves_to_floats() again, with vectors, without _plain: skip it on a first reading;
-                             and UNPACK, the tokens from which on q4's codes are unpacked into memory first */
+#include "simd.h"         /* the last two and halves_to_floats() again, with vectors, without _plain: skip it on a first reading */
 
 /* One group of one panel as FP32, out: [n][32]: the weights themselves for f32 and f16, else the codes. */
 static void unpack_group(float *out, int type, const unsigned char *block, size_t n) {
@@ -293,14 +292,13 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
     else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
 }
 
-/* The products of the panels `panel`, `panel` + `apart` and so on with T <= 64 of n tokens, from `first` on: out[t][row] = sum over
- * k of w[row][k] * x[t][k]; out: [n, rows]. Of the groups from `from` to `to` - 1, added to what `out` has of those before: a
- * group's sum, then for quantized weights scale * scale_x * (sum - zero * sum_x), then the next. The panels take turns, a group
- * each; there must not be more than 64 / T of them. */
+/* The products of the panels `panel`, `panel` + `apart` and so on with T <= 64 of n tokens, t from `first` on: out[t][row] = sum
+ * over k of w[row][k] * x[t][k]; out: [n, rows]. Of the groups from `from` to `to` - 1, added to what `out` has of those before,
+ * group by group: its sum, or for quantized weights scale * scale_x * (sum - zero * sum_x). The panels take turns, a group each;
+ * there must not be more than 64 / T of them. */
 static void panel_products(float *out, const Matrix *w, size_t panel, size_t apart, const Activations *a, size_t n, size_t first,
                            size_t T, size_t from, size_t to) {
     float totals[BLOCK * PANEL], scale[2 * PANEL], *total = totals;
-    uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(64)));
     for (size_t p = panel; p < w->n_panels && from > 0; p += apart)
         for (size_t t = 0; t < T; t++, total += PANEL)
             memcpy(total, out + (first + t) * w->rows + p * PANEL, min_size(PANEL, w->rows - p * PANEL) * sizeof(float));
@@ -317,9 +315,7 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
             const uint8_t *codes = block + 4 * PANEL;
             Activations part = {NULL, a->q + at * w->group, a->scale + at, a->sum + at};
             halves_to_floats(scale, (const uint16_t *)block, 2 * PANEL);
-            if (w->type == Q4 && T >= UNPACK)
-                group_product(T, g > 0, total, Q8, unpack_codes(room, w->type, codes, w->group), scale, part, w->group, next);
-            else group_product(T, g > 0, total, w->type, codes, scale, part, w->group, next);
+            group_product(T, g > 0, total, w->type, codes, scale, part, w->group, next);
         }
     for (size_t p = panel; p < w->n_panels; p += apart)
         for (size_t t = 0; t < T; t++, total += PANEL)
@@ -327,8 +323,8 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
 }
 
 /* out[t] = w x[t] for n tokens. out: [n, rows], x: [n, cols]; `a` is room for the activations. With few tokens a thread that has
- * several panels goes through two at once: memory answers faster to readers in two places (SPEED.md). Columns are taken in passes,
- * so that the activations that all panels are multiplied with stay in a core's second-level cache. */
+ * several panels goes through two at once: some memory answers faster to readers in two places (SPEED.md). Columns are taken in
+ * passes, so that the activations that all panels are multiplied with stay in a second-level cache of 2 MB. */
 enum { PASS_BYTES = 1 << 20 };          /* of activations */
 static void matmul(float *out, const float *x, const Matrix *w, Activations *a, size_t n) {
     #pragma omp parallel for schedule(static) if (n > 1)

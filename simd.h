@@ -3,17 +3,17 @@
  * they are done.
  *
  * Sums of whole numbers are exact, and those of others are added in the plain order, so that all versions give the same bits
- * (test_all.c and tests/test_variants.py compare them). There is one loop, tile(), for numbers and codes. It takes activations by
+ * (test_all.c and tests/test_variants.py compare them). One loop, tile(), is for numbers and codes alike. It takes activations by
  * words of 32 bits - a number, two codes of 16 bits or four of 8 -, each in every lane of a register, and multiplies it with what
  * stands in its place in WIDTH rows. What an instruction set brings for that:
  *   multiply_add(sum, w, x)     sum[r] + w[r] * x[r], FP32, rounded once
- *   dot(sum, w, x)              sum[r] + (w[4r + i] - BIAS) * x[4r + i], i from 0 to 3: codes of 8 bits, without sign and with
- *   wide_dot(sum, w, x)         sum[r] + w[2r + i] * x[2r + i], i from 0 to 1: of 16
+ *   dot(sum, w, x)              sum[r] + (w[4r + i] - BIAS) * x[4r + i], i from 0 to 3, of 8 bits, those of w without sign
+ *   wide_dot(sum, w, x)         sum[r] + w[2r + i] * x[2r + i], i from 0 to 1, of 16 bits
  *   of_halves(p)                WIDTH FP16 numbers from p on as FP32
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  * and how many sums its registers hold: TOKENS by VECTORS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
  * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
- * otherwise moves every sum to another register and back: a quarter of the speed. */
+ * otherwise moves every sum to another register and back, which costs a quarter of the speed. */
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -49,12 +49,12 @@ enum { BIAS = 0 };
 #elif defined(__aarch64__)
 enum { WIDTH = 4, VECTORS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128 };     /* BIAS: its factors are both signed */
 #else                                   /* none that is known */
-enum { UNPACK = BLOCK + 1 };
 #define number_tiles number_tiles_plain
 #define group_product group_product_plain
 #define halves_to_floats halves_to_floats_plain
 #endif
 #ifndef group_product
+/* WIDTH words, of whole numbers or of whatever; the same as FP32, at any multiple of 4. */
 typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef float Floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
@@ -126,24 +126,23 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
 /* Registers of rows that a tile of T tokens, a power of two, takes at a time: as many as there are, or as there is room for. */
 #define AT_ONCE(T) (TOKENS * VECTORS / (T) < PANEL / WIDTH ? TOKENS * VECTORS / (T) : PANEL / WIDTH)
 
-/* x in every lane: minus 0, which leaves every x as it is and is not computed; plus 0 makes +0 of -0. */
+/* x in every lane: minus 0, which a compiler leaves out; plus 0 it must compute, since that makes +0 of -0. */
 static inline Floats every(float x) { return x - (Floats){0}; }
 
-/* What a tile asks for ahead, of what Ahead names: each line of 64 bytes once (one that is missed is waited for, one asked for
- * twice is in the way of others), evenly over the bytes of activations that it takes in all its passes, each of which goes over all
- * columns for some of the rows: if the first pass asked for everything, memory would stand still in the others. `due` counts in
- * fractions of a byte, as many to a byte as those bytes are, so that it is whole: each adds `step`, each line asked for takes off
- * `line`. */
+/* A tile's share of what Ahead names: each line of 64 bytes is asked for once (one that is missed is waited for, one asked for
+ * twice is in the way of others), evenly over all the bytes of activations that the tile goes over, n for each round over some of
+ * the rows: if the first round asked for everything, memory would stand still in the others. `due` is in units of 1 / (n *
+ * rounds) of a byte, so that it is whole: each byte of activations adds `step`, each line asked for takes off `line`. */
 typedef struct { uintptr_t at; ptrdiff_t due, step, line; } Lines;
 
 INLINE void ask(Lines *s, ptrdiff_t bytes) {
     for (s->due += bytes * s->step; s->due > 0; s->due -= s->line, s->at += 64) __builtin_prefetch((const void *)s->at, 0, 2);
 }
 
-/* Cuts off `all` the share of a tile of T tokens, a token's part being `bytes`: the lines that begin in it. n: bytes of a token's
+/* Takes the share of a tile of T tokens, `bytes` for each, off the front of *all: the lines that begin in it. n: bytes of a token's
  * activations. */
 INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
-    ptrdiff_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* before: up to where the first line begins */
+    ptrdiff_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* byte: in units; before the first line */
     Lines part = {all->at + before, -before * byte, (ptrdiff_t)(bytes * T), 64 * byte};
     all->at += bytes * T;
     return part;
@@ -160,7 +159,7 @@ static inline Lanes load_activations(const int8_t *q) {
  * rows from 16 on are left as the whole bytes they stand in: 16 * code + the code of the row 16 before. */
 INLINE Lanes load_weights(const int type, const uint8_t *w, size_t k, size_t row, const bool whole) {
     if (type == F16) return (Lanes)of_halves((const uint16_t *)(w + k * (PANEL / 2) + 2 * row));
-    if (type != Q4 && type != NF4) return (Lanes)*(const Floats *)(w + k * PANEL + 4 * row);    /* Floats may lie anywhere */
+    if (type != Q4 && type != NF4) return (Lanes)*(const Floats *)(w + k * PANEL + 4 * row);    /* numbers need not be aligned */
     Lanes bytes = *(const Lanes *)(w + k * (PANEL / 2) + 4 * (row % 16));
     if (whole && row >= 16) return bytes;
     bytes = bytes >> row / 16 * 4 & 0x0f0f0f0f;
@@ -179,14 +178,14 @@ INLINE void add_sums(const size_t T, const int type, float *out, const float *sc
         Lanes before = (Lanes)*to & keep;
         if (!codes) { *to = (Floats)before + (Floats)sum[t][r]; continue; }
         Lanes of_codes = (Lanes)__builtin_convertvector(sum[t][r], Floats);
-        if (type != Q16) of_codes = multiply_add(of_codes, (Lanes)zero, (Lanes)every(a.sum[t]));       /* its zero is 0 */
+        if (type != Q16) of_codes = multiply_add(of_codes, (Lanes)zero, (Lanes)every(a.sum[t]));       /* Q16's zero is 0 */
         *to = (Floats)multiply_add(before, (Lanes)(of_rows * a.scale[t]), of_codes);
     }
 }
 
 #ifdef PAIRS
-/* tile() for q4, sooner: 16 bits hold the sum of 32 columns of its codes, 32 / 2 * 15 * 127 < 2^15. A byte is two of them, of
- * the rows r and r + 16. */
+/* tile() for q4, faster: of 32 columns 16 bits hold the sum of every other pair, 32 / 2 * 15 * 127 < 2^15. A byte has codes of two
+ * rows, 16 from one another: the sums r of even number are of the lower ones, the next of the upper ones. */
 INLINE void pair_tile(const size_t T, Lanes keep, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n,
                       Lines ahead) {
     const size_t R = AT_ONCE(T);
@@ -224,8 +223,9 @@ INLINE void pair_tile(const size_t T, Lanes keep, float *total, const uint8_t *c
 
 /* number_tiles_plain(), or with codes group_product_plain(), for T tokens, whose activations, a.q, are n bytes, `stride` apart. T
  * and type are constants wherever this is inlined, so that the sums stay in registers. With few tokens each sum of codes is split
- * into PARTS over the columns, so that as many additions are under way. A tile that takes all rows of a panel at once does not
- * unpack q4's upper halves: the sum over whole bytes, less that over their lower halves, is 16 times the sum over the upper ones. */
+ * into PARTS over the columns, so that as many additions are under way. It begins with BIAS times the sum of the activations,
+ * which dot() takes off. A tile that takes all rows of a panel at once does not unpack q4's upper halves: the sum over whole
+ * bytes, less that over their lower halves, is 16 times the sum over the upper ones. */
 INLINE void tile(const size_t T, Lanes keep, const int type, float *out, const uint8_t *w, const float *scale, Activations a,
                  size_t stride, size_t n, Lines ahead) {
 #ifdef PAIRS
@@ -261,7 +261,7 @@ INLINE void tile(const size_t T, Lanes keep, const int type, float *out, const u
     }
 }
 
-/* Any number of tokens, tile by tile. */
+/* T > 0 tokens, tile by tile. */
 INLINE void tiles(size_t T, bool add, const int type, float *out, const void *w, const float *scale, Activations a, size_t stride,
                   size_t n, Ahead ahead) {
     size_t bytes = ahead.bytes / T;
@@ -289,6 +289,8 @@ static void number_tiles(size_t T, bool add, int type, float *out, const void *w
 
 static void group_product(size_t T, bool add, float *total, int type, const uint8_t *codes, const float *scale, Activations a,
                           size_t n, Ahead ahead) {
+    uint8_t room[MAX_GROUP * PANEL] __attribute__((aligned(64)));
+    if (type == Q4 && T >= UNPACK) { codes = unpack_codes(room, Q4, codes, n); type = Q8; }
     if (type == Q4) tiles(T, add, Q4, total, codes, scale, a, n, n, ahead);
     else if (type == NF4) tiles(T, add, NF4, total, codes, scale, a, n, n, ahead);
     else if (type == Q8) tiles(T, add, Q8, total, codes, scale, a, n, n, ahead);
