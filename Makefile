@@ -55,6 +55,9 @@ build/limits: bench/limits.c
 	@mkdir -p build
 	$(CC) $(CFLAGS) $(OPENMP) bench/limits.c -o $@
 
+build/steps: bench/steps.c build/limits run.c model.h simd.h report.h
+	$(CC) $(CFLAGS) $(OPENMP) bench/steps.c -lm -o $@
+
 build/bench-venv/installed: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv --clear build/bench-venv
 	build/bench-venv/bin/pip install -q --disable-pip-version-check -r requirements.txt -r bench/requirements.txt

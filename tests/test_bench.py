@@ -683,6 +683,25 @@ def test_speed_says_what_is_wrong(arguments, message):
     assert status in (1, 2) and message in said
 
 
+def test_steps():
+    """Steps beside ceilings: a round and the medians, the same of one round; shares are of the ceilings printed beside them."""
+    def steps(*arguments):
+        done = subprocess.run(["build/steps", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+    subprocess.run(["make", "-s", "build/steps"], cwd=ROOT, check=True)
+    status, out, said = steps(DEMO, "1", "256")
+    first, median = out.splitlines()
+    assert status == 0 and first.startswith("1  ") and median.startswith("median") and first.split()[1:] == median.split()[1:], said
+    figure = {name: float(value) for name, value in re.findall(r"([a-z][a-z0-9 ]*?) ([0-9.]+)(?:,| \(|$)", first[8:])}
+    assert list(figure) == ["int8", "fp32", "reading", "own memory", "prompt", "batch 32", "batch 8", "batch 1", "long prompt",
+                            "batch 1 behind it"] and min(figure.values()) > 0
+    share = float(re.search(r"long prompt [0-9.]+ \(([0-9.]+)%\)", first)[1])
+    assert share == pytest.approx(100 * figure["long prompt"] / figure["prompt"], rel=1e-3, abs=0.06)
+    assert steps()[0] == 2 and steps(DEMO, "0")[0] == 2
+    status, out, said = steps("/nix")
+    assert (status, out, said) == (1, "", "steps: /nix: No such file or directory\n")
+
+
 def test_random_gguf_without_its_packages(tmp_path):
     """One line, also where gguf is missing; where it is there, a file."""
     status, _, said = script("random_gguf.py", DEMO, tmp_path / "out.gguf")
