@@ -3,7 +3,8 @@
 # make demo       32 sequences from a small trained model, on the screen in a few seconds
 # make demo-lora  a LoRA adapter: the same prompt without and with it, and both perplexities
 # make bench      types of weights, batch sizes, quality and other engines in one report: of the demo model, or MODEL=...
-# make speed      a 7B's speed beside this machine's ceilings, and llama.cpp where it is installed; hours, 26 GB (52 with llama.cpp)
+# make speed      (or bench MODEL=mistral-7b) a 7B's speed beside this machine's ceilings, and llama.cpp where it is installed; hours,
+#                 26 GB (52 with llama.cpp)
 # make test_cuda  the tests on a GPU
 # make test       everything that can be tested here; sets up what the Python tests need under build/
 CC      = cc
@@ -64,7 +65,9 @@ build/bench-venv/installed: requirements.txt bench/requirements.txt
 	touch $@
 
 MODEL = demo/tiny-mistral
-bench: run quantize build/bench-venv/installed
+bench: $(if $(filter mistral-7b,$(MODEL)),speed,report)
+
+report: run quantize build/bench-venv/installed
 	build/bench-venv/bin/python bench/bench.py --model $(MODEL) $(BENCH_FLAGS)
 
 speed: run quantize build/limits
@@ -76,4 +79,4 @@ test: run quantize build/test_all build/test_all_sanitized
 clean:
 	rm -rf run run_cuda quantize build
 
-.PHONY: all demo demo-lora bench speed test test_cuda clean
+.PHONY: all demo demo-lora bench report speed test test_cuda clean

@@ -3,7 +3,7 @@
  *   make build/steps && build/steps MODEL.bin [ROUNDS [LONG]]
  *
  * On a shared machine, whose speed changes from minute to minute, whole programs one after another say more about the minute than
- * about the program. Here a round takes some ten seconds: ceilings (build/limits), a prompt of 128 tokens, some steps of 32, 8 and 1
+ * about the program. Here a round takes some ten seconds: ceilings (build/limits), a prompt of 128 tokens, steps of 32, 8 and 1
  * sequences at position 128, the prompt again, the ceilings again. Prints each round's and the medians over them: tokens a second,
  * and the share of the round's own ceiling: of integer or, for f32 and f16, FP32 operations for 128 and 32 tokens, of reading for 8
  * and 1, a second time by what the checkpoint's own memory reads at, since not all memory of a virtual machine is equally fast.
@@ -24,13 +24,13 @@ static void add_ceilings(double *figures) {
     static const char *const FORMATS[] = {"int8_peak %lf", "fp32_peak %lf", "read_bandwidth %lf"};
     char line[256];
     FILE *f = popen("build/limits", "r");
-    int found = 0;
+    bool found[READ + 1] = {false};
     while (f && fgets(line, sizeof line, f))
         for (int i = INT8; i <= READ; i++) {
             double value;
-            if (sscanf(line, FORMATS[i], &value) == 1) { figures[i] += value / 2; found++; }
+            if (sscanf(line, FORMATS[i], &value) == 1) { figures[i] += value / 2; found[i] = true; }
         }
-    if (!f || pclose(f) != 0 || found < READ + 1) die("build/limits does not run: make build/limits");
+    if (!f || pclose(f) != 0 || !(found[INT8] && found[FP32] && found[READ])) die("build/limits does not run: make build/limits");
 }
 
 /* Tokens a second of `times` forwards of n tokens: of n sequences at position pos on, or, of one, n neighbours. */
@@ -39,7 +39,8 @@ static double speed(State *s, size_t n, bool neighbours, size_t pos, size_t time
     double start = now();
     for (size_t i = 0; i < times; i++) {
         for (size_t j = 0; j < n; j++) {
-            Token t = {(int)(7 + j * 37 % 100), neighbours ? pos + j : pos + i, neighbours ? 0 : j, !neighbours || j == n - 1};
+            int id = (int)(j * 37 % s->model->c.vocab_size);
+            Token t = {id, neighbours ? pos + j : pos + i, neighbours ? 0 : j, !neighbours || j == n - 1};
             tokens[j] = t;
         }
         forward(s, tokens, n, logits);
@@ -87,15 +88,18 @@ static void print_figures(const char *name, const double *f, double bytes, doubl
 int main(int argc, char **argv) {
     program = "steps";
     prepare_process(argv);
-    size_t rounds = argc > 2 ? strtoul(argv[2], NULL, 10) : 5, length = argc > 3 ? strtoul(argv[3], NULL, 10) / CHUNK * CHUNK : 0;
-    if (argc < 2 || argc > 4 || rounds < 1 || rounds > MOST_ROUNDS || length > 100000)
-        return fprintf(stderr, "usage: build/steps MODEL.bin [ROUNDS, up to 99 [LONG, tokens]]\n"), 2;
+    size_t rounds = argc > 2 ? strtoul(argv[2], NULL, 10) : 5, length = argc > 3 ? strtoul(argv[3], NULL, 10) : 0;
+    if (argc < 2 || argc > 4 || rounds < 1 || rounds > MOST_ROUNDS || length > 65536 || length % CHUNK || (argc > 3 && !length))
+        return fprintf(stderr, "usage: build/steps MODEL.bin [ROUNDS, up to 99 [LONG, a multiple of 256 up to 65536]]\n"), 2;
     Model m = load_model(argv[1]);
     State s = new_state(&m, 32, 256, CHUNK), l = new_state(&m, 1, max_size(length, CHUNK) + 16, CHUNK);
     bool numbers = m.layers[0].wqkv.type < Q8;
     double all[MOST_ROUNDS][N_FIGURES] = {{0}}, median[N_FIGURES], column[MOST_ROUNDS];
     logits = (float *)allocate(32 * (size_t)m.c.vocab_size, sizeof(float), m.path);
-    speed(&s, 128, true, 0, 1);                                 /* the first ones wait for the file */
+    memset(s.keys, 1, s.kv_bytes);                              /* small numbers: so that there is memory, not one page of zeros */
+    memset(l.keys, 1, l.kv_bytes);
+    speed(&s, 128, true, 0, 1);                                 /* the first ones wait for the file, */
+    speed(&s, 32, false, 128, 1);                               /* and for memory */
     speed(&s, 1, false, 128, 1);
     double bytes = s.bytes, operations = 0;
     memset(s.profile, 0, sizeof s.profile);
@@ -130,12 +134,13 @@ int main(int argc, char **argv) {
     for (int i = 0; i < N_FIGURES; i++) {
         for (size_t r = 0; r < rounds; r++) column[r] = all[r][i];
         qsort(column, rounds, sizeof *column, by_size);
-        median[i] = column[rounds / 2];
+        median[i] = (column[(rounds - 1) / 2] + column[rounds / 2]) / 2;
     }
     print_figures("median", median, bytes, operations, numbers);
     free_state(&s);
     free_state(&l);
     free_model(&m);
     free(logits);
+    if (fclose(stdout) != 0) die("the figures cannot be written: %s", strerror(errno));
     return 0;
 }

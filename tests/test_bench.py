@@ -697,7 +697,7 @@ def test_steps():
                             "batch 1 behind it"] and min(figure.values()) > 0
     share = float(re.search(r"long prompt [0-9.]+ \(([0-9.]+)%\)", first)[1])
     assert share == pytest.approx(100 * figure["long prompt"] / figure["prompt"], rel=1e-3, abs=0.06)
-    assert steps()[0] == 2 and steps(DEMO, "0")[0] == 2
+    assert [steps(*wrong)[0] for wrong in ((), (DEMO, "0"), (DEMO, "1", "300"), (DEMO, "1", "x"))] == [2, 2, 2, 2]
     status, out, said = steps("/nix")
     assert (status, out, said) == (1, "", "steps: /nix: No such file or directory\n")
 
