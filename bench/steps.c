@@ -23,14 +23,15 @@ static volatile uint64_t sink;          /* takes sums, so that a compiler does n
 static void add_ceilings(double *figures) {
     static const char *const FORMATS[] = {"int8_peak %lf", "fp32_peak %lf", "read_bandwidth %lf"};
     char line[256];
-    FILE *f = popen("build/limits", "r");
+    FILE *f = popen("build/limits 2>/dev/null", "r");
     bool found[READ + 1] = {false};
     while (f && fgets(line, sizeof line, f))
         for (int i = INT8; i <= READ; i++) {
             double value;
             if (sscanf(line, FORMATS[i], &value) == 1) { figures[i] += value / 2; found[i] = true; }
         }
-    if (!f || pclose(f) != 0 || !(found[INT8] && found[FP32] && found[READ])) die("build/limits does not run: make build/limits");
+    if (!f || pclose(f) != 0 || !(found[INT8] && found[FP32] && found[READ]))
+        die("build/limits does not run here: make build/limits, and start steps in the project's directory");
 }
 
 /* Tokens a second of `times` forwards of n tokens: of n sequences at position pos on, or, of one, n neighbours. */
