@@ -167,27 +167,26 @@ INLINE Lanes load_weights(const int type, const uint8_t *w, size_t k, size_t row
 }
 
 /* What becomes of sums, with codes as in group_product_plain(): sum[t][r] of T tokens t, r being the register of the rows from
- * `row` on; keep: all bits with `add`, else none. */
-INLINE void add_sums(const size_t T, const int type, float *out, const float *scale, Activations a, size_t row,
-                     Lanes sum[][PANEL / WIDTH], size_t r, Lanes keep) {
+ * `row` on, which is added to those of `before` and goes to `out`, [T][32] both. */
+INLINE void add_sums(const size_t T, const int type, float *out, const float *before, const float *scale, Activations a, size_t row,
+                     Lanes sum[][PANEL / WIDTH], size_t r) {
     const bool codes = type >= Q8;
     Floats of_rows = codes ? *(const Floats *)(scale + row) : (Floats){0};
     Floats zero = codes ? -*(const Floats *)(scale + PANEL + row) : (Floats){0};
     UNROLL for (size_t t = 0; t < T; t++) {
-        Floats *to = (Floats *)(out + t * PANEL + row);
-        Lanes before = (Lanes)*to & keep;
-        if (!codes) { *to = (Floats)before + (Floats)sum[t][r]; continue; }
+        Floats *to = (Floats *)(out + t * PANEL + row), from = *(const Floats *)(before + t * PANEL + row);
+        if (!codes) { *to = from + (Floats)sum[t][r]; continue; }
         Lanes of_codes = (Lanes)__builtin_convertvector(sum[t][r], Floats);
         if (type != Q16) of_codes = multiply_add(of_codes, (Lanes)zero, (Lanes)every(a.sum[t]));       /* Q16's zero is 0 */
-        *to = (Floats)multiply_add(before, (Lanes)(of_rows * a.scale[t]), of_codes);
+        *to = (Floats)multiply_add((Lanes)from, (Lanes)(of_rows * a.scale[t]), of_codes);
     }
 }
 
 #ifdef PAIRS
 /* tile() for q4, faster: of 32 columns 16 bits hold the sum of every other pair, 32 / 2 * 15 * 127 < 2^15. A byte has codes of two
  * rows, 16 from one another: the sums r of even number are of the lower ones, the next of the upper ones. */
-INLINE void pair_tile(const size_t T, Lanes keep, float *total, const uint8_t *codes, const float *scale, Activations a, size_t n,
-                      Lines ahead) {
+INLINE void pair_tile(const size_t T, float *out, const float *before, const uint8_t *codes, const float *scale, Activations a,
+                      size_t n, Lines ahead) {
     const size_t R = AT_ONCE(T);
     for (size_t row = 0; row < PANEL / 2; row += WIDTH * R / 2) {
         Lanes sum[TOKENS][PANEL / WIDTH];
@@ -216,7 +215,7 @@ INLINE void pair_tile(const size_t T, Lanes keep, float *total, const uint8_t *c
                 __asm__("" : "+m"(sum[t]));         /* in memory, while registers are needed for the parts */
             }
         }
-        UNROLL for (size_t r = 0; r < R; r++) add_sums(T, Q4, total, scale, a, row + r / 2 * WIDTH + r % 2 * 16, sum, r, keep);
+        UNROLL for (size_t r = 0; r < R; r++) add_sums(T, Q4, out, before, scale, a, row + r / 2 * WIDTH + r % 2 * 16, sum, r);
     }
 }
 #endif
@@ -226,10 +225,10 @@ INLINE void pair_tile(const size_t T, Lanes keep, float *total, const uint8_t *c
  * into PARTS over the columns, so that as many additions are under way. It begins with BIAS times the sum of the activations,
  * which dot() takes off. A tile that takes all rows of a panel at once does not unpack q4's upper halves: the sum over whole
  * bytes, less that over their lower halves, is 16 times the sum over the upper ones. */
-INLINE void tile(const size_t T, Lanes keep, const int type, float *out, const uint8_t *w, const float *scale, Activations a,
-                 size_t stride, size_t n, Lines ahead) {
+INLINE void tile(const size_t T, const int type, float *out, const float *before, const uint8_t *w, const float *scale,
+                 Activations a, size_t stride, size_t n, Lines ahead) {
 #ifdef PAIRS
-    if (type == Q4) { pair_tile(T, keep, out, w, scale, a, n, ahead); return; }
+    if (type == Q4) { pair_tile(T, out, before, w, scale, a, n, ahead); return; }
 #endif
     const bool numbers = type < Q8;
     const size_t R = AT_ONCE(T), PARTS = numbers ? 1 : TOKENS * VECTORS / (T * R), STEP = 4 * PARTS;
@@ -256,7 +255,7 @@ INLINE void tile(const size_t T, Lanes keep, const int type, float *out, const u
                 UNROLL for (size_t i = t + T; i < T * PARTS; i += T) sum[t][r] += sum[i][r];
                 if (whole && r >= R / 2) sum[t][r] = (sum[t][r] - sum[t][r - R / 2]) >> 4;
             }
-            add_sums(T, type, out, scale, a, row + r * WIDTH, sum, r, keep);
+            add_sums(T, type, out, before, scale, a, row + r * WIDTH, sum, r);
         }
     }
 }
@@ -266,12 +265,13 @@ INLINE void tiles(size_t T, bool add, const int type, float *out, const void *w,
                   size_t n, Ahead ahead) {
     size_t bytes = ahead.bytes / T;
     const uint8_t *weights = (const uint8_t *)w;
-    Lanes keep = (Lanes){0} - (int32_t)add;
+    static const float zeros[TOKENS * PANEL] = {0};
     for (size_t t; T; T -= t, out += t * PANEL) {
-        if (T >= (t = TOKENS)) tile(TOKENS, keep, type, out, weights, scale, a, stride, n, lines(&ahead, bytes, TOKENS, n));
-        else if (T >= (t = 4)) tile(4, keep, type, out, weights, scale, a, stride, n, lines(&ahead, bytes, 4, n));
-        else if (T >= (t = 2)) tile(2, keep, type, out, weights, scale, a, stride, n, lines(&ahead, bytes, 2, n));
-        else if (T >= (t = 1)) tile(1, keep, type, out, weights, scale, a, stride, n, lines(&ahead, bytes, 1, n));
+        const float *before = add ? out : zeros;
+        if (T >= (t = TOKENS)) tile(TOKENS, type, out, before, weights, scale, a, stride, n, lines(&ahead, bytes, TOKENS, n));
+        else if (T >= (t = 4)) tile(4, type, out, before, weights, scale, a, stride, n, lines(&ahead, bytes, 4, n));
+        else if (T >= (t = 2)) tile(2, type, out, before, weights, scale, a, stride, n, lines(&ahead, bytes, 2, n));
+        else if (T >= (t = 1)) tile(1, type, out, before, weights, scale, a, stride, n, lines(&ahead, bytes, 1, n));
         a.q += t * stride;
         if (type >= Q8) { a.scale += t; a.sum += t; }
     }
