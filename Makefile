@@ -56,8 +56,9 @@ build/limits: bench/limits.c
 	@mkdir -p build
 	$(CC) $(CFLAGS) $(OPENMP) bench/limits.c -o $@
 
-build/steps: bench/steps.c build/limits run.c model.h simd.h report.h
-	$(CC) $(CFLAGS) $(OPENMP) bench/steps.c -lm -o $@
+build/steps: bench/steps.c bench/limits.c run.c model.h simd.h report.h
+	@mkdir -p build
+	$(CC) $(CFLAGS) $(OPENMP) -DLIMITS_NO_MAIN bench/steps.c bench/limits.c -lm -o $@
 
 build/bench-venv/installed: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv --clear build/bench-venv

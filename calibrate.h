@@ -278,7 +278,7 @@ static void product_backward(float *out, const float *g, const Matrix *w, size_t
     for (size_t k = 0; k < w->cols; k += PANEL) {
         size_t nk = min_size(PANEL, w->cols - k);
         float *turned = floats(w->n_panels * PANEL * PANEL), columns[PANEL * PANEL], sum[BLOCK * PANEL];
-        Ahead none = {(uintptr_t)turned, 0};
+        Ahead none = {(uintptr_t)turned, 0, 0};
         for (size_t p = 0; p < w->n_panels; p++) {
             unpack_group(columns, w->type, w->data + p * w->panel_bytes + k * column_bytes, nk);
             for (size_t r = 0; r < PANEL; r++)

@@ -301,7 +301,7 @@ static double rounding_error(const Matrix *w, size_t group, float levels, const 
 
 /* sum[t][r] += sum over j from j0 to j1 - 1 of panel[j][r] * m[b + t][j], t < nb <= 128; m: of n rows. */
 static void add_product(float *sum, const float *panel, const float *m, size_t n, size_t b, size_t nb, size_t j0, size_t j1) {
-    Ahead none = {(uintptr_t)panel, 0};
+    Ahead none = {(uintptr_t)panel, 0, 0};
     for (size_t j = j0; j < j1; j += PANEL)
         number_tiles(nb, true, F32, sum, panel + j * PANEL, element(m, n, b, j), PANEL, PANEL, none);
 }
@@ -375,7 +375,7 @@ static void accumulate(float *sum, const float *a, size_t rows, size_t stride, c
     #pragma omp parallel for schedule(dynamic)
     for (size_t p = 0; p < (rows + PANEL - 1) / PANEL; p++) {
         float panel[CHUNK * PANEL];
-        Ahead none = {(uintptr_t)a, 0};
+        Ahead none = {(uintptr_t)a, 0, 0};
         for (size_t t = 0; t < n; t++)
             for (size_t r = 0; r < PANEL; r++) panel[t * PANEL + r] = p * PANEL + r < rows ? a[t * stride + p * PANEL + r] : 0;
         for (size_t k = 0, nb, end = upper ? (p + 1) * PANEL : n_cols; k < end; k += nb) {

@@ -226,11 +226,12 @@ static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
             out[k * PANEL + r] = (float)(int32_t)(words[k / 4 * PANEL + r] >> 8 * (k % 4) & 255);
 }
 
-/* (Skip this on a first reading: no result depends on it.) What a product asks memory for while it computes: `bytes` from `at` on,
- * a little with each column, so that they are in the second-level cache when their turn comes. The processor's own prefetching
- * ends with each page of 4 KB, and all at once would be more than it can have under way. A number, not a pointer, since it may be
- * an address where nothing is: asking for that is no error. */
-typedef struct { uintptr_t at; size_t bytes; } Ahead;
+/* (Skip this on a first reading: no result depends on it.) What a product asks memory for while it computes, a little with each
+ * column, so that it is in the second-level cache when its turn comes: half of `bytes` from `at` on, and in turn with it the other
+ * half from `at` + `apart` on. In two places, because in one neither instructions nor the processor's own prefetching, which ends
+ * with each page of 4 KB, keep enough under way (SPEED.md, Asking in two places). A number, not a pointer, since it may be an
+ * address where nothing is: asking for that is no error. */
+typedef struct { uintptr_t at; size_t bytes, apart; } Ahead;
 
 /* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k, for T tokens and the 32 rows of a panel; with `add`
  * out[t][r] += it. w: [n][32], FP32 or FP16, as type says; x: T rows, `stride` apart; out: [T][32]. */
@@ -292,13 +293,15 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
     else codes_to_floats(out, unpack_codes(room, type, block + 4 * PANEL, n), n);
 }
 
-/* The products of the panels `panel`, `panel` + `apart` and so on with T <= 64 of n tokens, t from `first` on: out[t][row] = sum
- * over k of w[row][k] * x[t][k]; out: [n, rows]. Of the groups from `from` to `to` - 1, added to what `out` has of those before,
- * group by group: its sum, or for quantized weights scale * scale_x * (sum - zero * sum_x). The panels take turns, a group each;
- * there must not be more than 64 / T of them. */
+/* The products of panel `panel` with T <= 64 of n tokens, t from `first` on: out[t][row] = sum over k of w[row][k] * x[t][k]; out:
+ * [n, rows]. Of the groups from `from` to `to` - 1, added to what `out` has of those before, group by group: its sum, or for
+ * quantized weights scale * scale_x * (sum - zero * sum_x). And those of panel + apart, where there is one, with T <= 32: the two
+ * panels take turns, a group each. */
 static void panel_products(float *out, const Matrix *w, size_t panel, size_t apart, const Activations *a, size_t n, size_t first,
                            size_t T, size_t from, size_t to) {
     float totals[BLOCK * PANEL], scale[2 * PANEL], *total = totals;
+    bool two = panel + apart < w->n_panels;     /* then each product asks for half of both panels' next block */
+    size_t half = w->block_bytes / 2, other = apart * w->panel_bytes;
     for (size_t p = panel; p < w->n_panels && from > 0; p += apart)
         for (size_t t = 0; t < T; t++, total += PANEL)
             memcpy(total, out + (first + t) * w->rows + p * PANEL, min_size(PANEL, w->rows - p * PANEL) * sizeof(float));
@@ -307,7 +310,8 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
         for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL) {
             const unsigned char *block = w->data + p * w->panel_bytes + g * w->block_bytes;
             size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
-            Ahead next = {(uintptr_t)block + w->block_bytes + 8192, w->block_bytes};    /* 8 KB: SPEED.md, one sequence on a CPU */
+            uintptr_t on = (uintptr_t)block + w->block_bytes + 8192;        /* 8 KB: SPEED.md, one sequence on a CPU */
+            Ahead next = {p > panel ? on + half - other : on, w->block_bytes, two ? other : half};
             if (w->type < Q8) {
                 number_tiles(T, g > 0, w->type, total, block, a->x + at * w->group, w->group, n_k, next);
                 continue;
@@ -537,7 +541,7 @@ static void cache_product(size_t T, bool add, float *out, int type, const unsign
     if (type == F32) number_tiles(T, add, F32, out, panel, a->x, stride, n, ahead);
     else for (size_t k = 0; k < n; k += MAX_GROUP) {
         size_t n_k = min_size(n - k, MAX_GROUP);
-        Ahead of_group = {ahead.at + ahead.bytes * k / n, ahead.bytes * n_k / n};
+        Ahead of_group = {ahead.at + ahead.bytes * k / n / 2, ahead.bytes * n_k / n, ahead.apart};
         group_product(T, add || k > 0, out, type, panel + k * PANEL * number_bytes(type), scale, group_at(a, type, T, k),
                       round_up(n_k, PANEL), of_group);
     }
@@ -552,7 +556,7 @@ static void block_scores(float *scores, const Activations *queries, size_t n_que
     for (size_t i = 0; i < PANEL; i++) scale[PANEL + i] = c.type == Q8 ? 128 : 0;
     keys += KEYS * scale_bytes(c.type);
     for (size_t j = 0; j < n; j += PANEL, keys += panel_bytes, scores += n_queries * PANEL) {
-        Ahead next = {(uintptr_t)keys + panel_bytes, panel_bytes};
+        Ahead next = {(uintptr_t)keys + panel_bytes, panel_bytes, panel_bytes / 2};
         if (c.type != F32) halves_to_floats(scale, scales + j, PANEL);
         cache_product(n_queries, false, scores, c.type, keys, scale, queries, c.width, c.head_dim, next);
     }
@@ -567,7 +571,8 @@ static void add_values(float *sums, bool add, const Activations *shares, size_t 
     for (size_t i = 0; i < PANEL; i++) { scale[i] = 1; scale[PANEL + i] = c.type == Q8 ? 128 : 0; }
     values += KEYS * scale_bytes(c.type);
     for (size_t d = 0; d < c.width; d += PANEL, values += panel_bytes) {
-        Ahead next = {(uintptr_t)values + panel_bytes, panel_bytes * n / KEYS};
+        size_t bytes = panel_bytes * n / KEYS;
+        Ahead next = {(uintptr_t)values + panel_bytes, bytes, bytes / 2};
         cache_product(n_queries, add, sums + d * n_queries, c.type, values, scale, shares, KEYS, n, next);
     }
 }

@@ -130,21 +130,25 @@ static const float *halves_to_floats(float *out, const uint16_t *in, size_t n) {
 static inline Floats every(float x) { return x - (Floats){0}; }
 
 /* A tile's share of what Ahead names: each line of 64 bytes is asked for once (one that is missed is waited for, one asked for
- * twice is in the way of others), evenly over all the bytes of activations that the tile goes over, n for each round over some of
- * the rows: if the first round asked for everything, memory would stand still in the others. `due` is in units of 1 / (n *
- * rounds) of a byte, so that it is whole: each byte of activations adds `step`, each line asked for takes off `line`. */
-typedef struct { uintptr_t at; ptrdiff_t due, step, line; } Lines;
+ * twice is in the way of others), one in each of the two places at a time, evenly over all the bytes of activations that the tile
+ * goes over, n for each round over some of the rows: if the first round asked for everything, memory would stand still in the
+ * others. `due` is in units of 1 / (n * rounds) of a byte, so that it is whole: each byte of activations adds `step`, two lines
+ * that are asked for take off `lines`. */
+typedef struct { uintptr_t at; size_t apart; ptrdiff_t due, step, lines; } Lines;
 
 INLINE void ask(Lines *s, ptrdiff_t bytes) {
-    for (s->due += bytes * s->step; s->due > 0; s->due -= s->line, s->at += 64) __builtin_prefetch((const void *)s->at, 0, 2);
+    for (s->due += bytes * s->step; s->due > 0; s->due -= s->lines, s->at += 64) {
+        __builtin_prefetch((const void *)s->at, 0, 2);
+        __builtin_prefetch((const void *)(s->at + s->apart), 0, 2);
+    }
 }
 
-/* Takes the share of a tile of T tokens, `bytes` for each, off the front of *all: the lines that begin in it. n: bytes of a token's
- * activations. */
+/* Takes the share of a tile of T tokens, `bytes` for each, off the front of both halves of *all: the lines that begin in it. n:
+ * bytes of a token's activations. */
 INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
     ptrdiff_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* byte: in units; before the first line */
-    Lines part = {all->at + before, -before * byte, (ptrdiff_t)(bytes * T), 64 * byte};
-    all->at += bytes * T;
+    Lines part = {all->at + before, all->apart, -2 * before * byte, (ptrdiff_t)(bytes * T), 2 * 64 * byte};
+    all->at += bytes * T / 2;
     return part;
 }
 

@@ -182,7 +182,7 @@ static void test_group_product(void) {
         bool add = turn % 2;
         for (size_t i = 0; i < T * PANEL; i++) fast[i] = plain[i] = unpacked[i] = !add ? NAN : whole ? 0 : random_float();
         Activations a = {NULL, q, scale_q, sum_q};
-        Ahead none = {(uintptr_t)q, 0};
+        Ahead none = {(uintptr_t)q, 0, 0};
         group_product(T, add, fast, type, codes, scale, a, n, none);
         group_product_plain(T, add, plain, type, codes, scale, a, n, none);
         group_product(T, add, unpacked, Q8, unpack_codes(room, type, codes, n), scale, a, n, none);
@@ -220,7 +220,7 @@ static void test_group_product_wide(void) {
         bool add = turn / 2 % 2;
         for (size_t i = 0; i < T * PANEL; i++) fast[i] = plain[i] = !add ? NAN : whole ? 0 : random_float();
         Activations a = {NULL, (int8_t *)q, scale_q, sum_q};
-        Ahead none = {(uintptr_t)q, 0};
+        Ahead none = {(uintptr_t)q, 0, 0};
         group_product(T, add, fast, Q16, (const uint8_t *)codes, scale, a, n, none);
         group_product_plain(T, add, plain, Q16, (const uint8_t *)codes, scale, a, n, none);
         CHECK(!memcmp(fast, plain, T * PANEL * sizeof *plain), "%zu tokens of %zu columns, turn %d", T, n, turn);
@@ -244,7 +244,7 @@ static void test_number_tiles(void) {
         size_t T = turn % BLOCK + 1, n = 1 + random_below(type == F16 ? MAX_GROUP : MAX_HEAD_DIM);
         size_t stride = n + random_below(MAX_HEAD_DIM - (uint32_t)n + 1);
         bool add = turn / BLOCK / 2;
-        Ahead none = {(uintptr_t)w, 0};
+        Ahead none = {(uintptr_t)w, 0, 0};
         for (size_t i = 0; i < T * PANEL; i++) fast[i] = plain[i] = add ? random_float() : NAN;
         number_tiles(T, add, type, fast, type == F16 ? (const void *)halves : w, x, stride, n, none);
         number_tiles_plain(T, add, type, plain, type == F16 ? (const void *)halves : w, x, stride, n, none);

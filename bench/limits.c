@@ -5,7 +5,7 @@
  * Machines are shared and their clocks move, so a speed means something as a share of what the machine could do in the
  * same minute: run this beside every measurement. It prints a line for each ceiling, "name value unit how", the best of
  * five tries, in about two seconds in all; a multiplication and its addition are two operations. OMP_NUM_THREADS sets
- * the threads. */
+ * the threads. With LIMITS_NO_MAIN it is only the three functions at the end, for another program to measure with. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE       /* madvise */
 #endif
@@ -70,19 +70,6 @@ static double read_memory(void) {       /* returns bytes */
     return (double)(n * PLACES * sizeof(Words));
 }
 
-static double read_bandwidth(void) {
-    memory = (unsigned char *)aligned_alloc(PAGE, (size_t)PAGE * PAGES);
-    if (!memory) return 0;
-#ifdef MADV_HUGEPAGE
-    madvise(memory, (size_t)PAGE * PAGES, MADV_HUGEPAGE);
-#endif
-    #pragma omp parallel for schedule(static)
-    for (int i = 0; i < PAGES; i++) memset(memory + (size_t)i * PAGE, i + 1, PAGE);
-    double r = rate(read_memory);
-    free(memory);
-    return r;
-}
-
 /* Arithmetic: one instruction again and again on registers that do not wait for each other, without memory: as many as hide
  * its latency and fit. Their first values come from a volatile: a compiler that knew them equal would do the work once. */
 #ifdef __aarch64__
@@ -145,10 +132,30 @@ static double int8(void) {              /* returns operations */
 #endif
 }
 
+/* GB/s; 0 where there is no memory. It is kept for the next time: a virtual machine gives freed memory back to its host, some
+ * seconds later and in pieces, and everything waits meanwhile (SPEED.md, What a measurement leaves behind). */
+double read_bandwidth(void) {
+    if (!memory) {
+        memory = (unsigned char *)aligned_alloc(PAGE, (size_t)PAGE * PAGES);
+        if (!memory) return 0;
+#ifdef MADV_HUGEPAGE
+        madvise(memory, (size_t)PAGE * PAGES, MADV_HUGEPAGE);
+#endif
+        #pragma omp parallel for schedule(static)
+        for (int i = 0; i < PAGES; i++) memset(memory + (size_t)i * PAGE, i + 1, PAGE);
+    }
+    return rate(read_memory);
+}
+
+double int8_peak(void) { return rate(int8); }          /* GOP/s */
+double fp32_peak(void) { return rate(fp32); }          /* GFLOP/s */
+
+#ifndef LIMITS_NO_MAIN
 int main(void) {
     printf("threads %zu\n", n_threads());
     printf("read_bandwidth %.1f GB/s\n", read_bandwidth());
-    printf("int8_peak %.0f GOP/s %s\n", rate(int8), INT8_HOW);
-    printf("fp32_peak %.0f GFLOP/s %s (%d bits)\n", rate(fp32), FP32_HOW, 8 * WIDTH);
+    printf("int8_peak %.0f GOP/s %s\n", int8_peak(), INT8_HOW);
+    printf("fp32_peak %.0f GFLOP/s %s (%d bits)\n", fp32_peak(), FP32_HOW, 8 * WIDTH);
     return 0;
 }
+#endif

@@ -3,7 +3,7 @@
  *   make build/steps && build/steps MODEL.bin [ROUNDS [LONG]]
  *
  * On a shared machine, whose speed changes from minute to minute, whole programs one after another say more about the minute than
- * about the program. Here a round takes some ten seconds: ceilings (build/limits), a prompt of 128 tokens, steps of 32, 8 and 1
+ * about the program. Here a round takes some ten seconds: ceilings (limits.c), a prompt of 128 tokens, steps of 32, 8 and 1
  * sequences at position 128, the prompt again, the ceilings again. Prints each round's and the medians over them: tokens a second,
  * and the share of the round's own ceiling: of integer or, for f32 and f16, FP32 operations for 128 and 32 tokens, of reading for 8
  * and 1, a second time by what the checkpoint's own memory reads at, since not all memory of a virtual machine is equally fast.
@@ -19,19 +19,15 @@ static const char *const FIGURE_NAMES[] = {"int8", "fp32", "reading", "own memor
 static float *logits;
 static volatile uint64_t sink;          /* takes sums, so that a compiler does not leave them out */
 
-/* Adds half of what build/limits prints to the figures; dies if it does not. */
+double int8_peak(void), fp32_peak(void), read_bandwidth(void);          /* bench/limits.c */
+
+/* Adds half of what the machine can do now to the figures. */
 static void add_ceilings(double *figures) {
-    static const char *const FORMATS[] = {"int8_peak %lf", "fp32_peak %lf", "read_bandwidth %lf"};
-    char line[256];
-    FILE *f = popen("build/limits 2>/dev/null", "r");
-    bool found[READ + 1] = {false};
-    while (f && fgets(line, sizeof line, f))
-        for (int i = INT8; i <= READ; i++) {
-            double value;
-            if (sscanf(line, FORMATS[i], &value) == 1) { figures[i] += value / 2; found[i] = true; }
-        }
-    if (!f || pclose(f) != 0 || !(found[INT8] && found[FP32] && found[READ]))
-        die("build/limits does not run here: make build/limits, and start steps in the project's directory");
+    double reading = read_bandwidth();
+    if (reading == 0) die("no memory for the 2 GiB that reading is measured with");
+    figures[INT8] += int8_peak() / 2;
+    figures[FP32] += fp32_peak() / 2;
+    figures[READ] += reading / 2;
 }
 
 /* Tokens a second of `times` forwards of n tokens: of n sequences at position pos on, or, of one, n neighbours. */
