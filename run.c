@@ -228,9 +228,9 @@ static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
 
 /* (Skip this on a first reading: no result depends on it.) What a product asks memory for while it computes, a little with each
  * column, so that it is in the second-level cache when its turn comes: half of `bytes` from `at` on, and in turn with it the other
- * half from `at` + `apart` on. In two places, because in one neither instructions nor the processor's own prefetching, which ends
- * with each page of 4 KB, keep enough under way (SPEED.md, Asking in two places). A number, not a pointer, since it may be an
- * address where nothing is: asking for that is no error. */
+ * half from `at` + `apart` on (a multiple of 64, so that no line is in both). In two places, because in one neither instructions
+ * nor the processor's own prefetching, which ends with each page of 4 KB, keep enough under way (SPEED.md, Asking in two places). A
+ * number, not a pointer, since it may be an address where nothing is: asking for that is no error. */
 typedef struct { uintptr_t at; size_t bytes, apart; } Ahead;
 
 /* out[t][r] = sum over k of w[k][r] * x[t][k], added in the order of k, for T tokens and the 32 rows of a panel; with `add`
@@ -300,8 +300,8 @@ static void unpack_group(float *out, int type, const unsigned char *block, size_
 static void panel_products(float *out, const Matrix *w, size_t panel, size_t apart, const Activations *a, size_t n, size_t first,
                            size_t T, size_t from, size_t to) {
     float totals[BLOCK * PANEL], scale[2 * PANEL], *total = totals;
-    bool two = panel + apart < w->n_panels;     /* then each product asks for half of both panels' next block */
-    size_t half = w->block_bytes / 2, other = apart * w->panel_bytes;
+    bool two = panel + apart < w->n_panels;     /* then the first one's products ask for the first halves of both next blocks, */
+    size_t half = w->block_bytes / 2, other = apart * w->panel_bytes;               /* and the second one's for the second */
     for (size_t p = panel; p < w->n_panels && from > 0; p += apart)
         for (size_t t = 0; t < T; t++, total += PANEL)
             memcpy(total, out + (first + t) * w->rows + p * PANEL, min_size(PANEL, w->rows - p * PANEL) * sizeof(float));
@@ -310,8 +310,8 @@ static void panel_products(float *out, const Matrix *w, size_t panel, size_t apa
         for (size_t p = panel; p < w->n_panels; p += apart, total += T * PANEL) {
             const unsigned char *block = w->data + p * w->panel_bytes + g * w->block_bytes;
             size_t at = g * n + first, k = g * w->group, n_k = min_size(w->group, w->cols - k);
-            uintptr_t on = (uintptr_t)block + w->block_bytes + 8192;        /* 8 KB: SPEED.md, one sequence on a CPU */
-            Ahead next = {p > panel ? on + half - other : on, w->block_bytes, two ? other : half};
+            uintptr_t ahead = (uintptr_t)block + w->block_bytes + 8192;     /* 8 KB: SPEED.md, one sequence on a CPU */
+            Ahead next = {p > panel ? ahead + half - other : ahead, w->block_bytes, two ? other : half};
             if (w->type < Q8) {
                 number_tiles(T, g > 0, w->type, total, block, a->x + at * w->group, w->group, n_k, next);
                 continue;
@@ -571,7 +571,7 @@ static void add_values(float *sums, bool add, const Activations *shares, size_t 
     for (size_t i = 0; i < PANEL; i++) { scale[i] = 1; scale[PANEL + i] = c.type == Q8 ? 128 : 0; }
     values += KEYS * scale_bytes(c.type);
     for (size_t d = 0; d < c.width; d += PANEL, values += panel_bytes) {
-        size_t bytes = panel_bytes * n / KEYS;
+        size_t bytes = round_up(panel_bytes * n / KEYS, 128);      /* whole lines in both halves */
         Ahead next = {(uintptr_t)values + panel_bytes, bytes, bytes / 2};
         cache_product(n_queries, add, sums + d * n_queries, c.type, values, scale, shares, KEYS, n, next);
     }

@@ -143,8 +143,8 @@ INLINE void ask(Lines *s, ptrdiff_t bytes) {
     }
 }
 
-/* Takes the share of a tile of T tokens, `bytes` for each, off the front of both halves of *all: the lines that begin in it. n:
- * bytes of a token's activations. */
+/* Takes the share of a tile of T tokens, `bytes` for each, off *all, half of it from the front of either half: the lines that begin
+ * there. n: bytes of a token's activations. */
 INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
     ptrdiff_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* byte: in units; before the first line */
     Lines part = {all->at + before, all->apart, -2 * before * byte, (ptrdiff_t)(bytes * T), 2 * 64 * byte};
@@ -171,7 +171,7 @@ INLINE Lanes load_weights(const int type, const uint8_t *w, size_t k, size_t row
 }
 
 /* What becomes of sums, with codes as in group_product_plain(): sum[t][r] of T tokens t, r being the register of the rows from
- * `row` on, which is added to those of `before` and goes to `out`, [T][32] both. */
+ * `row` on. What becomes of them is added to `before`, which may be `out`, and stored in `out`; both [T][32]. */
 INLINE void add_sums(const size_t T, const int type, float *out, const float *before, const float *scale, Activations a, size_t row,
                      Lanes sum[][PANEL / WIDTH], size_t r) {
     const bool codes = type >= Q8;

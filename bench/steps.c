@@ -3,12 +3,12 @@
  *   make build/steps && build/steps MODEL.bin [ROUNDS [LONG]]
  *
  * On a shared machine, whose speed changes from minute to minute, whole programs one after another say more about the minute than
- * about the program. Here a round takes some ten seconds: ceilings (limits.c), a prompt of 128 tokens, steps of 32, 8 and 1
- * sequences at position 128, the prompt again, the ceilings again. Prints each round's and the medians over them: tokens a second,
- * and the share of the round's own ceiling: of integer or, for f32 and f16, FP32 operations for 128 and 32 tokens, of reading for 8
- * and 1, a second time by what the checkpoint's own memory reads at, since not all memory of a virtual machine is equally fast.
- * LONG: a prompt of so many tokens too, in forwards of 256 with one of 128 before and after each, and single steps behind it, as
- * shares of the short ones' speed: for 4,096 a minute a round. OMP_NUM_THREADS sets the threads. */
+ * about the program. Here a round takes some ten seconds: ceilings (limits.c, whose 2 GiB stay in use), a prompt of 128 tokens,
+ * steps of 32, 8 and 1 sequences at position 128, the prompt again, the ceilings again. Prints each round's and the medians over
+ * them: tokens a second, and the share of the round's own ceiling: of integer or, for f32 and f16, FP32 operations for 128 and 32
+ * tokens, of reading for 8 and 1, a second time by what the checkpoint's own memory reads at, since not all memory of a virtual
+ * machine is equally fast. LONG: a prompt of so many tokens too, in forwards of 256 with one of 128 before and after each, and
+ * single steps behind it, as shares of the short ones' speed: for 4,096 a minute a round. OMP_NUM_THREADS sets the threads. */
 #define RUN_NO_MAIN
 #pragma GCC diagnostic ignored "-Wunused-function"      /* of the engine much is not needed here */
 #include "../run.c"
