@@ -170,8 +170,8 @@ INLINE Lanes load_weights(const int type, const uint8_t *w, size_t k, size_t row
     return type == NF4 ? of_nf4(bytes) : bytes;
 }
 
-/* What becomes of sums, with codes as in group_product_plain(): sum[t][r] of T tokens t, r being the register of the rows from
- * `row` on. What becomes of them is added to `before`, which may be `out`, and stored in `out`; both [T][32]. */
+/* The end of a tile, with codes as in group_product_plain(): sum[t][r] of T tokens t, r being the register of the rows from `row`
+ * on, scaled if they are of codes, are added to `before`, which may be `out`, and stored in `out`; both [T][32]. */
 INLINE void add_sums(const size_t T, const int type, float *out, const float *before, const float *scale, Activations a, size_t row,
                      Lanes sum[][PANEL / WIDTH], size_t r) {
     const bool codes = type >= Q8;

@@ -79,7 +79,7 @@ static void print_figures(const char *name, const double *f, double bytes, doubl
         if (i == LONG_1) printf(" (%.1f%%)", 100 * f[i] / f[BATCH_1]);
     }
     printf("\n");
-    fflush(stdout);
+    flush_stdout();
 }
 
 int main(int argc, char **argv) {
@@ -138,6 +138,5 @@ int main(int argc, char **argv) {
     free_state(&l);
     free_model(&m);
     free(logits);
-    if (fclose(stdout) != 0) die("the figures cannot be written: %s", strerror(errno));
     return 0;
 }

@@ -700,6 +700,9 @@ def test_steps():
     assert [steps(*wrong)[0] for wrong in ((), (DEMO, "0"), (DEMO, "1", "300"), (DEMO, "1", "x"))] == [2, 2, 2, 2]
     status, out, said = steps("/nix")
     assert (status, out, said) == (1, "", "steps: /nix: No such file or directory\n")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(["build/steps", DEMO, "1"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (1, "steps: standard output: cannot be written: No space left on device\n")
 
 
 def test_random_gguf_without_its_packages(tmp_path):
