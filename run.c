@@ -891,10 +891,10 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         }
         book(s, ROPE, 0, 0);
 
-        #pragma omp parallel for schedule(dynamic)
-        for (size_t u = 0; u < units * n_spans; u++) {          /* u: [span][key head][part of its query heads][run] */
-            const Run *r = &s->runs[u % n_runs];
-            size_t part = u / n_runs % parts, kv_head = u / n_runs / parts % c->n_kv_heads, span = u / units;
+        #pragma omp parallel for schedule(guided)   /* neighbours to one thread: a span's end has asked for the next one's start */
+        for (size_t u = 0; u < units * n_spans; u++) {          /* u: [key head][part of its query heads][run][span] */
+            size_t span = u % n_spans, unit = u / n_spans, part = unit / n_runs % parts, kv_head = unit / n_runs / parts;
+            const Run *r = &s->runs[unit % n_runs];
             size_t h = kv_head * q_per_kv + part * heads, n_heads = min_size(heads, (kv_head + 1) * q_per_kv - h);
             size_t pos = tokens[r->first].pos, from = first_seen(pos, c->window), to = pos + r->n;
             if (n_spans > 1) {

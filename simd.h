@@ -132,12 +132,13 @@ static inline Floats every(float x) { return x - (Floats){0}; }
 /* A tile's share of what Ahead names: each line of 64 bytes is asked for once (one that is missed is waited for, one asked for
  * twice is in the way of others), one in each of the two places at a time, evenly over all the bytes of activations that the tile
  * goes over, n for each round over some of the rows: if the first round asked for everything, memory would stand still in the
- * others. `due` is in units of 1 / (n * rounds) of a byte, so that it is whole: each byte of activations adds `step`, two lines
- * that are asked for take off `lines`. */
-typedef struct { uintptr_t at; size_t apart; ptrdiff_t due, step, lines; } Lines;
+ * others. Each byte makes `due` larger by `pairs`, the pairs of lines that there are, and a pair that is asked for takes off
+ * `bytes`, those of all rounds. It begins with 0, so that tiles with as many pairs ask at the same turns of their loops: a
+ * processor then foresees which. */
+typedef struct { uintptr_t at; size_t apart; ptrdiff_t due, pairs, bytes; } Lines;
 
 INLINE void ask(Lines *s, ptrdiff_t bytes) {
-    for (s->due += bytes * s->step; s->due > 0; s->due -= s->lines, s->at += 64) {
+    for (s->due += bytes * s->pairs; s->due > 0; s->due -= s->bytes, s->at += 64) {
         __builtin_prefetch((const void *)s->at, 0, 2);
         __builtin_prefetch((const void *)(s->at + s->apart), 0, 2);
     }
@@ -146,8 +147,8 @@ INLINE void ask(Lines *s, ptrdiff_t bytes) {
 /* Takes the share of a tile of T tokens, `bytes` for each, off *all, half of it from the front of either half: the lines that begin
  * there. n: bytes of a token's activations. */
 INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
-    ptrdiff_t byte = n * (PANEL / WIDTH / AT_ONCE(T)), before = -all->at % 64;      /* byte: in units; before the first line */
-    Lines part = {all->at + before, all->apart, -2 * before * byte, (ptrdiff_t)(bytes * T), 2 * 64 * byte};
+    uintptr_t first = (all->at + 63) / 64, end = (all->at + bytes * T / 2 + 63) / 64, rounds = PANEL / WIDTH / AT_ONCE(T);
+    Lines part = {first * 64, all->apart, 0, (ptrdiff_t)(end - first), (ptrdiff_t)(n * rounds)};
     all->at += bytes * T / 2;
     return part;
 }
