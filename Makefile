@@ -56,6 +56,10 @@ build/limits: bench/limits.c
 	@mkdir -p build
 	$(CC) $(CFLAGS) $(OPENMP) bench/limits.c -o $@
 
+build/limits.so: bench/limits.c
+	@mkdir -p build
+	$(CC) $(CFLAGS) $(OPENMP) -shared -fPIC -DLIMITS_NO_MAIN bench/limits.c -o $@
+
 build/steps: bench/steps.c bench/limits.c run.c model.h simd.h report.h
 	@mkdir -p build
 	$(CC) $(CFLAGS) $(OPENMP) -DLIMITS_NO_MAIN bench/steps.c bench/limits.c -lm -o $@
@@ -71,7 +75,7 @@ bench: $(if $(filter mistral-7b,$(MODEL)),speed,report)
 report: run quantize build/bench-venv/installed
 	build/bench-venv/bin/python bench/bench.py --model $(MODEL) $(BENCH_FLAGS)
 
-speed: run quantize build/limits
+speed: run quantize build/limits.so
 	$(PYTHON) bench/speed.py $(BENCH_FLAGS)
 
 test: run quantize build/test_all build/test_all_sanitized

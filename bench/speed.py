@@ -2,13 +2,15 @@
 
 For each type of weights: a checkpoint of random weights in the shape of Mistral-7B, made where it is missing; then rounds
 of
-  - the ceilings (build/limits), asked before and after what is measured under them: the higher counts,
+  - the ceilings (limits.c), asked before and after what is measured under them: the higher counts; in this process, which keeps
+    the 2 GiB that it reads,
   - run: a pass to warm up and a measured one of each of CELLS, sampling included,
   - llama.cpp (peers.py, in a process of its own): the same without sampling, on a GGUF file of the same shape.
 So ours and theirs take turns. Shares and ratios are formed within a round; every figure is the median over the rounds.
 A table goes to standard output, everything that was measured to a JSON file. Needs nothing but the standard library, and
 for llama.cpp the packages llama-cpp-python, gguf and numpy in the Python that runs this."""
 import argparse
+import ctypes
 import importlib.util
 import os
 import statistics
@@ -53,10 +55,22 @@ TARGET_KEPT = {"prefill, 4,096 tokens": (0.85, "prefill, 128 tokens"),
 # --------------------------------------------------------------------------------------------------------------------
 # What there is to do, and how fast it could be
 
-def ceilings(program, threads):
-    """{name: value} of the lines "name value unit how" that bench/limits.c prints."""
-    lines = execute([program], env={**os.environ, "OMP_NUM_THREADS": str(threads)})[0].splitlines()
-    return {line.split()[0]: float(line.split()[1]) for line in lines}
+def load_limits(path, threads):
+    """bench/limits.c as a library, whose functions measure with so many threads. A program of its own would give 2 GiB back
+    each time, which disturbs what is measured next (SPEED.md, What a measurement leaves behind)."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)        # read as the library is loaded
+    library = ctypes.CDLL(os.path.abspath(path))
+    for name in REFERENCE:
+        getattr(library, name).restype = ctypes.c_double
+    return library
+
+
+def ceilings(library):
+    """{name of REFERENCE: what the machine can do now}."""
+    limits = {name: getattr(library, name)() for name in REFERENCE}
+    if not limits["read_bandwidth"]:
+        raise RuntimeError("no memory for the 2 GiB that reading is measured with")
+    return limits
 
 
 def work(shape, cell, statistic):
@@ -128,9 +142,9 @@ def medians(rounds):
     return result
 
 
-def print_table(shape, rows, limits):
+def print_table(shape, rows, limits, threads):
     """The figures of one type of weights as a Markdown table that can be read as it stands."""
-    print(f"\n{shape['type']}: {shape['bytes'] / 1e9:.2f} GB of weights a step, {limits['threads']:.0f} threads; ceilings: "
+    print(f"\n{shape['type']}: {shape['bytes'] / 1e9:.2f} GB of weights a step, {threads} threads; ceilings: "
           f"int8 {limits['int8_peak']:,.0f} GOP/s, FP32 {limits['fp32_peak']:,.0f} GFLOP/s, "
           f"reading {limits['read_bandwidth']:.1f} GB/s")
     peak = {"int8_peak": "of int8 peak", "fp32_peak": "of FP32 peak"}[arithmetic(shape)]
@@ -180,7 +194,7 @@ def arguments():
     add("--no-llama-cpp", action="store_true", help="leave llama.cpp out")
     add("--model", help="measure this checkpoint, without llama.cpp, instead of random ones")
     add("-o", "--output", default=os.path.join(BENCH, "results", "speed.json"), help="(bench/results/speed.json)")
-    for program, path in (("run", "run"), ("quantize", "quantize"), ("limits", "build/limits")):
+    for program, path in (("run", "run"), ("quantize", "quantize"), ("limits", "build/limits.so")):
         add("--" + program, default=os.path.join(ROOT, path), help=f"({path}, which make speed builds)")
     o = parser.parse_args()
     o.dtypes = o.dtypes.split(",")
@@ -201,7 +215,7 @@ def main():
     if missing and not (o.no_llama_cpp or o.model):
         say(f"llama.cpp is skipped: this Python has no {', '.join(missing)}")
     memory = memory_bytes() / 1e9
-    fitting = [dtype for dtype in o.dtypes if GIGABYTES[dtype][0] + 2 < memory]
+    fitting = [dtype for dtype in o.dtypes if GIGABYTES[dtype][0] + 4 < memory]     # caches, and what limits.c reads
     if fitting != o.dtypes and not o.model:
         say(f"skipped, too large for {memory:.1f} GB of memory: {', '.join(sorted(set(o.dtypes) - set(fitting)))}")
     files = [(o.model, None)] if o.model else need_files(o.dir, fitting, o.quantize, peer)
@@ -215,18 +229,18 @@ def main():
             items += [(f"{shape['type']} {name}", cost(cell, o.warmup + o.repeat)) for name, cell in cells.items()]
             if peer_cells:
                 items.append((f"{shape['type']} llama.cpp", 2 * sum(cost(cell, o.repeat) for cell in peer_cells.values())))
-    progress = Progress(items)
+    progress, library = Progress(items), load_limits(o.limits, o.threads)
     report = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "arguments": sys.argv[1:], "results": []}
 
     for (checkpoint, gguf), shape in zip(files, shapes):
         rounds = []
         for i in range(o.rounds):
-            entry, before = {"ours": {}, "llama_cpp": {}}, ceilings(o.limits, o.threads)
+            entry, before = {"ours": {}, "llama_cpp": {}}, ceilings(library)
             for name, cell in cells.items():
                 progress.start(f"{shape['type']} {name}", f", round {i + 1} of {o.rounds}")
                 entry["ours"][name] = generate(o.run, checkpoint, cell, o.threads, o.warmup, o.repeat)
                 progress.end()
-            after = ceilings(o.limits, o.threads)
+            after = ceilings(library)
             entry["ceilings"] = {name: max(before[name], after[name]) for name in before}
             if peer_cells:
                 progress.start(f"{shape['type']} llama.cpp", f", round {i + 1} of {o.rounds}")
@@ -244,8 +258,8 @@ def main():
             rounds.append(entry)
         progress.clear()
         rows = medians([figures(shape, entry) for entry in rounds])
-        limits = {name: statistics.median(entry["ceilings"][name] for entry in rounds) for name in ("threads", *REFERENCE)}
-        print_table(shape, rows, limits)
+        limits = {name: statistics.median(entry["ceilings"][name] for entry in rounds) for name in REFERENCE}
+        print_table(shape, rows, limits, o.threads)
         report["results"].append({"checkpoint": os.path.basename(checkpoint), "shape": shape, "ceilings": limits,
                                   "figures": rows, "rounds": rounds})
         write_json(o.output, report)

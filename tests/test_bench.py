@@ -33,7 +33,7 @@ TYPES, BATCHES = ["f16", "q8", "q4-g32"], [1, 2, 4]
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    subprocess.run(["make", "-s", "run", "quantize", "build/limits"], cwd=ROOT, check=True)
+    subprocess.run(["make", "-s", "run", "quantize", "build/limits.so"], cwd=ROOT, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -676,7 +676,7 @@ def test_speed(tmp_path):
     (["--dir", "/proc/nix"], "speed.py: /proc/nix: the directory cannot be made: No such file or directory"),
     (["--model", "/nix"], "speed.py: /nix: No such file or directory"),
     (["--model", __file__], "not a checkpoint"),
-    (["--model", DEMO, "--limits", "/nix"], "speed.py: /nix: cannot be started: No such file or directory"),
+    (["--model", DEMO, "--limits", "/nix"], "speed.py: /nix: cannot open shared object file: No such file or directory"),
     (["--cells", "nix"], "known are")])
 def test_speed_says_what_is_wrong(arguments, message):
     status, _, said = script("speed.py", *arguments)
