@@ -11,9 +11,10 @@
  *   wide_dot(sum, w, x)         sum[r] + w[2r + i] * x[2r + i], i from 0 to 1, of 16 bits
  *   of_halves(p)                WIDTH FP16 numbers from p on as FP32
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
- * and how many sums its registers hold: TOKENS by VECTORS of rows; and from how many tokens on it pays to unpack q4 and FP16 into
- * memory instead of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12
- * otherwise moves every sum to another register and back, which costs a quarter of the speed. */
+ * and how many sums its registers hold: TOKENS by VECTORS of rows; how many words such a full tile takes between asking memory for
+ * more (TURNS, at most 8: SPEED.md, Fewer turns); and from how many tokens on it pays to unpack q4 and FP16 into memory instead of
+ * in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12 otherwise moves
+ * every sum to another register and back, which costs a quarter of the speed. */
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -30,7 +31,7 @@
 #define INLINE static inline __attribute__((always_inline))    /* so that arguments which are constants choose the code */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-enum { WIDTH = 16, VECTORS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
+enum { WIDTH = 16, VECTORS = 2, TOKENS = 8, TURNS = 4, UNPACK = 16, BIAS = 0 };
 #define VNNI ""
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #if defined(__AVXVNNI__)
@@ -40,14 +41,14 @@ enum { WIDTH = 16, VECTORS = 2, TOKENS = 8, UNPACK = 16, BIAS = 0 };
 #else
 #define PAIRS                           /* sums of two products are all it has: see dot() and pair_tile() */
 #endif
-enum { WIDTH = 8, VECTORS = 2, TOKENS = 4, UNPACK = BLOCK + 1 };
+enum { WIDTH = 8, VECTORS = 2, TOKENS = 4, TURNS = 1, UNPACK = BLOCK + 1 };
 #ifdef PAIRS
 enum { BIAS = 128 };
 #else
 enum { BIAS = 0 };
 #endif
 #elif defined(__aarch64__)
-enum { WIDTH = 4, VECTORS = 4, TOKENS = 4, UNPACK = 16, BIAS = 128 };     /* BIAS: its factors are both signed */
+enum { WIDTH = 4, VECTORS = 4, TOKENS = 4, TURNS = 1, UNPACK = 16, BIAS = 128 };      /* BIAS: its factors are both signed */
 #else                                   /* none that is known */
 #define number_tiles number_tiles_plain
 #define group_product group_product_plain
@@ -237,23 +238,25 @@ INLINE void tile(const size_t T, const int type, float *out, const float *before
 #endif
     const bool numbers = type < Q8;
     const size_t R = AT_ONCE(T), PARTS = numbers ? 1 : TOKENS * VECTORS / (T * R), STEP = 4 * PARTS;
+    const size_t N_TURNS = T == TOKENS ? TURNS : 1;             /* of STEP bytes, between two times of asking */
     const bool whole = type == Q4 && R * WIDTH == PANEL;
     for (size_t row = 0; row < PANEL; row += WIDTH * R) {
         Lanes sum[TOKENS][PANEL / WIDTH];
         UNROLL for (size_t i = 0; i < T * PARTS; i++)
             UNROLL for (size_t r = 0; r < R; r++)
                 sum[i][r] = (Lanes){0} + (!numbers && i < T ? BIAS * (int32_t)a.sum[i] : 0);
-        for (size_t k = 0; k < n; k += STEP) {
-            ask(&ahead, STEP);                  /* not between the sums: there gcc 12 moves each to another register */
-            UNROLL for (size_t i = 0; i < T * PARTS; i++) {
-                size_t at = k + i / T * 4;
-                Lanes x = load_activations(a.q + i % T * stride + at);
-                UNROLL for (size_t r = 0; r < R; r++) {
-                    Lanes of_rows = load_weights(type, w, at, row + r * WIDTH, whole);
-                    sum[i][r] = numbers ? multiply_add(sum[i][r], of_rows, x)
-                              : type == Q16 ? wide_dot(sum[i][r], of_rows, x) : dot(sum[i][r], of_rows, x);
+        for (size_t k = 0; k < n;) {
+            ask(&ahead, N_TURNS * STEP);        /* not between the sums: there gcc 12 moves each to another register */
+            UNROLL for (size_t turn = 0; turn < N_TURNS && (!numbers || k < n); turn++, k += STEP)    /* codes: n % 32 is 0 */
+                UNROLL for (size_t i = 0; i < T * PARTS; i++) {
+                    size_t at = k + i / T * 4;
+                    Lanes x = load_activations(a.q + i % T * stride + at);
+                    UNROLL for (size_t r = 0; r < R; r++) {
+                        Lanes of_rows = load_weights(type, w, at, row + r * WIDTH, whole);
+                        sum[i][r] = numbers ? multiply_add(sum[i][r], of_rows, x)
+                                  : type == Q16 ? wide_dot(sum[i][r], of_rows, x) : dot(sum[i][r], of_rows, x);
+                    }
                 }
-            }
         }
         UNROLL for (size_t r = 0; r < R; r++) {
             UNROLL for (size_t t = 0; t < T; t++) {
