@@ -221,23 +221,26 @@ typedef struct {
     size_t        n;                    /* columns, rounded up to whole groups */
     const float  *weights;              /* of these tokens; NULL: 1 */
     float        *h, *g;                /* panels of n columns: [n, n], of which the upper triangle; [rows, n] or NULL */
+    float        *x;                    /* [CHUNK, cols]: x', which may come in parts */
     float        *y;                    /* [CHUNK, rows]: y, then y - y' */
     float        *xt;                   /* [n][CHUNK]: x' transposed, weighted */
     jmp_buf       done;                 /* forward() is left when the product was seen */
 } Collector;
 
-static void watch_product(void *watcher, int operation, const float *out, const float *x, size_t n) {
+static void watch_product(void *watcher, int operation, const float *out, const float *x, size_t first, size_t n) {
     Collector *c = (Collector *)watcher;
     size_t rows = c->w->rows, cols = c->w->cols;
     if (operation != c->operation) return;
     for (size_t i = 0; i < n * rows && c->g; i++) {
-        float y = out[i] + (operation == WO || operation == W2 ? c->from->state.x[i] : 0);
-        c->y[i] = c->original ? y : c->y[i] - y;
+        float y = out[i] + (operation == WO || operation == W2 ? c->from->state.x[first * rows + i] : 0);
+        c->y[first * rows + i] = c->original ? y : c->y[first * rows + i] - y;
     }
+    if (!c->original) memcpy(c->x + first * cols, x, n * cols * sizeof(float));
+    if (first + n < CHUNK) return;
     if (!c->original) {
-        transpose(c->xt, x, cols, cols, n, c->weights);
-        accumulate(c->h, x, cols, cols, c->xt, c->n, n, true);
-        if (c->g) accumulate(c->g, c->y, rows, rows, c->xt, c->n, n, false);
+        transpose(c->xt, c->x, cols, cols, CHUNK, c->weights);
+        accumulate(c->h, c->x, cols, cols, c->xt, c->n, CHUNK, true);
+        if (c->g) accumulate(c->g, c->y, rows, rows, c->xt, c->n, CHUNK, false);
     }
     longjmp(c->done, 1);
 }
@@ -252,6 +255,7 @@ static void collect(Calibration *o, float **h, float **g, const Matrix *w, int o
     c.n = round_up(w->cols, group);
     c.h = *h = floats(c.n * c.n);
     if (g) c.g = *g = floats(w->n_panels * c.n * PANEL);
+    c.x = floats(CHUNK * w->cols);
     c.y = floats(CHUNK * w->rows);
     c.xt = floats(CHUNK * c.n);
     for (volatile size_t f = 0; f < o->n_tokens; f += CHUNK) {
@@ -265,7 +269,7 @@ static void collect(Calibration *o, float **h, float **g, const Matrix *w, int o
         }
         progress(true, o->name, o->done + 0.5 * (double)w->rows * (double)w->cols * (double)f / (double)o->n_tokens, o->all);
     }
-    FREE(c.y, c.xt);
+    FREE(c.x, c.y, c.xt);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -386,18 +390,19 @@ typedef struct { const Stream *stream; Gradients *of; float *x[2], *out[2]; size
 
 static const int OPERATIONS[6] = {NORM, WQKV, WO, NORM, W13, W2};       /* of a layer's tensors */
 
-static void watch_tape(void *watcher, int operation, const float *out, const float *x, size_t n) {
+static void watch_tape(void *watcher, int operation, const float *out, const float *x, size_t first, size_t n) {
     Tape *tape = (Tape *)watcher;
     const Layer *w = &tape->stream->layer;
     size_t half = operation == W13, dim = tape->stream->model.c.dim, rows = half ? w->w13.rows : w->wqkv.rows;
+    size_t at = tape->at + first;
     for (size_t k = 0; k < 6; k++)
         if (OPERATIONS[k] == operation && tape->of[k].in) {
-            size_t cols = ((const Matrix *)w + k)->cols, skip = tape->at == 0;
+            size_t cols = ((const Matrix *)w + k)->cols, skip = at == 0;
             add_squares(tape->of[k].in, x + skip * cols, cols, n - skip);
         }
     if (operation != WQKV && operation != W13) return;
-    memcpy(tape->x[half] + tape->at * dim, tape->stream->state.x, n * dim * sizeof(float));
-    memcpy(tape->out[half] + tape->at * rows, out, n * rows * sizeof(float));
+    memcpy(tape->x[half] + at * dim, tape->stream->state.x + first * dim, n * dim * sizeof(float));
+    memcpy(tape->out[half] + at * rows, out, n * rows * sizeof(float));
 }
 
 /* From the gradients of what comes out of the stream's layer to those of what goes in, dx [n_tokens, dim] in place; on the way

@@ -680,15 +680,15 @@ struct State {
     float   *att;                       /* [spans, n, n_heads head_dim]; attention over one span of positions, or all */
     Softmax *softmax;                   /* [spans, n, n_heads] */
     Run     *runs;                      /* [chunk] */
-    float   *h13, *h;                   /* [chunk, 2 hidden_dim], [chunk, hidden_dim] */
+    float   *h13, *h;                   /* [BLOCK, 2 hidden_dim], [BLOCK, hidden_dim] */
     Activations activations;            /* room for the widest input of a product */
     Profile profile[N_OPERATIONS];
     double  clock;                      /* when the last operation ended */
     double  bytes;                      /* of weights and caches, read so far */
     float  *logits;                     /* of step(), [logits_room] */
     size_t  logits_room;
-    /* NULL, or sees each product: for calibrate.h */
-    void   (*watch)(void *watcher, int operation, const float *out, const float *x, size_t n);
+    /* NULL, or sees each product, of n tokens from `first` on: for calibrate.h */
+    void   (*watch)(void *watcher, int operation, const float *out, const float *x, size_t first, size_t n);
     void    *watcher;
 };
 
@@ -752,11 +752,12 @@ static void cpu_open(State *s) {
     s->softmax = (Softmax *)allocate(split * c->n_heads, sizeof(Softmax), m->path);
     struct { float **array; size_t width; } of_tokens[] = {     /* [chunk, width] */
         {&s->rotations, c->head_dim}, {&s->x, c->dim}, {&s->xb, c->dim}, {&s->qkv, q_dim + 2 * kv_dim},
-        {&s->h13, (size_t)2 * c->hidden_dim}, {&s->h, c->hidden_dim}, {&s->activations.x, widest},
-        {&s->activations.scale, widest / 32}, {&s->activations.sum, widest / 32}};
+        {&s->activations.x, widest}, {&s->activations.scale, widest / 32}, {&s->activations.sum, widest / 32}};
     for (size_t i = 0; i < sizeof of_tokens / sizeof *of_tokens; i++)
         *of_tokens[i].array = (float *)allocate(chunk * of_tokens[i].width, sizeof(float), m->path);
     s->activations.q = (int8_t *)s->activations.x;
+    s->h13 = (float *)allocate((size_t)BLOCK * 2 * c->hidden_dim, sizeof(float), m->path);
+    s->h = (float *)allocate((size_t)BLOCK * c->hidden_dim, sizeof(float), m->path);
 }
 
 static void cpu_close(State *s) {
@@ -802,10 +803,11 @@ static void book(State *s, int operation, double operations, double bytes) {
     s->clock = t;
 }
 
-static void product(State *s, int operation, float *out, const float *x, const Matrix *w, size_t n) {
+/* A product of n of the step's tokens, from `first` on. Its weights are read, if it comes in parts, once: that is what it must. */
+static void product(State *s, int operation, float *out, const float *x, const Matrix *w, size_t first, size_t n) {
     matmul(out, x, w, &s->activations, n);
-    if (s->watch) s->watch(s->watcher, operation, out, x, n);
-    book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, (double)w->bytes);     /* read once: what it must */
+    if (s->watch) s->watch(s->watcher, operation, out, x, first, n);
+    book(s, operation, 2.0 * (double)n * (double)w->rows * (double)w->cols, first ? 0 : (double)w->bytes);
 }
 
 /* x += xb, then xb = norm of x, for n tokens: what an operation left in xb joins the residual stream, which is then the
@@ -880,7 +882,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
 
         /* attention: norm, queries, keys and values of all heads, their rotation */
         add_and_norm(s, &w->rms_att_weight, n);
-        product(s, WQKV, s->qkv, s->xb, &w->wqkv, n);
+        product(s, WQKV, s->qkv, s->xb, &w->wqkv, 0, n);
         #pragma omp parallel for schedule(static)
         for (size_t i = 0; i < n * c->n_kv_heads; i++) {        /* a token's key head and its query heads */
             size_t t = i / c->n_kv_heads, h = i % c->n_kv_heads;
@@ -914,15 +916,18 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
             for (size_t d = 0; d < head_dim; d++) out[d] *= inverse;
         }
         book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(c->n_kv_heads * s->position_bytes));
-        product(s, WO, s->xb, s->att, &w->wo, n);
+        product(s, WO, s->xb, s->att, &w->wo, 0, n);
 
-        /* feed-forward: norm, gate and up, SwiGLU, down */
+        /* feed-forward: norm, gate and up, SwiGLU, down; some tokens at a time, so that what is widest stays in a cache */
         add_and_norm(s, &w->rms_ffn_weight, n);
-        product(s, W13, s->h13, s->xb, &w->w13, n);
-        #pragma omp parallel for schedule(static) if (n > 1)
-        for (size_t i = 0; i < n; i++) swiglu(s->h + i * c->hidden_dim, s->h13 + i * 2 * c->hidden_dim, c->hidden_dim);
-        book(s, SWIGLU, 0, 0);
-        product(s, W2, s->xb, s->h, &w->w2, n);
+        for (size_t first = 0; first < n; first += BLOCK) {
+            size_t T = min_size(BLOCK, n - first);
+            product(s, W13, s->h13, s->xb + first * dim, &w->w13, first, T);
+            #pragma omp parallel for schedule(static) if (T > 1)
+            for (size_t i = 0; i < T; i++) swiglu(s->h + i * c->hidden_dim, s->h13 + i * 2 * c->hidden_dim, c->hidden_dim);
+            book(s, SWIGLU, 0, 0);
+            product(s, W2, s->xb + first * dim, s->h, &w->w2, first, T);
+        }
     }
 
     size_t n_want = 0;                  /* the wanted tokens move together, then the final norm and their logits */
@@ -932,7 +937,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
             memmove(s->xb + n_want++ * dim, s->xb + i * dim, dim * sizeof(float));
         }
     add_and_norm(s, &m->rms_final_weight, n_want);
-    if (n_want) product(s, CLASSIFIER, logits, s->xb, &m->wcls, n_want);
+    if (n_want) product(s, CLASSIFIER, logits, s->xb, &m->wcls, 0, n_want);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------
