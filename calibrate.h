@@ -125,14 +125,14 @@ static void enter_classifier(Stream *s) {
     s->logits = floats(CHUNK * s->model.c.vocab_size);
 }
 
-/* The tokens f to f + n - 1 of all through the stream's model; n divides SEQUENCE and f, so that all are of one sequence. */
-static void forward_stream(Stream *s, size_t f, size_t n) {
+/* The tokens f to f + CHUNK - 1 of all through the stream's model, of one sequence: CHUNK divides SEQUENCE and f. */
+static void forward_stream(Stream *s, size_t f) {
     Token tokens[CHUNK];
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < CHUNK; i++) {
         Token token = {(int)(f + i), (f + i) % SEQUENCE, 0, s->logits != NULL};
         tokens[i] = token;
     }
-    forward(&s->state, tokens, n, s->logits);
+    forward(&s->state, tokens, CHUNK, s->logits);
 }
 
 /* The stream becomes what comes out of its layer. */
@@ -140,7 +140,7 @@ static void advance(Stream *s, size_t n_tokens) {
     size_t dim = s->model.c.dim;
     s->state.watch = NULL;
     for (size_t f = 0; f < n_tokens; f += CHUNK) {
-        forward_stream(s, f, CHUNK);
+        forward_stream(s, f);
         for (size_t i = 0; i < CHUNK; i++)
             for (size_t d = 0; d < dim; d++) *element(s->x, dim, d, f + i) = s->state.x[i * dim + d] + s->state.xb[i * dim + d];
     }
@@ -265,7 +265,7 @@ static void collect(Calibration *o, float **h, float **g, const Matrix *w, int o
             c.from = k == 0 ? &o->original : &o->quantized;
             c.from->state.watch = watch_product;
             c.from->state.watcher = &c;
-            if (!setjmp(c.done)) forward_stream(c.from, f, CHUNK);
+            if (!setjmp(c.done)) forward_stream(c.from, f);
         }
         progress(true, o->name, o->done + 0.5 * (double)w->rows * (double)w->cols * (double)f / (double)o->n_tokens, o->all);
     }
@@ -416,7 +416,7 @@ static void layer_backward(Stream *s, float *dx, Gradients *of, size_t n_tokens)
     s->state.watch = watch_tape;
     s->state.watcher = &tape;
     for (size_t f = 0; f < n_tokens; f += n, dx += n * dim) {
-        for (tape.at = 0; tape.at < n; tape.at += CHUNK) forward_stream(s, f + tape.at, CHUNK);
+        for (tape.at = 0; tape.at < n; tape.at += CHUNK) forward_stream(s, f + tape.at);
         add_gradients(&of[5], dx, f, n);
         product_backward(back, dx, &w->w2, n);
         #pragma omp parallel for schedule(static)
@@ -485,7 +485,7 @@ static float *find_gradients(Calibration *o, Gradients *all) {
     }
     enter_classifier(s);
     for (size_t f = 0; f < o->n_tokens; f += CHUNK) {
-        forward_stream(s, f, CHUNK);
+        forward_stream(s, f);
         for (size_t i = 0; i < CHUNK; i++) loss_backward(s->logits + i * vocab, vocab, &seed);
         product_backward(back, s->logits, &m->wcls, CHUNK);
         add_squares(all[last].in, s->state.xb, dim, CHUNK);

@@ -226,8 +226,8 @@ static void codes_to_floats(float *out, const uint8_t *codes, size_t n) {
             out[k * PANEL + r] = (float)(int32_t)(words[k / 4 * PANEL + r] >> 8 * (k % 4) & 255);
 }
 
-/* (Skip this on a first reading: no result depends on it.) What a product asks memory for while it computes, a little with each
- * column, so that it is in the second-level cache when its turn comes: half of `bytes` from `at` on, and in turn with it the other
+/* (Skip this on a first reading: no result depends on it.) What a product asks memory for while it computes, a little at a
+ * time, so that it is in the second-level cache when its turn comes: half of `bytes` from `at` on, and in turn with it the other
  * half from `at` + `apart` on (a multiple of 64, so that no line is in both). In two places, because in one neither instructions
  * nor the processor's own prefetching, which ends with each page of 4 KB, keep enough under way (SPEED.md, Asking in two places). A
  * number, not a pointer, since it may be an address where nothing is: asking for that is no error. */
@@ -687,7 +687,7 @@ struct State {
     double  bytes;                      /* of weights and caches, read so far */
     float  *logits;                     /* of step(), [logits_room] */
     size_t  logits_room;
-    /* NULL, or sees each product, of n tokens from `first` on: for calibrate.h */
+    /* NULL, or sees each product, out and x being of n tokens from `first` on: for calibrate.h */
     void   (*watch)(void *watcher, int operation, const float *out, const float *x, size_t first, size_t n);
     void    *watcher;
 };
@@ -803,7 +803,8 @@ static void book(State *s, int operation, double operations, double bytes) {
     s->clock = t;
 }
 
-/* A product of n of the step's tokens, from `first` on. Its weights are read, if it comes in parts, once: that is what it must. */
+/* A product of n of the step's tokens, from `first` on, where out and x begin (the classifier's are those that are wanted). What is
+ * booked as read is the weights, once for all parts: what must be read. */
 static void product(State *s, int operation, float *out, const float *x, const Matrix *w, size_t first, size_t n) {
     matmul(out, x, w, &s->activations, n);
     if (s->watch) s->watch(s->watcher, operation, out, x, first, n);
@@ -860,7 +861,7 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
     double n_keys, n_reads;
     s->clock = now();
     /* attention's work is cut into units: a run of tokens, a key head, and up to `heads` of its query heads; where these are fewer
-     * than UNITS, each is cut further, into a unit for each span of positions */
+     * than UNITS, each is cut further, into its spans of positions */
     size_t n_runs = find_runs(s->runs, tokens, n, QUERIES / heads, c->window, SPAN, &n_keys, &n_reads, &n_spans);
     size_t units = n_runs * c->n_kv_heads * parts;
     if (units >= UNITS) n_spans = 1;
@@ -893,9 +894,9 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         }
         book(s, ROPE, 0, 0);
 
-        #pragma omp parallel for schedule(guided)   /* neighbours to one thread: a span's end has asked for the next one's start */
-        for (size_t u = 0; u < units * n_spans; u++) {          /* u: [key head][part of its query heads][run][span] */
-            size_t span = u % n_spans, unit = u / n_spans, part = unit / n_runs % parts, kv_head = unit / n_runs / parts;
+        #pragma omp parallel for schedule(dynamic)
+        for (size_t i = 0; i < units * n_spans; i++) {          /* i: [key head][part of its query heads][run][span] */
+            size_t span = i % n_spans, unit = i / n_spans, part = unit / n_runs % parts, kv_head = unit / n_runs / parts;
             const Run *r = &s->runs[unit % n_runs];
             size_t h = kv_head * q_per_kv + part * heads, n_heads = min_size(heads, (kv_head + 1) * q_per_kv - h);
             size_t pos = tokens[r->first].pos, from = first_seen(pos, c->window), to = pos + r->n;
@@ -918,15 +919,16 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(c->n_kv_heads * s->position_bytes));
         product(s, WO, s->xb, s->att, &w->wo, 0, n);
 
-        /* feed-forward: norm, gate and up, SwiGLU, down; some tokens at a time, so that what is widest stays in a cache */
+        /* feed-forward: norm, gate and up, SwiGLU, down; some tokens at a time, so that what is widest stays
+         * in the third-level cache */
         add_and_norm(s, &w->rms_ffn_weight, n);
         for (size_t first = 0; first < n; first += BLOCK) {
-            size_t T = min_size(BLOCK, n - first);
-            product(s, W13, s->h13, s->xb + first * dim, &w->w13, first, T);
-            #pragma omp parallel for schedule(static) if (T > 1)
-            for (size_t i = 0; i < T; i++) swiglu(s->h + i * c->hidden_dim, s->h13 + i * 2 * c->hidden_dim, c->hidden_dim);
+            size_t some = min_size(BLOCK, n - first);
+            product(s, W13, s->h13, s->xb + first * dim, &w->w13, first, some);
+            #pragma omp parallel for schedule(static) if (some > 1)
+            for (size_t i = 0; i < some; i++) swiglu(s->h + i * c->hidden_dim, s->h13 + i * 2 * c->hidden_dim, c->hidden_dim);
             book(s, SWIGLU, 0, 0);
-            product(s, W2, s->xb + first * dim, s->h, &w->w2, first, T);
+            product(s, W2, s->xb + first * dim, s->h, &w->w2, first, some);
         }
     }
 

@@ -12,9 +12,9 @@
  *   of_halves(p)                WIDTH FP16 numbers from p on as FP32
  *   of_nf4(codes)               the codes of q8 for those of nf4, in every byte
  * and how many sums its registers hold: TOKENS by VECTORS of rows; how many words such a full tile takes between asking memory for
- * more (TURNS, at most 8: SPEED.md, Fewer turns); and from how many tokens on it pays to unpack q4 and FP16 into memory instead of
- * in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12 otherwise moves
- * every sum to another register and back, which costs a quarter of the speed. */
+ * more (TURNS: 1, 2, 4 or 8; SPEED.md, Fewer turns); and from how many tokens on it pays to unpack q4 and FP16 into memory instead
+ * of in registers for each tile (UNPACK; BLOCK + 1: never). Some instructions stand here as assembly, because gcc 12 otherwise
+ * moves every sum to another register and back, which costs a quarter of the speed. */
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -134,12 +134,13 @@ static inline Floats every(float x) { return x - (Floats){0}; }
  * twice is in the way of others), one in each of the two places at a time, evenly over all the bytes of activations that the tile
  * goes over, n for each round over some of the rows: if the first round asked for everything, memory would stand still in the
  * others. Each byte makes `due` larger by `pairs`, the pairs of lines that there are, and a pair that is asked for takes off
- * `bytes`, those of all rounds. It begins with 0, so that tiles with as many pairs ask at the same turns of their loops: a
+ * `total`, the bytes of all rounds. It begins with 0, so that tiles with as many pairs ask at the same turns of their loops: a
  * processor then foresees which. */
-typedef struct { uintptr_t at; size_t apart; ptrdiff_t due, pairs, bytes; } Lines;
+typedef struct { uintptr_t at; size_t apart; ptrdiff_t due, pairs, total; } Lines;
 
+/* Asks for what is due once so many more bytes of activations are gone over. */
 INLINE void ask(Lines *s, ptrdiff_t bytes) {
-    for (s->due += bytes * s->pairs; s->due > 0; s->due -= s->bytes, s->at += 64) {
+    for (s->due += bytes * s->pairs; s->due > 0; s->due -= s->total, s->at += 64) {
         __builtin_prefetch((const void *)s->at, 0, 2);
         __builtin_prefetch((const void *)(s->at + s->apart), 0, 2);
     }
@@ -148,7 +149,8 @@ INLINE void ask(Lines *s, ptrdiff_t bytes) {
 /* Takes the share of a tile of T tokens, `bytes` for each, off *all, half of it from the front of either half: the lines that begin
  * there. n: bytes of a token's activations. */
 INLINE Lines lines(Ahead *all, size_t bytes, size_t T, size_t n) {
-    uintptr_t first = (all->at + 63) / 64, end = (all->at + bytes * T / 2 + 63) / 64, rounds = PANEL / WIDTH / AT_ONCE(T);
+    uintptr_t first = (all->at + 63) / 64, end = (all->at + bytes * T / 2 + 63) / 64;       /* of lines, by their numbers */
+    size_t rounds = PANEL / WIDTH / AT_ONCE(T);
     Lines part = {first * 64, all->apart, 0, (ptrdiff_t)(end - first), (ptrdiff_t)(n * rounds)};
     all->at += bytes * T / 2;
     return part;

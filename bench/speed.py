@@ -214,7 +214,7 @@ def main():
     peer = not (o.no_llama_cpp or o.model or missing)
     if missing and not (o.no_llama_cpp or o.model):
         say(f"llama.cpp is skipped: this Python has no {', '.join(missing)}")
-    memory = memory_bytes() / 1e9
+    library, memory = load_limits(o.limits, o.threads), memory_bytes() / 1e9
     fitting = [dtype for dtype in o.dtypes if GIGABYTES[dtype][0] + 4 < memory]     # caches, and what limits.c reads
     if fitting != o.dtypes and not o.model:
         say(f"skipped, too large for {memory:.1f} GB of memory: {', '.join(sorted(set(o.dtypes) - set(fitting)))}")
@@ -229,7 +229,7 @@ def main():
             items += [(f"{shape['type']} {name}", cost(cell, o.warmup + o.repeat)) for name, cell in cells.items()]
             if peer_cells:
                 items.append((f"{shape['type']} llama.cpp", 2 * sum(cost(cell, o.repeat) for cell in peer_cells.values())))
-    progress, library = Progress(items), load_limits(o.limits, o.threads)
+    progress = Progress(items)
     report = {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine(), "arguments": sys.argv[1:], "results": []}
 
     for (checkpoint, gguf), shape in zip(files, shapes):
