@@ -58,10 +58,19 @@ TARGET_KEPT = {"prefill, 4,096 tokens": (0.85, "prefill, 128 tokens"),
 def load_limits(path, threads):
     """bench/limits.c as a library, whose functions measure with so many threads. A program of its own would give 2 GiB back
     each time, which disturbs what is measured next (SPEED.md, What a measurement leaves behind)."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)        # read as the library is loaded
-    library = ctypes.CDLL(os.path.abspath(path))
-    for name in REFERENCE:
-        getattr(library, name).restype = ctypes.c_double
+    given = dict(os.environ)        # OpenMP looks there as it is loaded; threads that spin or stay on a core would be in run's way
+    for name in [name for name in given if name.startswith(("OMP_", "GOMP_"))]:
+        del os.environ[name]
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        library = ctypes.CDLL(os.path.abspath(path))
+        for name in REFERENCE:
+            getattr(library, name).restype = ctypes.c_double
+    except AttributeError as error:
+        raise RuntimeError(f"not what make build/limits.so makes: {error}") from None
+    finally:
+        os.environ.clear()
+        os.environ.update(given)
     return library
 
 

@@ -1,6 +1,7 @@
 """Tests of bench/: the grid from the command line to the report's files, what happens when programs fail or the run is stopped,
 the rules of the recommendations on made-up rows, the items, the other engines' part with an engine made up for it, the notebook.
 Needs ./run, ./quantize, what export.py needs and bench/requirements.txt."""
+import _ctypes
 import argparse
 import ast
 import csv
@@ -677,6 +678,7 @@ def test_speed(tmp_path):
     (["--model", "/nix"], "speed.py: /nix: No such file or directory"),
     (["--model", __file__], "not a checkpoint"),
     (["--model", DEMO, "--limits", "/nix"], "speed.py: /nix: cannot open shared object file: No such file or directory"),
+    (["--model", DEMO, "--limits", _ctypes.__file__], "not what make build/limits.so makes"),
     (["--cells", "nix"], "known are")])
 def test_speed_says_what_is_wrong(arguments, message):
     status, _, said = script("speed.py", *arguments)
