@@ -919,8 +919,8 @@ static void forward(State *s, const Token *tokens, size_t n, float *logits) {
         book(s, ATTENTION, 4.0 * n_keys * (double)q_dim, 2.0 * n_reads * (double)(c->n_kv_heads * s->position_bytes));
         product(s, WO, s->xb, s->att, &w->wo, 0, n);
 
-        /* feed-forward: norm, gate and up, SwiGLU, down; some tokens at a time, so that what is widest stays
-         * in the third-level cache */
+        /* feed-forward: norm, gate and up, SwiGLU, down; BLOCK tokens at a time, so that what is widest stays in the third-level
+         * cache */
         add_and_norm(s, &w->rms_ffn_weight, n);
         for (size_t first = 0; first < n; first += BLOCK) {
             size_t some = min_size(BLOCK, n - first);
